@@ -1,0 +1,22 @@
+"""Checkpoints and releases: what is on disk, how it gets there whole, and how it is read back.
+
+Two forms of the same model live on disk.
+
+A *checkpoint* is a folder ``checkpoints/step_00000100`` inside a run. The trainer's writers put any
+files they like there (:mod:`emu35.checkpoint.sharded` puts the sharded model and optimizer);
+:class:`~emu35.checkpoint.manager.CheckpointManager` gives them a temporary folder, then hashes
+every file, writes ``manifest.json``, syncs everything to the disk and renames the folder into
+place. A rename is the only moment at which a checkpoint starts to exist, so a killed save leaves
+nothing but a temporary folder that the next start removes. Reading trusts nothing: the newest
+folder whose manifest and files all verify is the one that is used, and each one passed over is
+named together with the reason.
+
+A *release* is the folder of the official code: ``config.json`` and safetensors under the official
+tensor names. :mod:`~emu35.checkpoint.hf` maps names and layouts both ways (pure functions on
+tensors), :mod:`~emu35.checkpoint.hf_config` maps the architecture, and
+:mod:`~emu35.checkpoint.safetensor_files` writes and reads the shards.
+:mod:`~emu35.checkpoint.source` opens either form for generation and evaluation.
+
+Nothing here unpickles: checkpoints are loaded by weights-only readers, releases are safetensors,
+and every path read from a manifest or an index is checked to stay inside its folder.
+"""

@@ -1,0 +1,328 @@
+"""Opening a trained language model, wherever it lies: a run folder or a release folder.
+
+Generation, evaluation and conversion go through here, so that a run and the release made from it
+give the same model, the same tokenizer and the same prompts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emu35.checkpoint.hf import to_mcore
+from emu35.checkpoint.hf_config import (
+    CONFIG_JSON,
+    EMU3,
+    IMAGE_AREA,
+    parse_config,
+    read_json,
+    read_size,
+)
+from emu35.checkpoint.manager import Checkpoint, find_checkpoint
+from emu35.checkpoint.release_folder import (
+    TEXT_FOLDER,
+    VISION_FOLDER,
+    ReleaseFacts,
+    read_facts,
+)
+from emu35.checkpoint.safetensor_files import SafetensorFolder
+from emu35.checkpoint.unpickle import refuse_code
+from emu35.config import LMConfig, Precision, RunConfig, SFTConfig, TokenizerConfig, TokenizerKind
+from emu35.config.io import CONFIG_FILE, read_config
+from emu35.errors import CheckpointError, ReleaseError
+from emu35.model.build import build_model
+from emu35.model.transformer import Emu35Model
+from emu35.parallel.mesh import single_process_mesh
+from emu35.tokens.release_files import text_tokenizer_config
+from emu35.tokens.template import PromptTemplate
+from emu35.tokens.text import TextTokenizer, build_text_tokenizer
+from emu35.tokens.vocabulary import N_TEXT, vocabulary_of
+
+CHECKPOINTS = "checkpoints"
+RELEASE = "release"
+"""Key of a checkpoint's ``extra`` under which an import keeps what only a release records."""
+
+SHAPING_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_kv_heads",
+    "head_dim",
+)
+"""Fields of the architecture that decide which weights there are; the others may change between
+stages (dropout, context length)."""
+
+Message = Callable[[str], object]
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Described:
+    """A run or release whose description was read and checked, its weights not yet.
+
+    ``checkpoint`` is set for a run, ``facts`` and ``weights`` for a release (``facts`` only for one
+    of ours). ``extra`` is what an import kept of the release it came from.
+    """
+
+    path: Path
+    name: str
+    config: LMConfig
+    tokenizer: TokenizerConfig
+    vision_folder: Path | None
+    template: PromptTemplate
+    precision: Precision
+    step: int
+    extra: Mapping[str, Any]
+    checkpoint: Checkpoint | None = None
+    facts: ReleaseFacts | None = None
+    weights: SafetensorFolder | None = None
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        return vocabulary_of(self.tokenizer).size
+
+    @property
+    def tokenizer_ids(self) -> tuple[str, int]:
+        """What decides the ids, leaving out where files lie."""
+        return self.tokenizer.kind.value, self.tokenizer.codebook_size
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Source:
+    """A loaded model with all that is needed to use it. The model is in evaluation mode."""
+
+    model: Emu35Model
+    config: LMConfig
+    tokenizer: TextTokenizer
+    vision_folder: Path | None
+    template: PromptTemplate
+    described: Described
+
+
+def open_source(
+    path: Path,
+    *,
+    step: int | None = None,
+    precision: Precision | None = None,
+    message: Message = print,
+) -> Source:
+    """Load the language model of a run folder or a release folder into this process.
+
+    Args:
+        path: a run folder (``config.yaml`` and ``checkpoints``) or a release (``config.json``).
+        step: a certain checkpoint of a run; the newest valid one by default.
+        precision: type of the parameters; that of training or of the stored weights by default.
+        message: told about checkpoints that were passed over.
+
+    Raises:
+        CheckpointError: no run or release there, or no usable checkpoint.
+        ReleaseError: a release that is damaged or contradicts itself.
+        TokenizerError: the text table is missing or differs.
+    """
+    described = describe(path, step=step, message=message)
+    return Source(
+        model=load_model(described, precision=precision or described.precision),
+        config=described.config,
+        tokenizer=build_text_tokenizer(described.tokenizer),
+        vision_folder=described.vision_folder,
+        template=described.template,
+        described=described,
+    )
+
+
+def describe(path: Path, *, step: int | None = None, message: Message = print) -> Described:
+    """Find out what lies in ``path`` and verify it, without building the model.
+
+    Raises:
+        CheckpointError, ReleaseError: as :func:`open_source`.
+    """
+    if (path / CONFIG_FILE).is_file():
+        return _describe_run(path, step=step, message=message)
+    if (path / CONFIG_JSON).is_file():
+        if step is not None:
+            raise CheckpointError(f"{path} is a release, which has no steps; drop step={step}")
+        return _describe_release(path)
+    raise CheckpointError(
+        f"{path} is neither a run folder ({CONFIG_FILE}) nor a release folder ({CONFIG_JSON})"
+    )
+
+
+def load_model(described: Described, *, precision: Precision) -> Emu35Model:
+    """Build the whole model in this process and fill it."""
+    single_process_mesh()
+    model = build_model(
+        described.config, vocabulary_size=described.vocabulary_size, precision=precision
+    )
+    load_into(model, described=described)
+    return model.eval().requires_grad_(False)
+
+
+def load_into(model: Emu35Model, *, described: Described) -> None:
+    """Fill a model of the right architecture, converting to the type of its parameters."""
+    # Imported late: it pulls in megatron-core's checkpointing, which a release does not need.
+    from emu35.checkpoint.sharded import load_model_only
+
+    if described.checkpoint is not None:
+        refuse_code(described.checkpoint.path)
+        load_model_only(described.checkpoint.path, model)
+        return
+    assert described.weights is not None
+    fill(model, state=described.weights)
+
+
+def fill(model: Emu35Model, *, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors under official names into ``model``.
+
+    Raises:
+        CheckpointError: names or shapes do not fit its architecture.
+    """
+    parameters = dict(model.named_parameters())
+    tensors = to_mcore(
+        state,
+        config=model.lm_config,
+        vocabulary_size=model.vocabulary_size,
+        padded_vocabulary_size=parameters["output_layer.weight"].shape[0],
+    )
+    with torch.no_grad():
+        for name, tensor in tensors:
+            parameters[name].copy_(tensor)
+
+
+def describe_start(
+    path: Path, *, config: LMConfig, tokenizer: TokenizerConfig, message: Message = print
+) -> Described:
+    """The run that a new run of ``config`` and ``tokenizer`` starts from (``stage.init_from``).
+
+    megatron-core pads and cuts vocabulary rows to fit whatever model it loads into, and other
+    misfits surface as its internal errors on some rank; so the two descriptions are compared before
+    anything is loaded. Collective.
+
+    Raises:
+        CheckpointError: no run there, no usable checkpoint, one that would run code, or another
+            architecture or vocabulary, naming every difference.
+    """
+    found = describe(path, message=message)
+    if found.checkpoint is None:
+        raise CheckpointError(
+            f"stage.init_from={path} is a release; make a run of it first with "
+            f"'emu35 convert import --source {path} --out DIR' and name that"
+        )
+    here = {f"model.{name}": getattr(config, name) for name in SHAPING_FIELDS}
+    there = {f"model.{name}": getattr(found.config, name) for name in SHAPING_FIELDS}
+    for values, section in ((here, tokenizer), (there, found.tokenizer)):
+        values["tokenizer.kind"] = section.kind.value
+        values["tokenizer.codebook_size"] = section.codebook_size
+    different = [
+        f"{name} is {there[name]} there and {here[name]} here"
+        for name in here
+        if here[name] != there[name]
+    ]
+    if different:
+        raise CheckpointError(f"stage.init_from={path} is another model: {'; '.join(different)}")
+    refuse_code(found.checkpoint.path)
+    return found
+
+
+def _describe_run(path: Path, *, step: int | None, message: Message) -> Described:
+    run = read_config(path)
+    if not isinstance(run.model, LMConfig):
+        raise CheckpointError(
+            f"{path} is a run of stage={run.stage.kind}, which trains no language model"
+        )
+    checkpoint = find_checkpoint(path / CHECKPOINTS, step=step, message=message)
+    if checkpoint is None:
+        raise CheckpointError(f"{path / CHECKPOINTS} holds no checkpoint yet; train the run first")
+    kept = checkpoint.extra.get(RELEASE) or {}
+    template = PromptTemplate(kept["template"]) if "template" in kept else default_template(run)
+    vision = run.tokenizer.vision
+    return Described(
+        path=path,
+        name=run.name,
+        config=run.model,
+        tokenizer=run.tokenizer,
+        vision_folder=Path(vision).expanduser() if vision else None,
+        template=template,
+        precision=run.stage.precision,
+        step=checkpoint.step,
+        extra=kept,
+        checkpoint=checkpoint,
+    )
+
+
+def default_template(run: RunConfig) -> PromptTemplate:
+    """Pretraining documents have no chat form; everything after it does."""
+    tuned = isinstance(run.stage, SFTConfig)
+    return PromptTemplate.official if tuned else PromptTemplate.plain
+
+
+def _describe_release(path: Path) -> Described:
+    where = path / CONFIG_JSON
+    content = read_json(where)
+    if content.get("model_type") != EMU3:
+        raise ReleaseError(
+            f"{where}: model_type is {content.get('model_type')!r}, not {EMU3!r}; "
+            "convert it first with: emu35 convert import"
+        )
+    config = parse_config(content, where=where)
+    facts = read_facts(path)
+    vocabulary_size = read_size(content, name="vocab_size", where=where)
+    tokenizer = _release_tokenizer(path, facts=facts, vocabulary_size=vocabulary_size)
+    if (size := vocabulary_of(tokenizer).size) != vocabulary_size:
+        raise ReleaseError(
+            f"{where} says vocab_size={vocabulary_size}, but its tokenizer "
+            f"({tokenizer.kind.value}, codebook {tokenizer.codebook_size}) has {size} ids"
+        )
+    weights = SafetensorFolder(path)
+    # The names fix the number of layers: a config cannot make us count to a billion.
+    if config.num_layers > len(weights):
+        raise ReleaseError(
+            f"{where} says num_hidden_layers={config.num_layers}, "
+            f"but there are only {len(weights)} tensors"
+        )
+    vision = path / VISION_FOLDER
+    bf16 = weights.dtype is torch.bfloat16
+    origin = facts.origin if facts else {}
+    area = IMAGE_AREA
+    if "image_area" in content:
+        area = read_size(content, name="image_area", where=where)
+    return Described(
+        path=path,
+        name=str(origin.get("name", path.name)),
+        config=config,
+        tokenizer=tokenizer,
+        vision_folder=vision if vision.is_dir() else None,
+        template=facts.template if facts else PromptTemplate.official,
+        precision=Precision.bf16 if bf16 else Precision.fp32,
+        step=int(origin.get("step", 0)),
+        extra={"image_area": area, "origin": origin},
+        facts=facts,
+        weights=weights,
+    )
+
+
+def _release_tokenizer(
+    path: Path, *, facts: ReleaseFacts | None, vocabulary_size: int
+) -> TokenizerConfig:
+    """The tokenizer beside the weights, else what the number of ids implies (official weights
+    come without theirs)."""
+    if (path / TEXT_FOLDER).is_dir():
+        found = text_tokenizer_config(path / TEXT_FOLDER)
+        if facts and (found.kind, found.codebook_size) != (
+            facts.tokenizer.kind,
+            facts.tokenizer.codebook_size,
+        ):
+            raise ReleaseError(f"{path}: {TEXT_FOLDER} and emu35.json disagree; export it again")
+        return found
+    if facts:
+        return replace(facts.tokenizer)
+    visual_start = vocabulary_of(TokenizerConfig(kind=TokenizerKind.emu35)).visual_start
+    if vocabulary_size <= visual_start:
+        raise ReleaseError(
+            f"{path} has no {TEXT_FOLDER}, and vocab_size={vocabulary_size} is too small for the "
+            f"released text table of {N_TEXT[TokenizerKind.emu35]} ids"
+        )
+    return TokenizerConfig(kind=TokenizerKind.emu35, codebook_size=vocabulary_size - visual_start)

@@ -1,0 +1,163 @@
+"""The ``emu35`` command.
+
+Every subcommand's arguments are defined here or in :mod:`emu35.run.arguments`, and its body is
+imported when it is called: ``--help``, ``show`` and ``plan`` never import torch.
+
+Exit codes: 0 done; 2 bad configuration or input (one message, no traceback); 75 interrupted and
+saved, the same command resumes; 130 stopped by Ctrl-C before there was anything to save; 1 a bug,
+with its traceback.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from emu35 import __version__
+from emu35.errors import Emu35Error
+from emu35.run.arguments import Commands, convert, data, generate, tokens
+
+_OVERRIDES = """\
+Overrides are key=value: experiment=demo/pretrain chooses an experiment, model=demo the option of a
+group, optim.lr=3e-4 a value, ~data.sources.text removes an entry."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: that of the process); returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal without UTF-8 gets escapes instead of a traceback.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        arguments = _parse(argv)
+        code = arguments.handler(arguments)
+        sys.stdout.flush()
+        return code
+    except Emu35Error as error:
+        _say(f"emu35: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("emu35: stopped")
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`); the interpreter's last flush must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _say(message: str) -> None:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes positionals only up to the first option: `show a=1 --diff b=2` leaves b=2.
+    unknown = [word for word in rest if word.startswith("-") or "overrides" not in arguments]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if "overrides" in arguments:
+        arguments.overrides += rest
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="emu35", description="Train, run and release Emu3.5-class multimodal models."
+    )
+    parser.add_argument("--version", action="version", version=f"emu35 {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_show(commands)
+    _add_plan(commands)
+    _add_run(commands)
+    _add_launch(commands)
+    for module in (generate, convert, data, tokens):
+        module.add(commands)
+    return parser
+
+
+def _with_overrides(commands: "Commands[argparse.ArgumentParser]", name: str, *, help: str):
+    command = commands.add_parser(name, help=help, description=help, epilog=_OVERRIDES)
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="see below")
+    command.add_argument(
+        "--configs", type=Path, metavar="DIR", help="folder of more groups and experiments"
+    )
+    return command
+
+
+def _add_show(commands: "Commands[argparse.ArgumentParser]") -> None:
+    command = _with_overrides(commands, "show", help="print the resolved configuration")
+    command.add_argument("--diff", action="store_true", help="only what departs from defaults")
+    command.set_defaults(handler=_show)
+
+
+def _add_plan(commands: "Commands[argparse.ArgumentParser]") -> None:
+    command = _with_overrides(commands, "plan", help="parameters, tokens and memory of a run")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+    command.set_defaults(handler=_plan)
+
+
+def _add_run(commands: "Commands[argparse.ArgumentParser]") -> None:
+    command = _with_overrides(
+        commands, "run", help="run or resume on this host: one process, or launch.nproc ranks"
+    )
+    command.set_defaults(handler=_run)
+
+
+def _add_launch(commands: "Commands[argparse.ArgumentParser]") -> None:
+    command = _with_overrides(
+        commands, "launch", help="run where launch.kind says: local, torchrun or slurm"
+    )
+    command.add_argument("--dry-run", action="store_true", help="print the command or job script")
+    command.add_argument(
+        "--node-rank", type=int, default=0, metavar="R", help="torchrun: this node's number"
+    )
+    command.add_argument("--master", metavar="HOST:PORT", help="torchrun: address of node 0")
+    command.set_defaults(handler=_launch)
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from emu35.config.io import departures, to_yaml
+    from emu35.config.schema import to_plain
+    from emu35.run.compose import compose
+
+    config = compose(arguments.overrides, configs=arguments.configs)
+    if arguments.diff:
+        for line in departures(config):
+            print(line)
+    else:
+        print(to_yaml(to_plain(config)), end="")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from emu35.planner.plan import describe, make_plan
+    from emu35.run.compose import compose
+
+    plan = make_plan(compose(arguments.overrides, configs=arguments.configs))
+    print(json.dumps(plan) if arguments.json else describe(plan))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from emu35.run.compose import compose
+    from emu35.run.start import run_here
+
+    return run_here(compose(arguments.overrides, configs=arguments.configs))
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from emu35.run.compose import compose
+    from emu35.run.start import launch
+
+    return launch(
+        compose(arguments.overrides, configs=arguments.configs),
+        node_rank=arguments.node_rank,
+        master=arguments.master,
+        dry_run=arguments.dry_run,
+    )

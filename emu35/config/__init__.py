@@ -1,0 +1,68 @@
+"""Every configuration dataclass, one file a section, and nothing heavier than the standard library.
+
+The design keeps these in a single ``config.py``; they are a package instead so that each section
+stays readable by itself, while ``show``, ``plan`` and ``--help`` can still import all of them
+without torch. A section owns its fields and the rules between its own fields (``problems()``);
+rules that span sections live in :mod:`emu35.config.rules`.
+
+Hydra and OmegaConf impose three habits. ``slots=True`` is what turns an unknown key into an error.
+Enums are ``StrEnum`` whose member name equals the value, because OmegaConf looks members up by
+name. A section with several kinds is typed by its base class and each kind is a subclass, found
+through the tables in :mod:`emu35.config.root`.
+"""
+
+from emu35.config.checkpoint import CheckpointConfig
+from emu35.config.data import (
+    DataConfig,
+    ImageDataConfig,
+    SourceConfig,
+    TokenDataConfig,
+    ValidationConfig,
+)
+from emu35.config.launch import LaunchConfig, LaunchKind
+from emu35.config.log import LogConfig, WandbMode
+from emu35.config.model import AttentionBackend, IBQConfig, LMConfig, ModelConfig
+from emu35.config.optim import OptimConfig, Schedule
+from emu35.config.parallel import ParallelConfig
+from emu35.config.root import KINDS, RunConfig
+from emu35.config.stage import (
+    IBQStageConfig,
+    LMStageConfig,
+    LossWeights,
+    Precision,
+    PretrainConfig,
+    SFTConfig,
+    StageConfig,
+)
+from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
+
+__all__ = [
+    "KINDS",
+    "AttentionBackend",
+    "CheckpointConfig",
+    "DataConfig",
+    "IBQConfig",
+    "IBQStageConfig",
+    "ImageDataConfig",
+    "LMConfig",
+    "LMStageConfig",
+    "LaunchConfig",
+    "LaunchKind",
+    "LogConfig",
+    "LossWeights",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Precision",
+    "PretrainConfig",
+    "RunConfig",
+    "SFTConfig",
+    "Schedule",
+    "SourceConfig",
+    "StageConfig",
+    "TokenDataConfig",
+    "TokenizerConfig",
+    "TokenizerKind",
+    "ValidationConfig",
+    "WandbMode",
+]

@@ -1,0 +1,84 @@
+"""What a stage reads: token shards for the language model, pictures for the image tokenizer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from emu35.config.check import at_least
+
+
+class Modality(StrEnum):
+    """Which label tokens a validation loss counts."""
+
+    all = "all"
+    text = "text"
+    visual = "visual"
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Base of every data section; ``kind`` selects the class."""
+
+    kind: str = "tokens"
+
+    def problems(self) -> Iterator[str]:
+        yield from ()
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """A folder of token shards and its share of the mixture, by tokens."""
+
+    path: str
+    ratio: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidationConfig:
+    """A folder of token shards evaluated whole (up to ``max_documents``), on one modality."""
+
+    path: str
+    modality: Modality = Modality.all
+    max_documents: int = 256
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenDataConfig(DataConfig):
+    """Token shards, mixed by ratio and packed online (best fit into ``open_bins``)."""
+
+    kind: str = "tokens"
+    sequence_length: int = 1024
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    validation: dict[str, ValidationConfig] = field(default_factory=dict)
+    open_bins: int = 16
+    shuffle_window: int = 4096
+    prefetch_steps: int = 2
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least(
+            "data",
+            1,
+            sequence_length=self.sequence_length,
+            open_bins=self.open_bins,
+            shuffle_window=self.shuffle_window,
+        )
+        yield from at_least("data", 0, prefetch_steps=self.prefetch_steps)
+        for name, source in self.sources.items():
+            if source.ratio < 0:
+                yield f"data.sources.{name}.ratio={source.ratio} is negative; ratios are shares"
+        if self.sources and not any(source.ratio > 0 for source in self.sources.values()):
+            yield "data.sources: every ratio is 0; at least one source needs a positive ratio"
+
+
+@dataclass(kw_only=True, slots=True)
+class ImageDataConfig(DataConfig):
+    """Pictures for training the image tokenizer: webdataset tars or folders of image files."""
+
+    kind: str = "images"
+    paths: list[str] = field(default_factory=list)
+    validation_paths: list[str] = field(default_factory=list)
+    resolution: int = 256
+    validation_images: int = 64
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least("data", 1, resolution=self.resolution)

@@ -1,0 +1,165 @@
+"""A configuration as a plain YAML file: written by the launching host, read by every rank.
+
+The file holds every field, resolved, so that a rank needs neither Hydra nor the ``configs`` folder
+and a run can be understood years later from its folder alone.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from emu35.config.root import KINDS, RunConfig
+from emu35.config.schema import Misfits, Plain, build, is_mapping, to_plain, with_defaults
+from emu35.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+"""Name of the configuration inside a run folder."""
+
+MAY_CHANGE = (
+    "name",
+    "run_dir",
+    "log.*",
+    "checkpoint.*",
+    "launch.*",
+    "parallel.*",
+    "model.attention_backend",
+    "data.prefetch_steps",
+    "stage.micro_batch_size",
+    "stage.loss_chunk",
+)
+"""Keys (patterns) that a resumed run may change: where it runs and how something is computed.
+
+What is computed may not change. ``stage.steps`` is absent on purpose: the cosine schedule depends
+on it, so other steps are another run. The trainer holds checkpoints to the same rule.
+"""
+
+
+def read_config(path: Path | str) -> RunConfig:
+    """Read ``path``: a ``config.yaml``, or a run folder that contains one.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or does not fit (every misfit is named).
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / CONFIG_FILE
+    tree = _load_yaml(file)
+    misfits: Misfits = {}
+    config = build(resolve(with_defaults(tree), misfits=misfits), misfits=misfits)
+    if config is None:
+        raise ConfigError([f"{file}: {message}" for message in misfits.values()])
+    return config
+
+
+def write_config(config: RunConfig, path: Path | str) -> None:
+    """Write ``config`` to ``path`` (a file, or a run folder) atomically."""
+    target = Path(path)
+    if target.is_dir():
+        target = target / CONFIG_FILE
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(to_yaml(to_plain(config)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_yaml(tree: Plain) -> str:
+    """YAML text of plain values, keys in their order."""
+    # Only OmegaConf's dumper quotes the words (1e3, for one) that its loader would read as numbers.
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def resolve(tree: Mapping[str, Plain], *, misfits: Misfits) -> dict[str, Plain]:
+    """``tree`` with every ``${key}`` replaced by what it refers to; failures go to ``misfits``."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config = OmegaConf.create(dict(tree))
+    failed: list[str] = []
+    for key, value in flatten(tree).items():
+        if "${" not in str(value):
+            continue
+        try:
+            OmegaConf.to_container(OmegaConf.create([OmegaConf.select(config, key)]), resolve=True)
+        except OmegaConfBaseException as error:
+            misfits[key] = f"{key}={value!r}: {str(error).splitlines()[0]}"
+            failed.append(key)
+    for key in failed:
+        OmegaConf.update(config, key, None)
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert is_mapping(plain)
+    return dict(plain)
+
+
+def config_diff(a: RunConfig, b: RunConfig) -> list[str]:
+    """One line for each key that differs: ``stage.steps: 100 -> 200`` (``-`` where absent)."""
+    return _differences(flatten(to_plain(a)), flatten(to_plain(b)))
+
+
+def departures(config: RunConfig) -> list[str]:
+    """What departs from the defaults of the chosen kinds, in the form of :func:`config_diff`."""
+    plain = to_plain(config)
+    kinds = {section: {"kind": plain[section]["kind"]} for section in KINDS}
+    defaults = resolve(with_defaults({"name": config.name, **kinds}), misfits={})
+    return _differences(flatten(defaults | {"name": RunConfig().name}), flatten(plain))
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value at the dotted ``key``."""
+    return any(fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
+
+
+def run_identity(config: RunConfig) -> dict[str, Plain]:
+    """The flat key -> value pairs that make two runs the same run; JSON-ready."""
+    return {key: value for key, value in flatten(to_plain(config)).items() if not may_change(key)}
+
+
+def flatten(tree: Mapping[str, Plain], *, prefix: str = "") -> dict[str, Plain]:
+    """Nested mappings as one mapping with dotted keys; lists stay whole."""
+    return dict(_leaves(tree, prefix))
+
+
+def _leaves(tree: Mapping[str, Plain], prefix: str) -> Iterator[tuple[str, Plain]]:
+    for key, value in tree.items():
+        if is_mapping(value):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _differences(before: Mapping[str, Plain], after: Mapping[str, Plain]) -> list[str]:
+    return [
+        f"{key}: {_show(before, key)} -> {_show(after, key)}"
+        for key in dict.fromkeys([*before, *after])
+        if key not in before or key not in after or before[key] != after[key]
+    ]
+
+
+def _show(values: Mapping[str, Plain], key: str) -> str:
+    return repr(values[key]) if key in values else "-"
+
+
+def _load_yaml(file: Path) -> dict[str, Plain]:
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        # The same YAML dialect as the experiment files: 3e-4 is a number, a repeated key an error.
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{file} does not exist; a run folder contains the {CONFIG_FILE} that `emu35 run` wrote"
+        ) from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    if not is_mapping(tree):
+        raise ConfigError(f"{file} holds no configuration; expected sections such as model, stage")
+    return dict(tree)

@@ -1,0 +1,122 @@
+"""Architectures: the language model and the IBQ image tokenizer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from emu35.config.check import at_least, fraction
+
+
+class AttentionBackend(StrEnum):
+    """How the core attention computes; every backend takes the same interval mask."""
+
+    segment = "segment"
+    dense = "dense"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Base of every architecture; ``kind`` selects the class."""
+
+    kind: str = "lm"
+
+    def problems(self) -> Iterator[str]:
+        yield from ()
+
+
+@dataclass(kw_only=True, slots=True)
+class LMConfig(ModelConfig):
+    """Decoder-only transformer of Emu3.5 (paper Table 1): GQA, QK-norm, SwiGLU, untied embeddings.
+
+    ``num_attention_heads * head_dim`` need not equal ``hidden_size`` (34B: 64 x 128 against 5120).
+    The vocabulary size is not here: it follows from the tokenizer section.
+    """
+
+    kind: str = "lm"
+    num_layers: int = 4
+    hidden_size: int = 256
+    ffn_hidden_size: int = 768
+    num_attention_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+    attention_backend: AttentionBackend = AttentionBackend.segment
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least(
+            "model",
+            1,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+        yield from fraction(
+            "model", hidden_dropout=self.hidden_dropout, attention_dropout=self.attention_dropout
+        )
+        if self.num_kv_heads > 0 and self.num_attention_heads % self.num_kv_heads:
+            yield (
+                f"model.num_kv_heads={self.num_kv_heads} does not divide "
+                f"model.num_attention_heads={self.num_attention_heads}; "
+                "grouped-query attention needs whole groups"
+            )
+        if self.head_dim % 2:
+            yield f"model.head_dim={self.head_dim} is odd; rotary embedding needs an even head_dim"
+
+
+@dataclass(kw_only=True, slots=True)
+class IBQConfig(ModelConfig):
+    """IBQ image tokenizer (paper section 2.3): VQGAN encoder and decoder, dot-product codebook.
+
+    Field names are those of the released ``ddconfig`` where one exists.
+    """
+
+    kind: str = "ibq"
+    ch: int = 256
+    ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
+    num_res_blocks: int = 4
+    attn_resolutions: list[int] = field(default_factory=lambda: [16])
+    resolution: int = 256
+    z_channels: int = 256
+    in_channels: int = 3
+    out_ch: int = 3
+    dropout: float = 0.0
+    embed_dim: int = 256
+    n_embed: int = 131072
+
+    @property
+    def factor(self) -> int:
+        """Pixels per code along each side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least(
+            "model",
+            1,
+            ch=self.ch,
+            num_res_blocks=self.num_res_blocks,
+            z_channels=self.z_channels,
+            embed_dim=self.embed_dim,
+            n_embed=self.n_embed,
+        )
+        yield from fraction("model", dropout=self.dropout)
+        for mult in self.ch_mult:
+            if (self.ch * mult) % 32:
+                yield (
+                    f"model.ch={self.ch} times ch_mult={mult} is not a multiple of 32; "
+                    "GroupNorm uses 32 groups"
+                )
+                break
+        if self.resolution % self.factor:
+            yield (
+                f"model.resolution={self.resolution} is not a multiple of the downsampling "
+                f"factor {self.factor} that ch_mult={list(self.ch_mult)} gives"
+            )

@@ -1,0 +1,45 @@
+"""The whole configuration of a run, and the table that maps a kind to its class."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from emu35.config.checkpoint import CheckpointConfig
+from emu35.config.data import DataConfig, ImageDataConfig, TokenDataConfig
+from emu35.config.launch import LaunchConfig
+from emu35.config.log import LogConfig
+from emu35.config.model import IBQConfig, LMConfig, ModelConfig
+from emu35.config.optim import OptimConfig
+from emu35.config.parallel import ParallelConfig
+from emu35.config.stage import IBQStageConfig, PretrainConfig, SFTConfig, StageConfig
+from emu35.config.tokenizer import TokenizerConfig
+
+KINDS: Mapping[str, Mapping[str, type]] = MappingProxyType(
+    {
+        "model": MappingProxyType({"lm": LMConfig, "ibq": IBQConfig}),
+        "data": MappingProxyType({"tokens": TokenDataConfig, "images": ImageDataConfig}),
+        "stage": MappingProxyType(
+            {"pretrain": PretrainConfig, "sft": SFTConfig, "ibq": IBQStageConfig}
+        ),
+    }
+)
+"""Sections with several kinds: section name -> kind -> class."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides a run. ``run_dir`` is where it happens and is not part of the
+    identity that a resumed run is compared with."""
+
+    name: str = "run"
+    run_dir: str = "runs/${name}"
+    seed: int = 1234
+    model: ModelConfig = field(default_factory=LMConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=TokenDataConfig)
+    stage: StageConfig = field(default_factory=PretrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -1,0 +1,127 @@
+"""Rules that span sections; all broken ones are reported together."""
+
+from collections.abc import Iterator
+
+from emu35.config.check import divisors
+from emu35.config.data import ImageDataConfig, TokenDataConfig
+from emu35.config.model import IBQConfig, LMConfig
+from emu35.config.root import RunConfig
+from emu35.config.stage import IBQStageConfig, LMStageConfig
+from emu35.errors import ConfigError
+
+
+def validate(config: RunConfig) -> None:
+    """Check every section and every rule between them.
+
+    Raises:
+        ConfigError: naming every problem at once.
+    """
+    problems = list(find_problems(config))
+    if problems:
+        raise ConfigError(problems)
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """All problems of ``config``, first within sections, then across them."""
+    for section in (
+        config.model,
+        config.tokenizer,
+        config.data,
+        config.stage,
+        config.parallel,
+        config.optim,
+        config.checkpoint,
+        config.log,
+        config.launch,
+    ):
+        yield from section.problems()
+    yield from _stage_parts(config)
+    yield from _layout(config)
+    yield from _batch(config)
+
+
+def _stage_parts(config: RunConfig) -> Iterator[str]:
+    stage = config.stage
+    if isinstance(stage, LMStageConfig):
+        if not isinstance(config.model, LMConfig):
+            yield f"stage={stage.kind} trains a language model, but model.kind={config.model.kind}"
+        if not isinstance(config.data, TokenDataConfig):
+            yield f"stage={stage.kind} reads token shards, but data.kind={config.data.kind}"
+        elif isinstance(config.model, LMConfig):
+            longest, length = config.model.max_position_embeddings, config.data.sequence_length
+            if length > longest:
+                yield (
+                    f"data.sequence_length={length} exceeds "
+                    f"model.max_position_embeddings={longest}; shorten it or extend the model"
+                )
+    elif isinstance(stage, IBQStageConfig):
+        if not isinstance(config.model, IBQConfig):
+            yield f"stage=ibq trains the image tokenizer, but model.kind={config.model.kind}"
+        elif config.model.n_embed != config.tokenizer.codebook_size:
+            yield (
+                f"model.n_embed={config.model.n_embed} differs from "
+                f"tokenizer.codebook_size={config.tokenizer.codebook_size}; make them equal"
+            )
+        if not isinstance(config.data, ImageDataConfig):
+            yield f"stage=ibq reads pictures, but data.kind={config.data.kind}"
+        elif isinstance(config.model, IBQConfig) and config.data.resolution % config.model.factor:
+            yield (
+                f"data.resolution={config.data.resolution} is not a multiple of the "
+                f"tokenizer's factor {config.model.factor}"
+            )
+
+
+def _layout(config: RunConfig) -> Iterator[str]:
+    parallel, model = config.parallel, config.model
+    if isinstance(config.stage, IBQStageConfig):
+        if parallel.model_ranks > 1:
+            yield "stage=ibq is data-parallel only; set parallel.tp, pp and cp to 1"
+        if parallel.zero1:
+            yield "stage=ibq keeps its optimizer state whole on every rank; set parallel.zero1=false"
+        return
+    if not isinstance(model, LMConfig) or min(parallel.tp, parallel.pp, parallel.cp) < 1:
+        return
+    for name, size in (
+        ("num_kv_heads", model.num_kv_heads),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        if size > 0 and size % parallel.tp:
+            usable = ", ".join(map(str, divisors(model.num_kv_heads)))
+            yield f"tp={parallel.tp} does not divide {name}={size}; use tp in {{{usable}}}"
+    stages = parallel.pp * parallel.vpp
+    if model.num_layers > 0 and model.num_layers % stages:
+        usable = ", ".join(map(str, divisors(model.num_layers)))
+        yield (
+            f"pp={parallel.pp} x vpp={parallel.vpp} does not divide "
+            f"num_layers={model.num_layers}; use pp x vpp in {{{usable}}}"
+        )
+    if isinstance(config.data, TokenDataConfig):
+        length = config.data.sequence_length
+        cut = 2 * parallel.cp if parallel.cp > 1 else 1
+        cut *= parallel.tp if parallel.sp else 1
+        if length % cut:
+            yield (
+                f"data.sequence_length={length} is not a multiple of {cut}, "
+                f"which cp={parallel.cp} and sp={parallel.sp} (tp={parallel.tp}) need"
+            )
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    parallel, launch, stage = config.parallel, config.launch, config.stage
+    ranks = parallel.model_ranks
+    if ranks < 1 or launch.world_size < 1 or stage.micro_batch_size < 1:
+        return
+    if launch.world_size % ranks:
+        yield (
+            f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} = {ranks} ranks do not "
+            f"divide the {launch.world_size} ranks of launch.nodes={launch.nodes} x "
+            f"launch.nproc={launch.nproc}; use a multiple of {ranks} ranks"
+        )
+        return
+    dp = launch.world_size // ranks
+    if stage.global_batch_size % (dp * stage.micro_batch_size):
+        yield (
+            f"stage.global_batch_size={stage.global_batch_size} is not a multiple of "
+            f"dp={dp} x stage.micro_batch_size={stage.micro_batch_size}; "
+            f"use a multiple of {dp * stage.micro_batch_size}"
+        )

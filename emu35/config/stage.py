@@ -1,0 +1,127 @@
+"""What a run does: one class a stage."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from emu35.config.check import at_least
+
+
+class Precision(StrEnum):
+    """Parameter and activation type; gradients and optimizer state are fp32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """What every trained stage shares. Batch sizes count sequences (pictures for ``ibq``)."""
+
+    kind: str = "pretrain"
+    steps: int = 100
+    global_batch_size: int = 8
+    micro_batch_size: int = 1
+    validate_every: int = 100
+    precision: Precision = Precision.fp32
+    init_from: str | None = None
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least(
+            "stage",
+            1,
+            steps=self.steps,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+        yield from at_least("stage", 0, validate_every=self.validate_every)
+
+
+@dataclass(kw_only=True, slots=True)
+class LossWeights:
+    """Weight of a label token by its modality (paper section 3.2: visual 0.5, text 1.0).
+
+    ``layout`` covers the grid tokens around the codes (BOI, size, IMG, EOL, EOI) and ``control``
+    the document markers; both live in the text vocabulary, hence the text weight by default.
+    """
+
+    text: float = 1.0
+    visual: float = 0.5
+    layout: float = 1.0
+    control: float = 1.0
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least(
+            "stage.loss_weights",
+            0,
+            text=self.text,
+            visual=self.visual,
+            layout=self.layout,
+            control=self.control,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class LMStageConfig(StageConfig):
+    """What pretraining and fine-tuning share: next-token prediction with weights by modality.
+
+    ``loss_chunk`` is the number of token rows projected onto the vocabulary at a time.
+    """
+
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+    loss_chunk: int = 1024
+
+    def problems(self) -> Iterator[str]:
+        # Zero-argument super() fails in slotted dataclasses (the class is rebuilt).
+        yield from StageConfig.problems(self)
+        yield from self.loss_weights.problems()
+        yield from at_least("stage", 1, loss_chunk=self.loss_chunk)
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainConfig(LMStageConfig):
+    """Next-token prediction over every token of packed documents (paper section 3.2)."""
+
+    kind: str = "pretrain"
+
+
+@dataclass(kw_only=True, slots=True)
+class SFTConfig(LMStageConfig):
+    """Supervised fine-tuning: the loss covers the response only (paper section 4.1)."""
+
+    kind: str = "sft"
+
+
+@dataclass(kw_only=True, slots=True)
+class IBQStageConfig(StageConfig):
+    """Image tokenizer training: reconstruction and quantization (paper section 2.3).
+
+    The first ``quantizer_warmup`` steps train encoder and decoder without the quantizer; the
+    codebook then starts from the latent vectors. 0 quantizes from the first step, with a random
+    codebook, and suits long runs only.
+    """
+
+    kind: str = "ibq"
+    quantizer_warmup: int = 0
+    reconstruction_weight: float = 1.0
+    quantization_weight: float = 1.0
+    commitment: float = 0.25
+    ema_decay: float = 0.999
+
+    def problems(self) -> Iterator[str]:
+        yield from StageConfig.problems(self)
+        yield from at_least(
+            "stage",
+            0,
+            quantizer_warmup=self.quantizer_warmup,
+            reconstruction_weight=self.reconstruction_weight,
+            quantization_weight=self.quantization_weight,
+            commitment=self.commitment,
+        )
+        if self.quantizer_warmup and self.quantizer_warmup >= self.steps:
+            yield (
+                f"stage.quantizer_warmup={self.quantizer_warmup} leaves none of "
+                f"stage.steps={self.steps} for the codebook; lower it"
+            )
+        if not 0 <= self.ema_decay < 1:
+            yield f"stage.ema_decay={self.ema_decay} must lie in [0, 1)"

@@ -1,0 +1,133 @@
+"""Laying planned samples out as the tensors of a micro-batch.
+
+Shape suffixes: B rows of a micro-batch, S tokens of a row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from emu35.data.plan import Sample
+from emu35.data.shards import decode_runs
+from emu35.data.source import Items, Source
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """One micro-batch, all tensors [B, S].
+
+    Attributes:
+        tokens: int64 ids; the pad id after the last document of a row.
+        labels: int64, the next token of the same document; the pad id where there is none.
+        label_modality: uint8, :class:`~emu35.tokens.serialize.Modality` of the label; 0 where
+            there is none.
+        label_valid: bool, whether there is a label to learn from.
+        positions: int64, counted from the start of the document; 0 on padding.
+        document_start: int64, the column where the token's document starts; S on padding, so
+            that no key lies in [start, column].
+        sample_ids: number of each row in the global stream; -1 for a row of padding only.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    label_modality: torch.Tensor
+    label_valid: torch.Tensor
+    positions: torch.Tensor
+    document_start: torch.Tensor
+    sample_ids: list[int]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The same batch with its tensors on ``device``."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if field.name != "sample_ids"
+        }
+        return Batch(**moved, sample_ids=self.sample_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceItems:
+    """A source and the items it was cut into for the current row length."""
+
+    source: Source
+    items: Items
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pieces:
+    """All pieces of one source in a micro-batch: item numbers and where each one goes."""
+
+    item: list[int]
+    row: list[int]
+    column: list[int]
+
+
+def assemble(
+    samples: Sequence[Sample | None],
+    *,
+    sources: Sequence[SourceItems],
+    sequence_length: int,
+    pad: int,
+) -> Batch:
+    """Read the items of ``samples`` and lay them out; None gives a row of padding.
+
+    Raises:
+        DataError: if a document changed after it was indexed.
+    """
+    shape_BS = (len(samples), sequence_length)
+    tokens_BS = np.full(shape_BS, pad, dtype=np.int64)
+    labels_BS = np.full(shape_BS, pad, dtype=np.int64)
+    label_modality_BS = np.zeros(shape_BS, dtype=np.uint8)
+    valid_BS = np.zeros(shape_BS, dtype=bool)
+    positions_BS = np.zeros(shape_BS, dtype=np.int64)
+    start_BS = np.full(shape_BS, sequence_length, dtype=np.int64)
+    count = np.arange(sequence_length)
+    for entry, pieces in _place(samples, sources=sources):
+        numbers = np.array(pieces.item, dtype=np.int64)
+        starts = entry.items.start[numbers].tolist()
+        lengths = entry.items.length[numbers].tolist()
+        reader = entry.source.read(entry.items.document[numbers])
+        for row, column, start, length, (words, runs) in zip(
+            pieces.row, pieces.column, starts, lengths, reader, strict=True
+        ):
+            codes = decode_runs(runs)
+            if len(words) != length:
+                words, codes = words[start : start + length], codes[start : start + length]
+            end = column + length
+            tokens_BS[row, column:end] = words
+            labels_BS[row, column : end - 1] = words[1:]
+            label_modality_BS[row, column : end - 1] = codes[1:]
+            valid_BS[row, column : end - 1] = True
+            positions_BS[row, column:end] = count[:length]
+            start_BS[row, column:end] = column
+    return Batch(
+        tokens=torch.as_tensor(tokens_BS),
+        labels=torch.as_tensor(labels_BS),
+        label_modality=torch.as_tensor(label_modality_BS),
+        label_valid=torch.as_tensor(valid_BS),
+        positions=torch.as_tensor(positions_BS),
+        document_start=torch.as_tensor(start_BS),
+        sample_ids=[-1 if sample is None else sample.number for sample in samples],
+    )
+
+
+def _place(
+    samples: Sequence[Sample | None], *, sources: Sequence[SourceItems]
+) -> Iterator[tuple[SourceItems, _Pieces]]:
+    """Group the pieces of all rows by source, so that each source is looked up once."""
+    pieces = [_Pieces(item=[], row=[], column=[]) for _ in sources]
+    lengths = [entry.items.length for entry in sources]
+    for row, sample in enumerate(samples):
+        column = 0
+        for source, item in sample.items if sample is not None else ():
+            found = pieces[source]
+            found.item.append(item)
+            found.row.append(row)
+            found.column.append(column)
+            column += int(lengths[source][item])
+    for entry, found in zip(sources, pieces, strict=True):
+        if found.item:
+            yield entry, found

@@ -1,0 +1,12 @@
+"""Ingestion: raw records in, token shards out; safe to interrupt at any moment and run again.
+
+Each input file (or folder read as a whole) is one unit of work. Its shards are written to a
+staging folder and moved into place together when the input is finished; only then does the
+manifest name the input as done. Running the same command again skips inputs that are done and
+starts the one that was interrupted from its beginning. The manifest also keeps the options, and a
+rerun with others is refused rather than mixed in.
+
+A record that cannot be used is written to ``rejects.jsonl`` with its reason and counted. An input
+of which more than ``max_rejects`` was rejected is not committed: the run goes on with the other
+inputs, keeps theirs, and fails at the end naming the bad ones.
+"""

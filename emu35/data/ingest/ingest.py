@@ -1,0 +1,271 @@
+"""One ingestion from options to shards and a summary."""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emu35.data.ingest.manifest import DoneInput, Manifest, lock_folder, open_books
+from emu35.data.ingest.options import IngestOptions, IngestSummary, PairOrder
+from emu35.data.ingest.pictures import EncodedRecord, PictureEncoder, PictureStage
+from emu35.data.ingest.progress import Progress
+from emu35.data.readers.discover import InputFile, find_inputs
+from emu35.data.readers.records import Reason, RecordForm, Reject
+from emu35.data.shards import ShardMeta, atomic_file
+from emu35.data.writer import ShardWriter
+from emu35.errors import DataError
+from emu35.tokens.document import Document, Image, Part
+from emu35.tokens.serialize import Modality, serialize
+from emu35.tokens.text import TextTokenizer, build_text_tokenizer
+
+REJECTS = "rejects.jsonl"
+
+
+def ingest(options: IngestOptions, *, encoder: PictureEncoder | None) -> IngestSummary:
+    """Turn inputs into token shards; see the package for what an interruption leaves behind.
+
+    Args:
+        encoder: makes codes of pictures; None where the inputs hold no picture.
+
+    Raises:
+        ConfigError: for impossible options.
+        DataError: if inputs are missing, the output folder cannot be used, an input has too many
+            rejects, or nothing at all could be ingested.
+        TokenizerError: if the text table is missing.
+    """
+    begin = time.monotonic()
+    options.validate()
+    inputs = find_inputs(options.inputs, text_unit=options.text_unit)
+    tokenizer = build_text_tokenizer(options.tokenizer)
+    with lock_folder(options.out):
+        manifest = open_books(
+            out=options.out,
+            folders=_FOLDERS[options.order],
+            identity=_identity(options, encoder=encoder),
+            existing=options.existing,
+        )
+        todo = [source for source in inputs if manifest.find(source) is None]
+        job = _Job(options=options, tokenizer=tokenizer, encoder=encoder, manifest=manifest)
+        failures = job.run(todo, skipped_bytes=sum(s.size for s in inputs if s not in todo))
+        _join_rejects(manifest, failed=[source for source, _ in failures])
+    summary = _summary(manifest, inputs=len(inputs), todo=len(todo), begin=begin)
+    rejects = options.out / REJECTS
+    if failures:
+        raise DataError(
+            "; ".join(message for _, message in failures)
+            + f". Reasons are in {rejects}; the other inputs are done. "
+            "Mend the input, or raise --max-rejects"
+        )
+    if summary.documents == 0:
+        raise DataError(f"{len(inputs)} inputs gave no document at all; reasons are in {rejects}")
+    return summary
+
+
+_FOLDERS = {
+    PairOrder.caption_first: ["."],
+    PairOrder.image_first: ["."],
+    PairOrder.both: [PairOrder.caption_first.value, PairOrder.image_first.value],
+}
+"""Shard folders below the output folder."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Tally:
+    """Counts over one input."""
+
+    documents: int = 0
+    tokens: int = 0
+    visual_tokens: int = 0
+    records: int = 0
+    rejects: dict[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(kw_only=True, slots=True)
+class _Output:
+    """One shard folder: its writer, and how it orders a picture and its caption."""
+
+    folder: str
+    order: PairOrder
+    writer: ShardWriter
+
+
+@dataclass(kw_only=True, slots=True)
+class _Job:
+    """The parts of a running ingestion."""
+
+    options: IngestOptions
+    tokenizer: TextTokenizer
+    encoder: PictureEncoder | None
+    manifest: Manifest
+
+    def run(
+        self, inputs: Sequence[InputFile], *, skipped_bytes: int
+    ) -> list[tuple[InputFile, str]]:
+        """Ingest one input after the other; returns those not committed, with what was wrong."""
+        failures: list[tuple[InputFile, str]] = []
+        progress = Progress(
+            label=f"ingest {self.options.source}",
+            total=skipped_bytes + sum(source.size for source in inputs),
+            items="documents",
+        )
+        progress.skip(skipped_bytes)
+        try:
+            for source in inputs:
+                progress.begin(size=source.size)
+                entry, records = self._ingest_input(source, progress=progress)
+                rejected = sum(entry.rejects.values())
+                if rejected > self.options.max_rejects * records:
+                    message = (
+                        f"input {source.path} had {rejected} of {records} records rejected, above "
+                        f"max_rejects={self.options.max_rejects}, and was left out"
+                    )
+                    failures.append((source, message))
+                    self.manifest.clear_staging()
+                else:
+                    self.manifest.commit(entry)
+        finally:
+            progress.close()
+        return failures
+
+    def _ingest_input(self, source: InputFile, *, progress: Progress) -> tuple[DoneInput, int]:
+        """Write the shards of one input into the staging folder; also returns the record count."""
+        tally = _Tally()
+        stage = PictureStage(
+            encoder=self.encoder,
+            images_per_call=self.options.images_per_call,
+            threads=self.options.threads,
+            sequence_length=self.options.sequence_length,
+        )
+        with ExitStack() as stack:
+            file = stack.enter_context(atomic_file(_rejects_path(self.manifest, path=source.path)))
+            outputs = [self._output(folder, stack=stack) for folder in self.manifest.folders]
+            for outcome in stage.run(source.read()):
+                tally.records += 1
+                reject = outcome if isinstance(outcome, Reject) else None
+                if isinstance(outcome, EncodedRecord):
+                    reject = self._write(outcome, outputs=outputs, tally=tally)
+                    offset = outcome.record.offset
+                else:
+                    offset = outcome.offset
+                if reject is not None:
+                    reason = str(reject.reason)
+                    tally.rejects[reason] = tally.rejects.get(reason, 0) + 1
+                    line = {
+                        "input": str(source.path),
+                        "id": reject.id,
+                        "reason": reason,
+                        "detail": reject.detail,
+                    }
+                    file.write(json.dumps(line).encode() + b"\n")
+                progress.update(offset, items=tally.documents)
+        entry = DoneInput(
+            path=str(source.path),
+            fingerprint=source.fingerprint,
+            shards=[
+                path.relative_to(self.manifest.staging).as_posix()
+                for output in outputs
+                for path in output.writer.paths
+            ],
+            documents=tally.documents,
+            tokens=tally.tokens,
+            visual_tokens=tally.visual_tokens,
+            rejects=tally.rejects,
+        )
+        return entry, tally.records
+
+    def _output(self, folder: str, *, stack: ExitStack) -> _Output:
+        config = self.options.tokenizer
+        meta = ShardMeta(
+            source=self.options.source,
+            kind=config.kind.value,
+            n_text=self.tokenizer.vocabulary.n_text,
+            codebook_size=config.codebook_size,
+            vision=self.encoder.digest if self.encoder is not None else None,
+        )
+        writer = ShardWriter(
+            folder=self.manifest.staging / folder,
+            meta=meta,
+            shard_bytes=self.options.shard_bytes,
+            first_shard=self.manifest.next_shard(folder),
+        )
+        order = self.options.order if folder == "." else PairOrder(folder)
+        return _Output(folder=folder, order=order, writer=stack.enter_context(writer))
+
+    def _write(
+        self, encoded: EncodedRecord, *, outputs: Sequence[_Output], tally: _Tally
+    ) -> Reject | None:
+        record = encoded.record
+        if len(outputs) > 1 and record.form is not RecordForm.pair:
+            return Reject(id=record.id, reason=Reason.not_a_pair)
+        for output in outputs:
+            parts = _ordered(encoded, order=output.order)
+            document = Document(parts, source=self.options.source, id=record.id)
+            sequence = serialize(document, self.tokenizer)
+            output.writer.append(sequence, document_id=record.id)
+            tally.documents += 1
+            tally.tokens += len(sequence)
+            tally.visual_tokens += int(np.count_nonzero(sequence.modality == Modality.VISUAL))
+        return None
+
+
+def _ordered(encoded: EncodedRecord, *, order: PairOrder) -> list[Part]:
+    """The parts of a document; those of a pair in the order asked for."""
+    if encoded.record.form is not RecordForm.pair:
+        return encoded.parts
+    image_first = order is PairOrder.image_first
+    return sorted(encoded.parts, key=lambda part: isinstance(part, Image) is not image_first)
+
+
+def _identity(options: IngestOptions, *, encoder: PictureEncoder | None) -> dict[str, Any]:
+    """The options that decide what a document becomes; a rerun must repeat them."""
+    return {
+        "source": options.source,
+        "tokenizer": options.tokenizer.kind.value,
+        "codebook_size": options.tokenizer.codebook_size,
+        "vision": encoder.digest if encoder is not None else None,
+        "area": options.area,
+        "order": options.order.value,
+        "text_unit": options.text_unit.value,
+        "sequence_length": options.sequence_length,
+    }
+
+
+def _rejects_path(manifest: Manifest, *, path: Path) -> Path:
+    """Where the rejects of one input are kept; the name depends on the input alone."""
+    name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    folder = manifest.books / "rejects"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.jsonl"
+
+
+def _join_rejects(manifest: Manifest, *, failed: Sequence[InputFile]) -> None:
+    """Write ``rejects.jsonl`` anew from the rejects of each input."""
+    paths = [Path(entry.path) for entry in manifest.done] + [source.path for source in failed]
+    with atomic_file(manifest.out / REJECTS) as file:
+        for path in paths:
+            found = _rejects_path(manifest, path=path)
+            if found.is_file():
+                file.write(found.read_bytes())
+
+
+def _summary(manifest: Manifest, *, inputs: int, todo: int, begin: float) -> IngestSummary:
+    rejects: dict[str, int] = {}
+    for entry in manifest.done:
+        for reason, count in entry.rejects.items():
+            rejects[reason] = rejects.get(reason, 0) + count
+    return IngestSummary(
+        documents=sum(entry.documents for entry in manifest.done),
+        tokens=sum(entry.tokens for entry in manifest.done),
+        visual_tokens=sum(entry.visual_tokens for entry in manifest.done),
+        shards=sum(len(entry.shards) for entry in manifest.done),
+        rejects=rejects,
+        inputs=inputs,
+        skipped=inputs - todo,
+        seconds=time.monotonic() - begin,
+    )

@@ -1,0 +1,114 @@
+"""What an ingestion is asked to do. Imports nothing heavy, so that the command line can."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from pathlib import Path
+
+from emu35.config.check import at_least
+from emu35.config.tokenizer import TokenizerConfig
+from emu35.data.readers.discover import TextUnit
+from emu35.errors import ConfigError
+
+
+class PairOrder(StrEnum):
+    """How a picture and its caption become a document.
+
+    ``both`` writes two sources, ``OUT/caption_first`` and ``OUT/image_first``, and encodes each
+    picture once.
+    """
+
+    caption_first = "caption_first"
+    image_first = "image_first"
+    both = "both"
+
+
+class Existing(Enum):
+    """What to do with an earlier ingestion in the output folder: go on with it, or start over."""
+
+    # Not a StrEnum, in which ``replace`` would be the method of strings.
+
+    resume = "resume"
+    replace = "replace"
+
+
+@dataclass(kw_only=True, slots=True)
+class IngestOptions:
+    """Options of ``emu35 data ingest``.
+
+    Attributes:
+        inputs: files or folders (see :func:`emu35.data.readers.discover.find_inputs`).
+        out: folder for the shards, of this source alone.
+        source: name of the source; shards are called ``<source>-000000.tar``.
+        tokenizer: text table, codebook size, and the image tokenizer's folder (``vision``).
+        area: pictures are resized to about this many pixels, aspect kept.
+        sequence_length: a picture longer than this is rejected (0: no limit).
+        shard_bytes: size at which a new shard is begun.
+        images_per_call: pictures of equal size encoded together.
+        threads: threads that open and resize pictures.
+        max_rejects: the largest tolerable share of rejected records in an input.
+    """
+
+    inputs: list[Path]
+    out: Path
+    source: str
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    area: int = 512 * 512
+    order: PairOrder = PairOrder.caption_first
+    text_unit: TextUnit = TextUnit.file
+    sequence_length: int = 0
+    shard_bytes: int = 256 * 2**20
+    images_per_call: int = 16
+    threads: int = 2
+    max_rejects: float = 0.5
+    existing: Existing = Existing.resume
+
+    def validate(self) -> None:
+        """Raises: ConfigError naming every problem."""
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems(self) -> Iterator[str]:
+        if not self.inputs:
+            yield "inputs is empty; give at least one file or folder"
+        yield from self.tokenizer.problems()
+        yield from at_least(
+            "ingest",
+            1,
+            area=self.area,
+            shard_bytes=self.shard_bytes,
+            images_per_call=self.images_per_call,
+            threads=self.threads,
+        )
+        yield from at_least("ingest", 0, sequence_length=self.sequence_length)
+        if not 0.0 <= self.max_rejects <= 1.0:
+            yield f"ingest.max_rejects={self.max_rejects} must lie in [0, 1]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IngestSummary:
+    """What an ingestion did, inputs done in earlier runs included; counts are over all sources.
+
+    ``rejects`` maps a reason to its count; ``skipped`` counts inputs that were done already.
+    """
+
+    documents: int
+    tokens: int
+    visual_tokens: int
+    shards: int
+    rejects: dict[str, int]
+    inputs: int
+    skipped: int
+    seconds: float
+
+    def lines(self) -> list[str]:
+        """A few lines to print."""
+        rows = [
+            f"{self.documents} documents, {self.tokens} tokens ({self.visual_tokens} visual), "
+            f"{self.shards} shards from {self.inputs} inputs in {self.seconds:.1f} s"
+        ]
+        if self.skipped:
+            rows.append(f"{self.skipped} inputs were done already")
+        rows += [f"rejected: {count} x {reason}" for reason, count in sorted(self.rejects.items())]
+        return rows

@@ -1,0 +1,184 @@
+"""Turning the pictures of raw records into codes: opened in threads, encoded in batches.
+
+``data`` does not know the image tokenizer; a :class:`PictureEncoder` is handed in by the stage
+that assembles an ingestion.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL.Image import Image as Picture
+
+from emu35.data.readers.records import RawImage, RawRecord, Reason, Reject
+from emu35.errors import DataError
+from emu35.tokens.document import Image, Part, Text
+
+# Bounds of what is held at a time: decoded pictures take 3 bytes a pixel.
+_WINDOW_PIXELS = 32 * 2**20
+_WINDOW_RECORDS = 1024
+
+
+class UnusablePicture(DataError):
+    """A picture that cannot be encoded: ``reason`` in a few stable words, and ``detail``."""
+
+    def __init__(self, *, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+class PictureEncoder(Protocol):
+    """Opens, resizes and encodes pictures.
+
+    Attributes:
+        digest: identifies the weights that make the codes.
+        factor: pixels per code along each side.
+    """
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def factor(self) -> int: ...
+
+    def prepare(self, data: bytes | Path) -> Picture:
+        """Open and resize; both sides become multiples of the factor. Called from threads.
+
+        Raises:
+            UnusablePicture: for anything that is not a picture, is damaged or absurdly large.
+        """
+        ...
+
+    def encode(self, pictures: Sequence[Picture]) -> list[npt.NDArray[np.integer[Any]]]:
+        """Codes [H, W] of pictures that all have the same size."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedRecord:
+    """A record whose pictures are codes."""
+
+    record: RawRecord
+    parts: list[Part]
+
+
+_Prepared: TypeAlias = "tuple[RawRecord, list[Picture]] | Reject"
+
+
+@dataclass(kw_only=True, slots=True)
+class PictureStage:
+    """Encodes a stream of records, keeping its order.
+
+    A picture that cannot fit a document of ``sequence_length`` tokens (0: no limit) is rejected
+    before it is encoded. Without ``encoder`` a record with a picture raises DataError: the options
+    of the whole ingestion are wrong, not the record.
+    """
+
+    encoder: PictureEncoder | None
+    images_per_call: int
+    threads: int
+    sequence_length: int
+
+    def run(self, records: Iterable[RawRecord | Reject]) -> Iterator[EncodedRecord | Reject]:
+        """Encode records window by window; rejects pass through in place."""
+        stream = iter(records)
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="emu35-pictures") as pool:
+            while window := self._window(stream, pool=pool):
+                yield from self._encode(window)
+
+    def _window(
+        self, stream: Iterator[RawRecord | Reject], *, pool: ThreadPoolExecutor
+    ) -> list[_Prepared]:
+        window: list[_Prepared] = []
+        pixels = 0
+        while pixels < _WINDOW_PIXELS and len(window) < _WINDOW_RECORDS:
+            chunk = list(islice(stream, 4 * self.threads))
+            if not chunk:
+                break
+            for prepared in pool.map(self._prepare, chunk):
+                window.append(prepared)
+                if not isinstance(prepared, Reject):
+                    pixels += sum(picture.width * picture.height for picture in prepared[1])
+        return window
+
+    def _prepare(self, record: RawRecord | Reject) -> _Prepared:
+        if isinstance(record, Reject):
+            return record
+        pictures: list[Picture] = []
+        for part in record.parts:
+            if not isinstance(part, RawImage):
+                continue
+            if self.encoder is None:
+                raise DataError(
+                    f"record {record.id!r} holds a picture, but no image tokenizer was given; "
+                    "name its folder with --vision (tokenizer.vision)"
+                )
+            try:
+                picture = self.encoder.prepare(part.data)
+            except UnusablePicture as error:
+                return _reject(record, error.reason, error.detail)
+            rows, columns = (
+                picture.height // self.encoder.factor,
+                picture.width // self.encoder.factor,
+            )
+            length = picture_tokens(rows=rows, columns=columns)
+            # A document is at least BOS, the picture, EOS.
+            if self.sequence_length and length + 2 > self.sequence_length:
+                detail = (
+                    f"{rows}x{columns} codes take {length} tokens and two more for the document, "
+                    f"above {self.sequence_length}; lower the area"
+                )
+                return _reject(record, Reason.picture_too_long, detail)
+            pictures.append(picture)
+        return record, pictures
+
+    def _encode(self, window: Sequence[_Prepared]) -> Iterator[EncodedRecord | Reject]:
+        pictures = [
+            picture
+            for prepared in window
+            if not isinstance(prepared, Reject)
+            for picture in prepared[1]
+        ]
+        codes = iter(self._encode_grouped(pictures))
+        for prepared in window:
+            if isinstance(prepared, Reject):
+                yield prepared
+                continue
+            record, _ = prepared
+            parts: list[Part] = [
+                Image(next(codes)) if isinstance(part, RawImage) else Text(part.text)
+                for part in record.parts
+            ]
+            yield EncodedRecord(record=record, parts=parts)
+
+    def _encode_grouped(self, pictures: Sequence[Picture]) -> list[npt.NDArray[np.integer[Any]]]:
+        """Codes of each picture, in order; pictures of equal size go through the codec together."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for number, picture in enumerate(pictures):
+            groups.setdefault(picture.size, []).append(number)
+        codes: dict[int, npt.NDArray[np.integer[Any]]] = {}
+        for numbers in groups.values():
+            for first in range(0, len(numbers), self.images_per_call):
+                batch = numbers[first : first + self.images_per_call]
+                assert self.encoder is not None
+                found = self.encoder.encode([pictures[number] for number in batch])
+                codes.update(zip(batch, found, strict=True))
+        return [codes[number] for number in range(len(pictures))]
+
+
+def picture_tokens(*, rows: int, columns: int) -> int:
+    """Tokens from BOI to EOI: codes, EOL between rows, BOI, IMG, EOI and the size in digits.
+
+    Both kinds of text tokenizer write one token per digit.
+    """
+    return rows * columns + rows - 1 + 3 + len(f"{rows}*{columns}")
+
+
+def _reject(record: RawRecord, reason: str, detail: str) -> Reject:
+    return Reject(id=record.id, reason=reason, detail=detail, offset=record.offset)

@@ -1,0 +1,230 @@
+"""What training asks for batches: the endless token loader, and a validation set read whole."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emu35.config.data import TokenDataConfig, ValidationConfig
+from emu35.data.batch import Batch, SourceItems, assemble
+from emu35.data.pack import Item, best_fit_decreasing
+from emu35.data.plan import PlannedSource, Planner, Sample
+from emu35.data.prefetch import Prefetcher
+from emu35.data.source import Items, Source, check_vision
+from emu35.errors import DataError
+from emu35.tokens.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Step:
+    """This rank's share of a global step, and the planner's state after the whole step."""
+
+    batches: list[Batch]
+    state: dict[str, Any]
+
+
+class TokenLoader:
+    """Micro-batches of this rank, step after step, from a stream all ranks agree on.
+
+    Of every ``global_batch_size`` consecutive samples, rank r of n takes the r-th n-th, so that
+    the ranks' slices laid end to end are the stream, whatever n is. Batches are prepared
+    ``data.prefetch_steps`` ahead in a thread; the state is that of the steps handed out.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: TokenDataConfig,
+        vocabulary: Vocabulary,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+    ) -> None:
+        """Open every source with a positive ratio.
+
+        Raises:
+            DataError: if a source is missing, damaged, empty, was made with another tokenizer, or
+                holds a picture longer than ``data.sequence_length``.
+        """
+        share = global_batch_size // dp_size
+        if global_batch_size % dp_size or share % micro_batch_size:
+            raise DataError(
+                f"a global batch of {global_batch_size} samples does not divide into {dp_size} "
+                f"ranks x micro-batches of {micro_batch_size}; "
+                f"use a multiple of {dp_size * micro_batch_size}"
+            )
+        if not any(source.ratio > 0 for source in data.sources.values()):
+            raise DataError(
+                "data.sources names no source with a positive ratio; add one, for example "
+                "data.sources.text.path=FOLDER"
+            )
+        self._data = data
+        self._pad = vocabulary.pad
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._mine = slice(dp_rank * share, (dp_rank + 1) * share)
+        self._sources: list[SourceItems] = []
+        planned: list[PlannedSource] = []
+        for name, config in sorted(data.sources.items()):
+            if config.ratio > 0:
+                entry = open_source(
+                    name=name,
+                    path=Path(config.path),
+                    vocabulary=vocabulary,
+                    limit=data.sequence_length,
+                )
+                self._sources.append(entry)
+                planned.append(plan_source(entry, ratio=config.ratio))
+        check_vision([entry.source for entry in self._sources])
+        self._planner = Planner(
+            sources=planned,
+            sequence_length=data.sequence_length,
+            open_bins=data.open_bins,
+            shuffle_window=data.shuffle_window,
+            seed=seed,
+        )
+        self._state = self._planner.state_dict()
+        self._prefetcher = self._new_prefetcher()
+
+    def __enter__(self) -> "TokenLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next global step.
+
+        Raises:
+            DataError: if a shard changed under the run.
+        """
+        step = self._prefetcher.next()
+        self._state = step.state
+        return step.batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the last step handed out; the same on every rank."""
+        return self._state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, with any data-parallel size.
+
+        Raises:
+            DataError: naming what changed in the data or its settings.
+        """
+        self._prefetcher.close()
+        self._planner.load_state_dict(state)
+        self._state = self._planner.state_dict()
+        self._prefetcher = self._new_prefetcher()
+
+    def close(self) -> None:
+        """End the prefetching thread."""
+        self._prefetcher.close()
+
+    def _new_prefetcher(self) -> Prefetcher[_Step]:
+        return Prefetcher(self._produce, depth=self._data.prefetch_steps, name="emu35-loader")
+
+    def _produce(self) -> _Step:
+        samples = self._planner.take(self._global_batch_size)[self._mine]
+        size = self._micro_batch_size
+        batches = [
+            assemble(
+                samples[first : first + size],
+                sources=self._sources,
+                sequence_length=self._data.sequence_length,
+                pad=self._pad,
+            )
+            for first in range(0, len(samples), size)
+        ]
+        return _Step(batches=batches, state=self._planner.state_dict())
+
+
+class ValidationSet:
+    """The first ``max_documents`` documents of a folder, packed densely, in a fixed order.
+
+    Every rank iterates the same number of batches: rows beyond the last sample are padding, with
+    no valid label. Which modality the loss is about is for the caller to weigh.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ValidationConfig,
+        data: TokenDataConfig,
+        vocabulary: Vocabulary,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+    ) -> None:
+        """Raises: DataError, as :class:`TokenLoader` does."""
+        self._entry = open_source(
+            name=Path(config.path).name,
+            path=Path(config.path),
+            vocabulary=vocabulary,
+            limit=data.sequence_length,
+            max_documents=config.max_documents,
+        )
+        self._length = data.sequence_length
+        self._pad = vocabulary.pad
+        self._size = micro_batch_size
+        bins = best_fit_decreasing(
+            lengths=self._entry.items.length.tolist(), capacity=data.sequence_length
+        )
+        samples = [
+            Sample(number=number, items=[Item(0, item) for item in items])
+            for number, items in enumerate(bins)
+        ]
+        self._batches = -(-len(samples) // (micro_batch_size * dp_size))
+        rows: list[Sample | None] = [*samples]
+        rows += [None] * (self._batches * micro_batch_size * dp_size - len(samples))
+        self._rows = rows[dp_rank::dp_size]
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, len(self._rows), self._size):
+            yield assemble(
+                self._rows[first : first + self._size],
+                sources=[self._entry],
+                sequence_length=self._length,
+                pad=self._pad,
+            )
+
+
+def open_source(
+    *,
+    name: str,
+    path: Path,
+    vocabulary: Vocabulary,
+    limit: int,
+    max_documents: int | None = None,
+) -> SourceItems:
+    """Open a folder of shards and cut its documents for rows of ``limit`` tokens.
+
+    Raises:
+        DataError: if the folder cannot be used, or is empty.
+    """
+    source = Source(name=name, path=path, vocabulary=vocabulary)
+    keep = None
+    if max_documents is not None:
+        keep = np.arange(len(source)) < max_documents
+    items = Items(source=source, limit=limit, documents=keep)
+    if len(items) == 0:
+        raise DataError(f"shard folder {path} holds no document; ingest some into it")
+    return SourceItems(source=source, items=items)
+
+
+def plan_source(entry: SourceItems, *, ratio: float) -> PlannedSource:
+    """What the planner needs to know of a source."""
+    return PlannedSource(
+        name=entry.source.name,
+        ratio=ratio,
+        length=entry.items.length,
+        per_shard=entry.items.per_shard,
+        fingerprint=entry.source.fingerprint,
+    )

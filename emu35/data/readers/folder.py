@@ -1,0 +1,78 @@
+"""Folders: pictures with a ``.txt`` caption of the same name, or text files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from emu35.data.readers.records import RawRecord, Reason, Reject, pair_record, text_record
+from emu35.data.readers.webdataset import LARGEST_MEMBER, PICTURES
+
+TEXTS = ("txt", "md")
+
+
+def extension(path: Path) -> str:
+    """Lower-case, without the dot."""
+    return path.suffix[1:].lower()
+
+
+def list_files(folder: Path) -> list[Path]:
+    """All files below ``folder`` in a fixed order, hidden ones left out."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    visible = (
+        path
+        for path in found
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def read_picture_folder(folder: Path) -> Iterator[RawRecord | Reject]:
+    """One record a picture; a caption without a picture is a reject."""
+    files = list_files(folder)
+    stems = {path.with_suffix("") for path in files if extension(path) in PICTURES}
+    offset = 0
+    for path in files:
+        offset += path.stat().st_size
+        name = path.relative_to(folder).as_posix()
+        if extension(path) in PICTURES:
+            yield _read_pair(path, name=name, offset=offset)
+        elif extension(path) == "txt" and path.with_suffix("") not in stems:
+            yield Reject(id=name, reason=Reason.no_picture, offset=offset)
+
+
+def _read_pair(path: Path, *, name: str, offset: int) -> RawRecord | Reject:
+    side = path.with_suffix(".txt")
+    try:
+        caption = side.read_bytes().decode("utf-8-sig") if side.is_file() else None
+    except UnicodeDecodeError as error:
+        return Reject(id=name, reason=Reason.bad_encoding, detail=str(error), offset=offset)
+    if path.stat().st_size > LARGEST_MEMBER:
+        detail = f"the limit is {LARGEST_MEMBER} bytes"
+        return Reject(id=name, reason=Reason.too_large, detail=detail, offset=offset)
+    return pair_record(id=name, caption=caption, picture=path, offset=offset)
+
+
+def read_text_folder(folder: Path) -> Iterator[RawRecord | Reject]:
+    """One record a text file."""
+    offset = 0
+    for path in list_files(folder):
+        if extension(path) in TEXTS:
+            offset += path.stat().st_size
+            name = path.relative_to(folder).as_posix()
+            yield text_record(id=name, data=path.read_bytes(), offset=offset)
+
+
+def read_text_file(path: Path) -> Iterator[RawRecord | Reject]:
+    """The whole file as one record."""
+    yield text_record(id=path.name, data=path.read_bytes(), offset=path.stat().st_size)
+
+
+def read_text_lines(path: Path) -> Iterator[RawRecord | Reject]:
+    """One record a line; blank lines only separate."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            offset += len(line)
+            if line.strip():
+                yield text_record(
+                    id=f"{path.name}:{number}", data=line.rstrip(b"\r\n"), offset=offset
+                )

@@ -1,0 +1,200 @@
+"""The token shard: a plain webdataset tar, and its memory-mapped reader.
+
+Layout of ``<source>-000000.tar`` (USTAR, every member padded to 512 bytes)::
+
+    __emu35__/shard.json    ShardMeta; stock webdataset skips names of this form
+    000000-000000.tok       token ids, uint32 little endian
+    000000-000000.mod       modality runs, uint32 little endian: length << 4 | code
+    000000-000000.json      {"id", "source", "tokens", "images": [[start, end, rows, columns], ...]}
+    ...
+    __emu35__/digest        sha256 (hex) of every byte before this member
+
+Because members start at multiples of 512, a mapped tar viewed as uint32 words gives each
+document's tokens as one aligned slice. The digest sits at a fixed distance from the end, so that
+an index can tell with one read whether it belongs to the tar beside it.
+"""
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import tarfile
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from emu35.errors import DataError
+from emu35.tokens.serialize import Modality, TokenSequence
+from emu35.tokens.vocabulary import Vocabulary
+
+FORMAT = 1
+META_MEMBER = "__emu35__/shard.json"
+DIGEST_MEMBER = "__emu35__/digest"
+BLOCK = tarfile.BLOCKSIZE
+# Digest member (header and one block) plus the two zero blocks that end a tar.
+TAIL = 4 * BLOCK
+
+_CODE_BITS = 4
+
+Words = npt.NDArray[np.uint32]
+Codes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardMeta:
+    """What all documents of a shard share: their source and the tokenizer that made the ids.
+
+    ``vision`` is the digest of the image tokenizer's weights, None where no picture was encoded.
+    """
+
+    source: str
+    kind: str
+    n_text: int
+    codebook_size: int
+    vision: str | None = None
+
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(n_text=self.n_text, codebook_size=self.codebook_size)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> "ShardMeta":
+        """Raises: ValueError, KeyError or TypeError if the text is not a shard's metadata."""
+        fields: dict[str, Any] = json.loads(text)
+        if fields.pop("format") != FORMAT:
+            raise ValueError("another format version")
+        return ShardMeta(**fields)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSpan:
+    """A picture inside a token sequence: [start, end) from BOI to EOI, and its grid of codes."""
+
+    start: int
+    end: int
+    rows: int
+    columns: int
+
+
+def encode_runs(modality: Codes) -> Words:
+    """Run-length code of a modality array, one word a run."""
+    if modality.size == 0:
+        return np.zeros(0, np.uint32)
+    starts = np.flatnonzero(np.diff(modality, prepend=modality[0] ^ 0xFF))
+    lengths = np.diff(starts, append=modality.size).astype(np.uint32)
+    return (lengths << np.uint32(_CODE_BITS)) | modality[starts].astype(np.uint32)
+
+
+def decode_runs(words: Words) -> Codes:
+    """Inverse of :func:`encode_runs`; concatenated runs decode to the concatenation."""
+    codes = (words & ((1 << _CODE_BITS) - 1)).astype(np.uint8)
+    return np.repeat(codes, words >> _CODE_BITS)
+
+
+def image_spans(sequence: TokenSequence, *, vocabulary: Vocabulary) -> list[ImageSpan]:
+    """Find the pictures of a serialized document.
+
+    Raises:
+        DataError: if BOI and EOI do not pair up or a picture is ragged.
+    """
+    tokens = sequence.tokens
+    starts = np.flatnonzero(tokens == vocabulary.boi)
+    ends = np.flatnonzero(tokens == vocabulary.eoi) + 1
+    if len(starts) != len(ends) or bool(np.any(starts >= ends)):
+        raise DataError(f"{len(starts)} pictures are opened but {len(ends)} are closed")
+    spans: list[ImageSpan] = []
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        part = tokens[start:end]
+        rows = int(np.count_nonzero(part == vocabulary.eol)) + 1
+        codes = int(np.count_nonzero(part >= vocabulary.visual_start))
+        if codes == 0 or codes % rows:
+            raise DataError(f"a picture of {codes} codes in {rows} rows is ragged")
+        spans.append(ImageSpan(start=start, end=end, rows=rows, columns=codes // rows))
+    return spans
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Generator[BinaryIO, None, None]:
+    """Open a temporary file that becomes ``path`` on success and vanishes on failure.
+
+    Raises:
+        DataError: when the disk is full; ``path`` is left as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"no space left to write {path}; nothing half written was kept. "
+                "Free some space and run the same command again"
+            ) from error
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def member_header(name: str, size: int) -> bytes:
+    """USTAR header of a regular file; the same name and size give the same bytes."""
+    # Time, owner and mode are fixed, so that the same documents give the same bytes.
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+class ShardFile:
+    """A mapped shard; ``words`` is the whole tar as uint32, ``wide`` as uint64."""
+
+    __slots__ = ("_map", "path", "wide", "words")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.words: Words = np.frombuffer(self._map, dtype="<u4")
+        self.wide: npt.NDArray[np.uint64] = np.frombuffer(self._map, dtype="<u8")
+
+    def text(self, *, offset: int, size: int) -> str:
+        """Member bytes as text."""
+        return self._map[offset : offset + size].decode()
+
+
+def read_tail_digest(path: Path) -> str | None:
+    """The digest a shard carries at its end, or None if the file does not end like a shard."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-TAIL, os.SEEK_END)
+            tail = file.read(TAIL)
+    except OSError:
+        return None
+    if tail[:BLOCK] != member_header(DIGEST_MEMBER, 64) or any(tail[2 * BLOCK :]):
+        return None
+    return tail[BLOCK : BLOCK + 64].decode("ascii", "replace")
+
+
+def count_modalities(runs: Words) -> npt.NDArray[np.int64]:
+    """Tokens of each modality in a run-length coded document, shape [len(Modality)]."""
+    codes = (runs & ((1 << _CODE_BITS) - 1)).astype(np.int64)
+    counts = np.bincount(codes, weights=runs >> _CODE_BITS, minlength=len(Modality))
+    return counts.astype(np.int64)

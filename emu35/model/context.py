@@ -1,0 +1,31 @@
+"""What travels with the hidden states to every core attention: positions, mask, cache."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from emu35.model.cache import KVCache
+from emu35.model.mask import AttentionMask
+from emu35.parallel import cpu
+
+cpu.install()
+
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+
+
+@dataclass
+class AttentionContext(PackedSeqParams):
+    """Rides in mcore's ``packed_seq_params`` argument, which reaches the core attention of every
+    layer and is kept in closures by recomputation (a global would be stale under 1F1B).
+
+    ``qkv_format`` "sbhd" tells mcore not to interpret it. ``positions_BS`` are rotary positions,
+    int64 [B, S]. With a ``cache``, the key indices of ``mask`` are cache slots.
+    """
+
+    qkv_format: str = "sbhd"
+    positions_BS: torch.Tensor | None = None
+    mask: AttentionMask | None = None
+    cache: KVCache | None = None
+    # Derived once a forward and shared by the layers: rotary tables, dense masks, segments.
+    derived: dict[Any, Any] = field(default_factory=dict)

@@ -1,0 +1,181 @@
+"""From hidden states to the loss or to logits, without ever holding all logits of a sequence.
+
+The output layer is split over tensor-parallel ranks by vocabulary rows. The loss projects a chunk
+of tokens at a time, combines maxima and sums over ranks, and forms the gradient right there
+(softmax minus one-hot), so that backward has nothing left to recompute. Rows that only pad the
+vocabulary to a multiple of the ranks take no part.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from emu35.model.transformer import Emu35Model
+from emu35.parallel import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel.mappings import (  # noqa: E402
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Rows:
+    """This rank's part of the vocabulary: ids [start, start + count)."""
+
+    start: int
+    count: int
+    group: dist.ProcessGroup | None
+
+
+def weighted_cross_entropy(
+    model: Emu35Model,
+    *,
+    hidden_SBH: torch.Tensor,
+    labels_BS: torch.Tensor,
+    weights_BS: torch.Tensor,
+    chunk: int = 1024,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over tokens of weight x cross-entropy, and the cross-entropy of every token.
+
+    Args:
+        model: its ``output_layer`` is the projection.
+        hidden_SBH: hidden states of the last stage (this rank's slice under sequence parallelism).
+        labels_BS: label ids int64 [B, S].
+        weights_BS: fp32 [B, S], usually already divided by their global sum; a token of weight 0
+            costs nothing.
+        chunk: token rows projected at a time.
+
+    Returns:
+        The scalar loss (differentiable) and detached per-token losses fp32 [B, S] (0 where the
+        weight is 0).
+    """
+    if model.config.sequence_parallel:
+        hidden_SBH = gather_from_sequence_parallel_region(
+            hidden_SBH, tensor_parallel_output_grad=True
+        )
+    else:
+        hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH)
+    weights_N = weights_BS.t().reshape(-1)
+    chosen = weights_N.nonzero().squeeze(1)
+    hidden_NH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1]).index_select(0, chosen)
+    loss, losses_M = _ProjectedCrossEntropy.apply(
+        hidden_NH,
+        model.output_layer.weight,
+        labels_BS.t().reshape(-1)[chosen],
+        weights_N[chosen].float(),
+        _own_rows(model),
+        chunk,
+    )
+    losses_N = torch.zeros_like(weights_N, dtype=torch.float32)
+    losses_N[chosen] = losses_M
+    return loss, losses_N.view(*hidden_SBH.shape[:2]).t()
+
+
+class _ProjectedCrossEntropy(torch.autograd.Function):
+    """Projection, softmax and cross-entropy in one, chunked over tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        labels_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        rows: _Rows,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weight_RH = weight_VH[: rows.count]
+        losses_N = torch.empty_like(weights_N)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if needs_grad:
+            grad_hidden_NH = torch.empty_like(hidden_NH)
+            # fp32, for the sum over chunks must not be rounded to bf16 at every step.
+            grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        for start in range(0, len(labels_N), chunk):
+            part = slice(start, start + chunk)
+            probabilities_CR, losses_N[part], local_C = _softmax(
+                hidden_NH[part], weight_RH=weight_RH, labels_C=labels_N[part], rows=rows
+            )
+            if needs_grad:
+                held = (local_C >= 0).nonzero().squeeze(1)
+                probabilities_CR[held, local_C[held]] -= 1.0
+                probabilities_CR *= weights_N[part, None]
+                grad_CR = probabilities_CR.to(weight_VH.dtype)
+                torch.mm(grad_CR, weight_RH, out=grad_hidden_NH[part])
+                _accumulate(grad_weight_VH[: rows.count], grad_CR=grad_CR, hidden=hidden_NH[part])
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype))
+        ctx.mark_non_differentiable(losses_N)
+        return (weights_N * losses_N).sum(), losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
+        scale = grads[0]
+        if scale.item() != 1.0:
+            grad_hidden_NH = grad_hidden_NH * scale.to(grad_hidden_NH.dtype)
+            grad_weight_VH = grad_weight_VH * scale.to(grad_weight_VH.dtype)
+        return grad_hidden_NH, grad_weight_VH, None, None, None, None
+
+
+def _softmax(
+    hidden_CH: torch.Tensor, *, weight_RH: torch.Tensor, labels_C: torch.Tensor, rows: _Rows
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Probabilities over this rank's rows [C, R], cross-entropy [C], and the label's index among
+    this rank's rows [C] (-1 where another rank holds it)."""
+    logits_CR = (hidden_CH @ weight_RH.t()).float()
+    highest_C = logits_CR.amax(1)
+    if rows.group is not None:
+        dist.all_reduce(highest_C, op=dist.ReduceOp.MAX, group=rows.group)
+    logits_CR -= highest_C[:, None]
+    inside_C = (labels_C >= rows.start) & (labels_C < rows.start + rows.count)
+    local_C = torch.where(inside_C, labels_C - rows.start, -1)
+    label_logits_C = logits_CR.gather(1, local_C.clamp(min=0)[:, None]).squeeze(1)
+    label_logits_C = label_logits_C.masked_fill(~inside_C, 0.0)
+    probabilities_CR = logits_CR.exp_()
+    sums_C = probabilities_CR.sum(1)
+    if rows.group is not None:
+        both = torch.stack([label_logits_C, sums_C])
+        dist.all_reduce(both, group=rows.group)
+        label_logits_C, sums_C = both
+    probabilities_CR /= sums_C[:, None]
+    return probabilities_CR, sums_C.log() - label_logits_C, local_C
+
+
+def _accumulate(
+    total_RH: torch.Tensor, *, grad_CR: torch.Tensor, hidden: torch.Tensor
+) -> None:
+    if total_RH.dtype == grad_CR.dtype:
+        total_RH.addmm_(grad_CR.t(), hidden)
+    else:
+        total_RH += grad_CR.t() @ hidden
+
+
+def _own_rows(model: Emu35Model) -> _Rows:
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    held = model.output_layer.weight.shape[0]
+    start = held * parallel_state.get_tensor_model_parallel_rank()
+    return _Rows(
+        start=start,
+        count=max(0, min(held, model.vocabulary_size - start)),
+        group=parallel_state.get_tensor_model_parallel_group() if size > 1 else None,
+    )
+
+
+@torch.no_grad()
+def vocabulary_logits(model: Emu35Model, *, hidden_NH: torch.Tensor) -> torch.Tensor:
+    """Logits fp32 [N, vocabulary] of a few hidden rows, gathered over tensor-parallel ranks and
+    without padding rows. Meant for sampling; training goes through the chunked loss."""
+    rows = _own_rows(model)
+    logits_NR = (hidden_NH @ model.output_layer.weight.t()).float()
+    if rows.group is None:
+        return logits_NR[:, : model.vocabulary_size]
+    parts = [torch.empty_like(logits_NR) for _ in range(dist.get_world_size(rows.group))]
+    dist.all_gather(parts, logits_NR.contiguous(), group=rows.group)
+    return torch.cat(parts, 1)[:, : model.vocabulary_size]

@@ -1,0 +1,58 @@
+"""Plain facts about this rank and the few collectives that emu35 itself calls.
+
+Every function also works where torch.distributed was never initialised: there it behaves as a
+world of one rank, so single-process tools and tests need no set-up.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """Global rank of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes shared files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_agree(value: bool) -> bool:
+    """Whether ``value`` is true on every rank; the same answer everywhere."""
+    return not any_rank(not value)
+
+
+def any_rank(value: bool) -> bool:
+    """Whether ``value`` is true on some rank; the same answer everywhere."""
+    if world_size() == 1:
+        return value
+    flag = torch.tensor([int(value)], device=_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def sum_over(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sum of ``values`` over ``group`` (None: only this rank), in place."""
+    if group is not None and dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def _device() -> torch.device:
+    backend = dist.get_backend() if dist.is_initialized() else "gloo"
+    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else _CPU
+
+
+_CPU = torch.device("cpu")

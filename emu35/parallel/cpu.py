@@ -1,0 +1,231 @@
+"""The CPU shim: the only file of emu35 that patches torch or megatron-core.
+
+megatron-core 0.16.1 asks for CUDA in places where a CPU would do. ``install()`` answers each of
+them when, and only when, no CUDA device is present, so that the code path on a laptop is the one
+on a cluster with gloo in place of NCCL. It must run before megatron.core is imported; every
+module of emu35 that imports megatron.core calls it first. Re-check each patch (the comment names
+the line of megatron-core it answers) whenever the pinned version moves.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed: list[TorchFunctionMode] = []
+
+
+def install() -> None:
+    """Make megatron-core importable and usable without CUDA; a no-op where CUDA is present."""
+    if torch.cuda.is_available() or _installed:
+        return
+    # A laptop lacks TE and Apex by design; mcore says so at every import of every process.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex)", module="megatron")
+    _patch_cuda_module()
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _installed.append(mode)
+    _patch_rng_tracker()
+    _patch_pipeline_messages()
+    _patch_distributed_optimizer()
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Reads ``device="cuda"`` as the CPU and lets CPU tensors pass mcore's type-name tests.
+
+    Answers the literals in pipeline_parallel/schedules.py (``total_num_tokens``),
+    optimizer/clip_grads.py and optimizer/optimizer.py, and the comparisons with
+    ``torch.cuda.FloatTensor`` in optimizer/optimizer.py and optimizer/distrib_optimizer.py.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs:
+            if "device" in kwargs and _is_cuda(kwargs["device"]):
+                kwargs = {**kwargs, "device": _CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+            return func(*args, **kwargs)
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args)
+
+
+class _NoStream:
+    """A CUDA stream or event on a machine that has neither: everything is already done."""
+
+    device_index = 0
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        del args, kwargs
+
+    def __enter__(self) -> "_NoStream":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        del args
+
+    def record_event(self, *args: object) -> "_NoStream":
+        del args
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def _nothing(self, *args: object) -> None:
+        del args
+
+    wait_stream = wait_event = record = wait = synchronize = _nothing
+
+
+def _make_nothing() -> Callable[..., None]:
+    """A new function a use: torch._dynamo, imported by mcore's jit decorators, keeps a table of
+    torch's functions and refuses one object under two names."""
+    return lambda *args, **kwargs: None
+
+
+def _patch_cuda_module() -> None:
+    """torch.cuda attributes that mcore reads while building, seeding and saving."""
+
+    replacements: dict[str, Any] = {
+        # "device=torch.cuda.current_device()" throughout: a torch.device works there as well.
+        "current_device": lambda: _CPU,
+        "device_count": lambda: 1,
+        "set_device": _make_nothing(),
+        "synchronize": _make_nothing(),
+        "empty_cache": _make_nothing(),
+        # CudaRNGStatesTracker.add (tensor_parallel/random.py:235)
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        # DistributedDataParallel and the asynchronous checkpoint writer
+        "Stream": _NoStream,
+        "Event": _NoStream,
+        "stream": lambda stream: _NoStream(),
+        "current_stream": lambda *args, **kwargs: _NoStream(),
+        "default_stream": lambda *args, **kwargs: _NoStream(),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, _make_nothing())
+
+
+def _patch_rng_tracker() -> None:
+    """The dropout RNG tracker (tensor_parallel/random.py:41 and :72) reads CUDA generators."""
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    def get_state(*args: object, **kwargs: object) -> torch.Tensor:
+        del args, kwargs
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, *args: object, **kwargs: object) -> None:
+        del args, kwargs
+        torch.set_rng_state(new_state)
+
+    mcore_random._get_cuda_rng_state = get_state
+    mcore_random._set_cuda_rng_state = set_state
+    # The tracker warns whenever the CPU state moved inside it, which is now its very purpose.
+    logging.getLogger(mcore_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _patch_pipeline_messages() -> None:
+    """gloo pairs messages by peer and tag. With two pipeline stages and virtual stages, previous
+    and next are the same peer and untagged messages mispair: gradients come out wrong without any
+    error (pipeline_parallel/p2p_communication.py, ``_p2p_ops``). One tag a direction is exact."""
+    import megatron.core.pipeline_parallel.p2p_communication as p2p
+
+    forward_tag, backward_tag = 1, 2
+
+    def tagged(
+        *,
+        tensor_send_prev: torch.Tensor | None,
+        tensor_recv_prev: torch.Tensor | None,
+        tensor_send_next: torch.Tensor | None,
+        tensor_recv_next: torch.Tensor | None,
+        group: dist.ProcessGroup,
+        prev_pipeline_rank: int,
+        next_pipeline_rank: int,
+    ) -> dict[str, Any]:
+        requests: dict[str, Any] = {}
+        if tensor_recv_prev is not None:
+            requests["recv_prev"] = dist.irecv(
+                tensor_recv_prev, prev_pipeline_rank, group, tag=forward_tag
+            )
+        if tensor_recv_next is not None:
+            requests["recv_next"] = dist.irecv(
+                tensor_recv_next, next_pipeline_rank, group, tag=backward_tag
+            )
+        if tensor_send_next is not None:
+            requests["send_next"] = dist.isend(
+                tensor_send_next.contiguous(), next_pipeline_rank, group, tag=forward_tag
+            )
+        if tensor_send_prev is not None:
+            requests["send_prev"] = dist.isend(
+                tensor_send_prev.contiguous(), prev_pipeline_rank, group, tag=backward_tag
+            )
+        return requests
+
+    p2p._p2p_ops = tagged
+    p2p._batched_p2p_ops = lambda **kwargs: list(tagged(**kwargs).values())
+
+
+def _patch_distributed_optimizer() -> None:
+    """Three faults of ZeRO-1 checkpoints over torch's own AdamW (no TE, no Apex), all at load.
+
+    ``state_dict`` asserts a single step before there is any state; the per-parameter copy looks up
+    a ``step`` that the checkpoint keeps elsewhere; and afterwards all parameters share one step
+    tensor, so that the step grows by the number of parameters at every update, silently.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    sharded_state_dict = DistributedOptimizer.sharded_state_dict
+    load_state_dict = DistributedOptimizer.load_state_dict
+
+    def sharded(self: Any, model_state: Any, is_loading: bool = False, **kwargs: Any) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return sharded_state_dict(self, model_state, is_loading=is_loading, **kwargs)
+
+    def set_states(self: Any, model_param: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        targets = {"param": main_param, **self.optimizer.state[main_param]}
+        for name, target in targets.items():
+            if name in tensors:
+                target.copy_(tensors[name])
+
+    @torch.no_grad()
+    def load(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if param in self.optimizer.state:
+                    own_step = torch.tensor(float(group["step"]))
+                    self.optimizer.state[param]["step"] = own_step
+
+    DistributedOptimizer.sharded_state_dict = sharded
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    DistributedOptimizer.load_state_dict = load

@@ -1,0 +1,131 @@
+"""Process groups of megatron-core, one seed a rank, and the facts other packages ask for."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from emu35.config import ParallelConfig
+from emu35.errors import ConfigError, LaunchError
+from emu35.parallel import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Mesh:
+    """Where this rank stands. Ranks of one data-parallel index read the same samples."""
+
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+
+def init_mesh(parallel: ParallelConfig, *, seed: int, timeout: int = 600) -> Mesh:
+    """Join the process group (from torchrun's environment, else alone) and lay out the ranks.
+
+    Calling it again with another layout of the same world re-creates the groups.
+
+    Raises:
+        ConfigError: if the world does not divide into the layout.
+        LaunchError: if the ranks cannot reach each other.
+    """
+    join_process_group(timeout=timeout)
+    world = dist.get_world_size()
+    if world % parallel.model_ranks:
+        raise ConfigError(
+            f"tp={parallel.tp} x pp={parallel.pp} x cp={parallel.cp} = {parallel.model_ranks} "
+            f"does not divide the {world} ranks started; start a multiple of "
+            f"{parallel.model_ranks} ranks"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=max(1, timeout // 60),
+    )
+    mesh = current_mesh()
+    # Weights do not depend on this seed (see emu35.model.init), only dropout does: replicas must
+    # differ, tensor-parallel ranks must agree outside mcore's tracker and differ inside it.
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed + 100 * mesh.pp_rank + 1_000_003 * mesh.dp_rank, force_reset_rng=True
+    )
+    return mesh
+
+
+def single_process_mesh(*, seed: int = 0) -> Mesh:
+    """A world of one rank, for tools that load a whole model in this process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise LaunchError(
+            f"this tool works in one process, but {dist.get_world_size()} ranks were started; "
+            "run it without torchrun"
+        )
+    if parallel_state.model_parallel_is_initialized() and current_mesh().tp_size == 1:
+        return current_mesh()
+    return init_mesh(ParallelConfig(), seed=seed)
+
+
+def current_mesh() -> Mesh:
+    """The mesh that ``init_mesh`` laid out."""
+    return Mesh(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=local_device(),
+    )
+
+
+def local_device() -> torch.device:
+    """The CUDA device of this rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def join_process_group(*, timeout: int = 600) -> None:
+    """Initialise torch.distributed once: NCCL with CUDA, gloo without; a world of one if alone."""
+    if dist.is_initialized():
+        return
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
+    if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
+        try:
+            dist.init_process_group(backend, timeout=limit)
+        except (RuntimeError, ValueError) as error:
+            raise LaunchError(
+                f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']} could not join "
+                f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '?')} ({error}); "
+                "check that every rank was started and that the port is free"
+            ) from error
+        return
+    # A HashStore needs no port, so any number of single-process runs can share a host.
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+
+
+def leave() -> None:
+    """Destroy the groups; needed for a clean end of multi-rank processes."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,120 @@
+"""Bytes that the fullest rank holds during a training step of the language model.
+
+Each term is a formula of its own, so that a reader can check it:
+
+- weights, main gradients, optimizer state: 2 or 4 bytes a weight; 4 bytes a main gradient
+  (megatron-core keeps fp32 gradient buffers in both precisions); 8 bytes for AdamW's two moments
+  and, with bf16 weights, 4 more for the fp32 copy of the weights. ZeRO stage 1 (arXiv 1910.02054,
+  section 5.1) divides the optimizer state by the data-parallel ranks, in megatron-core dp x cp.
+- activations: the tensors that backward needs, counted per token and layer as in arXiv 2205.05198,
+  section 4, but for this architecture: grouped queries, q/k norms, rotary, SwiGLU, and attention
+  that keeps no S x S matrix (the ``dense`` backend does keep it). Tensor parallelism divides
+  what lies between its two collectives; sequence parallelism divides the rest as well. A pipeline
+  holds up to pp micro-batches, interleaved (1 + (pp - 1) / (pp vpp)) as many layers (same paper,
+  appendix).
+- logits: one chunk of the loss, ``loss_chunk`` rows of fp32 logits and as many of their gradient.
+
+Not counted: kernels' workspaces, communication buffers, the allocator's fragmentation, and what
+unfused norms keep besides (on a CPU, where nothing is fused, a quarter more than said here).
+"""
+
+from dataclasses import dataclass
+
+from emu35.config.model import AttentionBackend, LMConfig
+from emu35.config.parallel import ParallelConfig
+from emu35.config.stage import LMStageConfig, Precision
+from emu35.planner.parameters import RankParameters
+
+GRADIENT_BYTES = 4
+MOMENT_BYTES = 8
+MAIN_COPY_BYTES = 4
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Memory:
+    """Bytes on the fullest rank; ``activations`` is None where no formula covers the model."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(
+            (self.weights, self.gradients, self.optimizer, self.activations or 0, self.logits)
+        )
+
+
+def weight_bytes(precision: Precision) -> int:
+    """Bytes of one parameter, and of one element of an activation."""
+    return 2 if precision is Precision.bf16 else 4
+
+
+def optimizer_bytes(parameters: int, *, precision: Precision, shards: int) -> int:
+    """AdamW's state for ``parameters`` weights over ``shards`` ranks (1 without ZeRO-1)."""
+    each = MOMENT_BYTES + (MAIN_COPY_BYTES if precision is Precision.bf16 else 0)
+    return -(-parameters * each // shards)
+
+
+def language_model_memory(
+    model: LMConfig,
+    *,
+    stage: LMStageConfig,
+    parallel: ParallelConfig,
+    held: RankParameters,
+    vocabulary_size: int,
+    sequence_length: int,
+    data_parallel: int,
+) -> Memory:
+    """Memory of the fullest rank, which holds the parameters ``held``."""
+    element = weight_bytes(stage.precision)
+    shards = data_parallel * parallel.cp if parallel.zero1 else 1
+    micro_batches = stage.global_batch_size // (data_parallel * stage.micro_batch_size)
+    tokens = stage.micro_batch_size * sequence_length // parallel.cp
+    per_layer = layer_activation_bytes(
+        model, parallel=parallel, tokens=tokens, keys=sequence_length, element=element
+    )
+    in_flight = _layers_in_flight(held.layers, parallel=parallel, micro_batches=micro_batches)
+    rows = -(-vocabulary_size // parallel.tp)
+    return Memory(
+        weights=held.total * element,
+        gradients=held.total * GRADIENT_BYTES,
+        optimizer=optimizer_bytes(held.total, precision=stage.precision, shards=shards),
+        activations=round(per_layer * in_flight),
+        logits=2 * 4 * min(stage.loss_chunk, tokens) * rows,
+    )
+
+
+def layer_activation_bytes(
+    model: LMConfig, *, parallel: ParallelConfig, tokens: int, keys: int, element: int
+) -> int:
+    """What one layer keeps for backward, for ``tokens`` tokens of this rank.
+
+    Hidden-wide: input and output of both norms, and one mask byte a dropout. Attention-wide: the
+    joint projection, q and k after their norms, q and k after rotation, and the output. FFN-wide:
+    gate, up, silu(gate) and their product.
+    """
+    heads, groups = model.num_attention_heads, model.num_kv_heads
+    query, key = heads * model.head_dim, groups * model.head_dim
+    dropout_bytes = 2 * model.hidden_size if model.hidden_dropout > 0 else 0
+    hidden = 4 * model.hidden_size * element + dropout_bytes
+    attention = ((query + 2 * key) + 2 * (query + key) + query) * element
+    mlp = 4 * model.ffn_hidden_size * element
+    statistics = 4 * heads  # fp32 log-sum-exp of every row and head
+    if model.attention_backend is AttentionBackend.dense:
+        statistics += heads * keys * element
+    split = parallel.tp if parallel.sp else 1
+    return tokens * (hidden // split + (attention + mlp + statistics) // parallel.tp)
+
+
+def _layers_in_flight(layers: int, *, parallel: ParallelConfig, micro_batches: int) -> float:
+    """Layers whose activations the first pipeline stage holds at its fullest moment."""
+    pp = parallel.pp
+    if pp == 1:
+        return layers
+    if parallel.vpp > 1:
+        # One micro-batch is at most all of a rank's layers, so short runs cap the schedule.
+        return layers * min(micro_batches, pp * (1 + (pp - 1) / (pp * parallel.vpp)))
+    return layers * min(micro_batches, pp)

@@ -1,0 +1,178 @@
+"""``emu35 data ingest|index|stats|inspect``: token shards in and out."""
+
+import argparse
+import re
+from pathlib import Path
+
+from emu35.errors import ConfigError
+from emu35.run.arguments import Commands
+from emu35.run.arguments.tokenizer import add_tokenizer, tokenizer_config
+
+ORDERS = ("caption_first", "image_first", "both")
+TEXT_UNITS = ("file", "lines")
+
+
+def add(commands: "Commands[argparse.ArgumentParser]") -> None:
+    """Describe the subcommand."""
+    text = "make token shards, and look at what is in them"
+    actions = commands.add_parser("data", help=text, description=text).add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    _add_ingest(actions)
+    _add_index(actions)
+    _add_stats(actions)
+    _add_inspect(actions)
+
+
+def _add_ingest(actions: "Commands[argparse.ArgumentParser]") -> None:
+    text = "files to token shards: tars of image and caption, JSON lines, parquet, folders, text"
+    command = actions.add_parser(
+        "ingest",
+        help=text,
+        description=text + ". Run again, it goes on where it was stopped. Records that cannot be "
+        "used are counted and named in rejects.jsonl.",
+    )
+    command.add_argument("inputs", nargs="+", type=Path, metavar="PATH", help="file or folder")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="shards go here")
+    command.add_argument("--source", metavar="NAME", help="name of the shards (default: DIR's)")
+    add_tokenizer(command)
+    command.add_argument(
+        "--vision", metavar="DIR", help="image tokenizer; not needed where there are no pictures"
+    )
+    command.add_argument(
+        "--area",
+        default="512x512",
+        metavar="PIXELS",
+        help="pictures are resized to about this area, aspect kept: a number or WxH "
+        "(default 512x512)",
+    )
+    command.add_argument(
+        "--order",
+        choices=ORDERS,
+        default="caption_first",
+        help="of picture and caption; both writes two sources below DIR",
+    )
+    command.add_argument(
+        "--text-unit", choices=TEXT_UNITS, default="file", help="one document is a file, or a line"
+    )
+    command.add_argument(
+        "--sequence-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="reject pictures that are longer in tokens (default 0: no limit)",
+    )
+    command.add_argument("--shard-bytes", type=int, default=256 * 2**20, metavar="N")
+    command.add_argument(
+        "--images-per-call", type=int, default=16, metavar="N", help="pictures encoded together"
+    )
+    command.add_argument("--threads", type=int, default=2, metavar="N", help="to open pictures")
+    command.add_argument(
+        "--max-rejects",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="an input of which more is rejected fails (default 0.5)",
+    )
+    command.add_argument(
+        "--replace", action="store_true", help="start over instead of going on with DIR"
+    )
+    command.set_defaults(handler=_ingest)
+
+
+def _add_index(actions: "Commands[argparse.ArgumentParser]") -> None:
+    text = "rebuild the indices of shards, or check shards against them"
+    command = actions.add_parser("index", help=text, description=text)
+    command.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    command.add_argument("--verify", action="store_true", help="hash and compare, write nothing")
+    command.set_defaults(handler=_index)
+
+
+def _add_stats(actions: "Commands[argparse.ArgumentParser]") -> None:
+    text = "documents, tokens, lengths, modalities and packing fill of sources"
+    command = actions.add_parser("stats", help=text, description=text)
+    command.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    command.add_argument(
+        "--sequence-length", type=int, default=32768, metavar="N", help="row to pack for"
+    )
+    command.set_defaults(handler=_stats)
+
+
+def _add_inspect(actions: "Commands[argparse.ArgumentParser]") -> None:
+    text = "print documents of a source; with --images also decode their pictures"
+    command = actions.add_parser("inspect", help=text, description=text)
+    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("--first", type=int, default=0, metavar="N", help="document number")
+    command.add_argument("--count", type=int, default=5, metavar="N")
+    command.add_argument("--images", type=Path, metavar="DIR", help="write pictures here")
+    command.add_argument("--vision", type=Path, metavar="DIR", help="image tokenizer")
+    command.add_argument("--table", metavar="FILE", help="text table of the emu35 tokenizer")
+    command.set_defaults(handler=_inspect)
+
+
+def parse_area(text: str) -> int:
+    """Pixels, from a number or ``WxH``.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    match = re.fullmatch(r"(\d+)(?:[x*](\d+))?", text.strip())
+    if match is None:
+        raise ConfigError(f"--area {text!r} is no area; write pixels or WxH, such as 512x512")
+    return int(match[1]) * int(match[2] or 1)
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
+    from emu35.data.readers.discover import TextUnit
+    from emu35.stages.data import ingest
+
+    out: Path = arguments.out
+    ingest(
+        IngestOptions(
+            inputs=arguments.inputs,
+            out=out,
+            source=arguments.source or out.absolute().name,
+            tokenizer=tokenizer_config(arguments, vision=arguments.vision),
+            area=parse_area(arguments.area),
+            order=PairOrder(arguments.order),
+            text_unit=TextUnit(arguments.text_unit),
+            sequence_length=arguments.sequence_length,
+            shard_bytes=arguments.shard_bytes,
+            images_per_call=arguments.images_per_call,
+            threads=arguments.threads,
+            max_rejects=arguments.max_rejects,
+            existing=Existing.replace if arguments.replace else Existing.resume,
+        )
+    )
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from emu35.stages.data import IndexOptions, index
+
+    index(IndexOptions(folders=arguments.folders, verify=arguments.verify))
+    return 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from emu35.stages.data import StatsOptions, stats
+
+    stats(StatsOptions(folders=arguments.folders, sequence_length=arguments.sequence_length))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from emu35.stages.data import InspectOptions, inspect
+
+    inspect(
+        InspectOptions(
+            folder=arguments.folder,
+            first=arguments.first,
+            count=arguments.count,
+            images=arguments.images,
+            vision=arguments.vision,
+            table=arguments.table,
+        )
+    )
+    return 0

@@ -1,0 +1,287 @@
+"""Starting the ranks of a run, and answering for them.
+
+``local`` ranks are processes of this host: signals are passed on to them, the first one to fail
+takes the others with it and is named with the end of its log, and the exit code is theirs (75 when
+they were stopped and saved). ``torchrun`` and ``slurm`` only write the command or the job script
+for other launchers to execute.
+
+torchrun is not used for local ranks: it does not pass SIGUSR1 on, and it turns every exit code of a
+rank into 1, so that an interrupted run could not be told from a failed one.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+from types import FrameType
+from typing import BinaryIO
+
+from emu35.config.root import RunConfig
+from emu35.errors import Emu35Error, Interrupted, LaunchError
+from emu35.run.worker import LAUNCHER_PID, threads_per_rank
+
+WORKER = "emu35.run.worker"
+LOGS = "logs"
+"""Folder of the ranks' logs inside a run folder."""
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 5.0
+_TAIL_LINES = 20
+
+
+def run_ranks(
+    config: RunConfig, *, run_dir: Path, lock: int, command: Sequence[str] | None = None
+) -> int:
+    """Run ``launch.nproc`` ranks here until all have ended; returns the exit code.
+
+    ``lock`` is the descriptor of the run folder's lock, which every rank inherits. Rank 0 writes
+    to our standard output and error; ``logs/rankN.log`` receives what the others print. ``command``
+    is what a rank executes, by default the worker on ``run_dir``.
+
+    Raises:
+        LaunchError: a rank failed; the message names it and shows the end of its log.
+    """
+    ranks = _Ranks(logs=run_dir / LOGS)
+    command = command or [sys.executable, "-m", WORKER, str(run_dir)]
+    ranks.logs.mkdir(exist_ok=True)
+    with _forwarding(ranks):
+        try:
+            port = _free_port()
+            for rank in range(config.launch.nproc):
+                ranks.start(
+                    rank,
+                    command=command,
+                    environment=_environment(config, rank=rank, port=port),
+                    lock=lock,
+                )
+            return ranks.wait()
+        finally:
+            ranks.kill()
+
+
+@dataclass(kw_only=True, slots=True)
+class _Ranks:
+    """The processes of a local run."""
+
+    logs: Path
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
+    echo: Thread | None = None
+    signalled: signal.Signals | None = None
+
+    def log(self, rank: int) -> Path:
+        return self.logs / f"rank{rank}.log"
+
+    def start(
+        self, rank: int, *, command: Sequence[str], environment: Mapping[str, str], lock: int
+    ) -> None:
+        log = self.log(rank).open("ab")
+        with log:
+            try:
+                process = subprocess.Popen(
+                    list(command),
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=None if rank == 0 else log,
+                    stderr=subprocess.PIPE if rank == 0 else log,
+                    pass_fds=(lock,),
+                    # Ctrl-C reaches the whole foreground group: without a session of its own a
+                    # rank would see it twice, once from the terminal and once from us.
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise LaunchError(f"rank {rank} could not be started: {error}") from error
+        self.processes.append(process)
+        if process.stderr is not None:
+            self.echo = Thread(
+                target=_echo, kwargs={"source": process.stderr, "log": self.log(rank)}, daemon=True
+            )
+            self.echo.start()
+        if self.signalled is not None:  # asked to stop while starting
+            self.send(self.signalled)
+
+    def send(self, number: signal.Signals) -> None:
+        """Pass a signal on to every rank that still runs."""
+        self.signalled = number
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def wait(self) -> int:
+        """Wait for all ranks; a failed one ends the others."""
+        while True:
+            codes = [process.poll() for process in self.processes]
+            failed = [r for r, code in enumerate(codes) if code not in (None, 0, 75)]
+            if failed:
+                # A rank that was killed comes first: the others fail because their peer is gone.
+                culprit = min(failed, key=lambda r: (codes[r] or 0) >= 0)
+                self._let_others_end()
+                self._finish_echo()
+                return self._answer_for(culprit)
+            if None not in codes:
+                self._finish_echo()
+                return Interrupted.exit_code if Interrupted.exit_code in codes else 0
+            time.sleep(_POLL_SECONDS)
+
+    def kill(self) -> None:
+        """Make sure that no rank is left behind."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self.processes:
+            process.wait()
+
+    def _let_others_end(self) -> None:
+        """Ranks that fail alike end within moments; one waiting for the failed rank never does."""
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline and any(p.poll() is None for p in self.processes):
+            time.sleep(_POLL_SECONDS)
+        self.kill()
+
+    def _finish_echo(self) -> None:
+        if self.echo is not None:
+            # A grandchild may hold the pipe open for ever; what rank 0 wrote is through by then.
+            self.echo.join(timeout=2.0)
+
+    def _answer_for(self, rank: int) -> int:
+        code = self.processes[rank].returncode
+        if self.signalled is not None and code in (-self.signalled, 128 + self.signalled):
+            return 128 + self.signalled
+        if self.processes[0].returncode == Emu35Error.exit_code:
+            return Emu35Error.exit_code  # rank 0 has already told the user
+        log = self.log(rank)
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        raise LaunchError(f"rank {rank} {how}; {log} ends with:\n{_tail(log)}")
+
+
+def _environment(config: RunConfig, *, rank: int, port: int) -> dict[str, str]:
+    """The variables of torchrun, plus ours."""
+    size = str(config.launch.nproc)
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads_per_rank(config)),
+        "PYTHONUNBUFFERED": "1",
+        LAUNCHER_PID: str(os.getpid()),
+    }
+    if sys.platform == "linux":
+        # Where the host's own name does not resolve (containers), gloo finds no interface.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return environment
+
+
+@contextmanager
+def _forwarding(ranks: _Ranks) -> Generator[None]:
+    def forward(number: int, frame: FrameType | None) -> None:
+        ranks.send(signal.Signals(number))
+
+    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _echo(*, source: BinaryIO, log: Path) -> None:
+    """Copy what rank 0 writes to its standard error to ours and to its log."""
+    with source, log.open("ab") as copy:
+        while chunk := os.read(source.fileno(), 65536):
+            copy.write(chunk)
+            copy.flush()
+            with suppress(OSError, ValueError):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    return "\n".join(f"    {line}" for line in lines) or "    (nothing)"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def torchrun_command(
+    config: RunConfig, *, run_dir: Path, node_rank: str = "0", master: str = "127.0.0.1:29500"
+) -> list[str]:
+    """The torchrun command of one node; ``master`` is HOST:PORT of node 0."""
+    host, _, port = master.partition(":")
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={config.launch.nodes}",
+        f"--nproc-per-node={config.launch.nproc}",
+        f"--node-rank={node_rank}",
+        f"--master-addr={host}",
+        f"--master-port={port or 29500}",
+        "-m",
+        WORKER,
+        str(run_dir),
+    ]
+
+
+def slurm_script(config: RunConfig, *, run_dir: Path) -> str:
+    """A job script that starts one torchrun a node. The run folder must be visible to all nodes."""
+    command = torchrun_command(config, run_dir=run_dir, node_rank="@node@", master="@master@:29500")
+    node = shlex.join(command).replace("@node@", "$SLURM_NODEID").replace("@master@", "$master")
+    logs = run_dir / LOGS
+    return f"""#!/bin/bash
+#SBATCH --job-name={config.name}
+#SBATCH --nodes={config.launch.nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={config.launch.nproc}
+#SBATCH --output={logs}/slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# The ranks save and leave on SIGTERM; two minutes before the limit is time to write a checkpoint.
+#SBATCH --signal=TERM@120
+
+set -euo pipefail
+export master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{config.launch.threads or 8}}}
+srun --kill-on-bad-exit=1 bash -c {shlex.quote(node)}
+"""
+
+
+def submit(config: RunConfig, *, run_dir: Path) -> str:
+    """Write the job script into the run folder and submit it; returns what sbatch says.
+
+    Raises:
+        LaunchError: sbatch is not on this host, or refuses the job.
+    """
+    (run_dir / LOGS).mkdir(exist_ok=True)
+    script = run_dir / "launch.sh"
+    script.write_text(slurm_script(config, run_dir=run_dir), encoding="utf-8")
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise LaunchError(f"sbatch is not on this host; submit {script} where it is")
+    answer = subprocess.run([sbatch, str(script)], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise LaunchError(f"sbatch refused {script}: {answer.stderr.strip()}")
+    return answer.stdout.strip()

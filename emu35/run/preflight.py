@@ -1,0 +1,53 @@
+"""What must exist on this host before ranks start: better one message now than one a rank later."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from emu35.config.data import ImageDataConfig, TokenDataConfig
+from emu35.config.root import RunConfig
+from emu35.errors import ConfigError
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Check that everything the run reads is there.
+
+    Raises:
+        ConfigError: naming every missing input.
+    """
+    problems = [*_data(config), *_start(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if isinstance(data, TokenDataConfig):
+        if not data.sources:
+            yield (
+                "data.sources is empty; name token shards as in "
+                "data.sources.NAME.path=FOLDER (emu35 data ingest writes them)"
+            )
+        for name, source in data.sources.items():
+            if source.ratio > 0:
+                yield from _folder(f"data.sources.{name}.path", source.path)
+        for name, validation in data.validation.items():
+            yield from _folder(f"data.validation.{name}.path", validation.path)
+    elif isinstance(data, ImageDataConfig):
+        if not data.paths:
+            yield "data.paths is empty; name tars or folders of pictures as in data.paths=[FOLDER]"
+        for key, paths in (("paths", data.paths), ("validation_paths", data.validation_paths)):
+            for path in paths:
+                # A pattern is expanded by the reader, which reports one that matches nothing.
+                if not Path(path).exists() and not any(mark in path for mark in "*?[{"):
+                    yield f"data.{key}: {path} does not exist"
+
+
+def _start(config: RunConfig) -> Iterator[str]:
+    origin = config.stage.init_from
+    if origin is not None and not Path(origin).exists():
+        yield f"stage.init_from={origin} does not exist"
+
+
+def _folder(key: str, path: str) -> Iterator[str]:
+    if not Path(path).is_dir():
+        yield f"{key}={path} is no folder; expected token shards (emu35 data ingest writes them)"

@@ -1,0 +1,131 @@
+"""The run folder: whose it is, what configuration it holds, and that one process owns it.
+
+``config.yaml`` is written once, before any rank starts, and replaced only when a resumed run
+changes something it may change (:data:`emu35.config.io.MAY_CHANGE`). The lock is a ``flock`` on
+``.lock``; local ranks inherit it, so a folder stays taken while a single rank of a killed launcher
+is still alive.
+"""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from emu35.config.io import CONFIG_FILE, config_diff, may_change, read_config, write_config
+from emu35.config.root import RunConfig
+from emu35.errors import ConfigError, LaunchError
+
+LOCK_FILE = ".lock"
+_TRACES = ("checkpoints", "metrics.jsonl", "vision_tokenizer")
+_LOCK_PATIENCE_SECONDS = 5.0
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class OpenRun:
+    """A run folder that this process owns. ``lock`` is the descriptor to hand to child ranks;
+    ``changes`` are the allowed differences from the configuration that was there before."""
+
+    path: Path
+    resumed: bool
+    changes: list[str]
+    lock: int
+
+
+@contextmanager
+def open_run(config: RunConfig) -> Generator[OpenRun]:
+    """Take the folder ``config.run_dir`` for this run, creating it or resuming what it holds.
+
+    Raises:
+        ConfigError: the folder belongs to a run with another configuration (differences listed),
+            or cannot be written.
+        LaunchError: another process is running in it.
+    """
+    path = Path(config.run_dir).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    with locked(path) as lock:
+        resumed = (path / CONFIG_FILE).exists() and _has_begun(path)
+        changes = _accept(config, path=path) if resumed else []
+        if not resumed or changes:
+            try:
+                write_config(config, path)
+            except OSError as error:
+                raise _unwritable(path, error) from None
+        yield OpenRun(path=path, resumed=resumed, changes=changes, lock=lock)
+
+
+@contextmanager
+def locked(path: Path) -> Generator[int]:
+    """Hold the lock of the run folder ``path``; yields its file descriptor.
+
+    Waits a few seconds, for the ranks of a run that was just killed need a moment to end.
+
+    Raises:
+        LaunchError: the folder is in use.
+        ConfigError: the folder cannot be written.
+    """
+    file = path / LOCK_FILE
+    try:
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        _take(lock, path=path)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, *, path: Path) -> None:
+    deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                owner = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                raise LaunchError(
+                    f"{path} is in use by another emu35 process (pid {owner}); wait for it, stop "
+                    "it, or give this run another run_dir"
+                ) from None
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno in _NO_LOCKS_HERE:  # some network filesystems; nothing to hold then
+                return
+            raise _unwritable(path, error) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode("ascii"), 0)
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a step was made here. A run that failed before its first one (a wrong path, say)
+    leaves only its configuration, and whoever mends that must not need another folder."""
+    return any((path / name).exists() for name in _TRACES)
+
+
+def _accept(config: RunConfig, *, path: Path) -> list[str]:
+    """The differences from the folder's own configuration, if all of them are allowed."""
+    lines = config_diff(read_config(path), config)
+    different = [line for line in lines if not may_change(line.split(":", 1)[0])]
+    if different:
+        listed = "\n".join(f"    {line}" for line in different)
+        raise ConfigError(
+            f"run_dir={path} holds a run with another configuration:\n{listed}\n"
+            "  Use the old values to resume it, or another run_dir to start anew."
+        )
+    return [line for line in lines if not line.startswith("run_dir:")]
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"run_dir={path} cannot be written: {error.strerror}; free space there or choose another "
+        "run_dir"
+    )

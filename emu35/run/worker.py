@@ -1,0 +1,144 @@
+"""What every rank executes: ``python -m emu35.run.worker RUN_DIR``.
+
+The rank reads the folder's ``config.yaml``, which the launching host validated, and calls the
+stage. Errors of a user end in one message and an exit code; anything else is a bug and keeps its
+traceback.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NoReturn
+
+from emu35.config.io import read_config
+from emu35.config.root import RunConfig
+from emu35.errors import Emu35Error, LaunchError
+from emu35.run.rundir import locked
+
+LAUNCHER_PID = "EMU35_LAUNCHER_PID"
+"""Set by the local launcher, which holds the folder's lock and whose end must be the ranks' end."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _pretrain(config: RunConfig, run_dir: Path) -> object:
+    from emu35.stages import pretrain
+
+    return pretrain.run(config, run_dir=run_dir)
+
+
+def _sft(config: RunConfig, run_dir: Path) -> object:
+    from emu35.stages import sft
+
+    return sft.run(config, run_dir=run_dir)
+
+
+def _ibq(config: RunConfig, run_dir: Path) -> object:
+    from emu35.stages import ibq
+
+    return ibq.run(config, run_dir=run_dir)
+
+
+STAGES: Mapping[str, Callable[[RunConfig, Path], object]] = MappingProxyType(
+    {"pretrain": _pretrain, "sft": _sft, "ibq": _ibq}
+)
+"""``stage.kind`` -> the function that runs it; each imports its stage only when called."""
+
+
+def run_stage(config: RunConfig, *, run_dir: Path) -> None:
+    """Run the configured stage in this process.
+
+    Raises:
+        Emu35Error: whatever the stage reports; Interrupted when it was stopped and saved.
+    """
+    limit_threads(config)
+    quiet_libraries()
+    stage = STAGES.get(config.stage.kind)
+    if stage is None:
+        raise LaunchError(
+            f"stage.kind={config.stage.kind} cannot be run; use one of {', '.join(STAGES)}"
+        )
+    stage(config, run_dir)
+
+
+def limit_threads(config: RunConfig) -> None:
+    """Give torch its share of this host's cores; to be called before torch is imported."""
+    os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(config))
+
+
+def quiet_libraries() -> None:
+    """Silence what torch and megatron-core tell each other about deprecated calls: nothing a user
+    can mend, and dozens of lines. ``python -W`` and PYTHONWARNINGS still decide."""
+    if sys.warnoptions:
+        return
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings(
+            "ignore", category=category, module=r"(torch|megatron|emu35\.parallel\.cpu)(\.|$)"
+        )
+
+
+def threads_per_rank(config: RunConfig) -> int:
+    """``launch.threads``; if 0, what OMP_NUM_THREADS says; else an equal share of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if config.launch.threads:
+        return config.launch.threads
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return max(1, len(os.sched_getaffinity(0)) // config.launch.nproc)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run this rank to its end; returns the exit code."""
+    run_dir = Path((sys.argv[1:] if arguments is None else arguments)[0])
+    try:
+        config = read_config(run_dir)
+        if LAUNCHER_PID in os.environ:
+            _end_with(int(os.environ[LAUNCHER_PID]))
+            run_stage(config, run_dir=run_dir)
+        elif os.environ.get("RANK", "0") == "0":
+            # torchrun and Slurm start ranks without our launcher: rank 0 keeps others out.
+            with locked(run_dir):
+                run_stage(config, run_dir=run_dir)
+        else:
+            run_stage(config, run_dir=run_dir)
+    except Emu35Error as error:
+        print(f"emu35: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def _end_with(launcher: int) -> None:
+    """Ask the kernel to kill this rank when the launcher dies: nobody else would notice."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the request above
+        leave(1)
+
+
+def leave(code: int) -> NoReturn:
+    """End without the interpreter's goodbye, which can hang on a broken process group."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    try:
+        exit_code = main()
+    except KeyboardInterrupt:
+        leave(130)
+    except BaseException as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        traceback.print_exception(error)
+        leave(1)
+    if exit_code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Other ranks may be inside a collective that this one will never join.
+        leave(exit_code)
+    sys.exit(exit_code)

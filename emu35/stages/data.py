@@ -1,0 +1,226 @@
+"""``emu35 data``: ingest files into token shards, index them, and look at what is in them.
+
+Here the image tokenizer meets the data: :mod:`emu35.data` asks for codes through a protocol, and
+:class:`VisionPictures` answers with :mod:`emu35.vision`.
+"""
+
+import contextlib
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL.Image import Image, Resampling
+
+from emu35.checkpoint.durable import file_sha256
+from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
+from emu35.data.index import build_index, find_shards, verify_index
+from emu35.data.ingest.ingest import ingest as ingest_files
+from emu35.data.ingest.options import IngestOptions, IngestSummary
+from emu35.data.ingest.pictures import UnusablePicture
+from emu35.data.report import ShownDocument, ShownImage, show_documents, source_stats
+from emu35.data.source import Source
+from emu35.errors import ConfigError, DataError
+from emu35.tokens.text import build_text_tokenizer
+from emu35.vision.codec import ImageCodec, load_codec
+from emu35.vision.ibq.folder import WEIGHTS
+from emu35.vision.resize import RejectedImage, open_image, smart_resize, to_image, to_pixels
+
+
+class VisionPictures:
+    """A :class:`~emu35.data.ingest.pictures.PictureEncoder` over the tokenizer in ``folder``.
+
+    The network is loaded when the first picture needs it, so that text alone never does.
+    """
+
+    def __init__(self, *, folder: Path, area: int, codebook_size: int) -> None:
+        """Raises: DataError if ``folder`` holds no image tokenizer."""
+        if not (folder / WEIGHTS).is_file():
+            raise DataError(
+                f"{folder} holds no image tokenizer ({WEIGHTS} is missing); give the "
+                "vision_tokenizer folder of a release or of a run of stage=ibq"
+            )
+        self.digest = file_sha256(folder / WEIGHTS)
+        self._folder = folder
+        self._area = area
+        self._codebook_size = codebook_size
+        self._lock = threading.Lock()
+        self._loaded: ImageCodec | None = None
+
+    @property
+    def factor(self) -> int:
+        return self._codec().factor
+
+    def prepare(self, data: bytes | Path) -> Image:
+        """Open, check and resize one picture.
+
+        Raises:
+            UnusablePicture: with the reason.
+        """
+        try:
+            image = open_image(data)
+            size = smart_resize(
+                width=image.width, height=image.height, area=self._area, factor=self.factor
+            )
+        except RejectedImage as error:
+            raise UnusablePicture(reason=error.reason.value, detail=error.detail) from error
+        return image.resize(size, Resampling.BICUBIC)
+
+    def encode(self, pictures: Sequence[Image]) -> list[npt.NDArray[np.integer[Any]]]:
+        """Codes [H, W] of pictures of one size."""
+        pixels_B3HW = np.stack([to_pixels(picture) for picture in pictures])
+        codes_BHW = self._codec().encode(torch.from_numpy(pixels_B3HW))
+        return list(codes_BHW.numpy())
+
+    def _codec(self) -> ImageCodec:
+        with self._lock:
+            if self._loaded is None:
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                codec = load_codec(self._folder, device=device)
+                if codec.codebook_size != self._codebook_size:
+                    raise ConfigError(
+                        f"tokenizer.codebook_size={self._codebook_size}, but the image tokenizer "
+                        f"in {self._folder} has {codec.codebook_size} codes; "
+                        f"use --codebook-size {codec.codebook_size}"
+                    )
+                self._loaded = codec
+            return self._loaded
+
+
+@contextlib.contextmanager
+def _file_errors() -> Generator[None, None, None]:
+    """Turn what the file system refuses (permissions, full disks) into an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or 'writing'}: {error.strerror}; "
+            "check the path, its permissions and the space left, then run the same command again"
+        ) from error
+
+
+@_file_errors()
+def ingest(options: IngestOptions) -> IngestSummary:
+    """Ingest as asked and print a summary; run again, it goes on where it was stopped.
+
+    Raises:
+        Emu35Error: see :func:`emu35.data.ingest.ingest.ingest`.
+    """
+    options.validate()
+    vision = options.tokenizer.vision
+    encoder = None
+    if vision is not None:
+        encoder = VisionPictures(
+            folder=Path(vision), area=options.area, codebook_size=options.tokenizer.codebook_size
+        )
+    summary = ingest_files(options, encoder=encoder)
+    print(f"{options.out}: " + "\n".join(summary.lines()))
+    return summary
+
+
+@dataclass(kw_only=True, slots=True)
+class IndexOptions:
+    """``emu35 data index``: rebuild the indices of folders, or with ``verify`` only check them."""
+
+    folders: list[Path]
+    verify: bool = False
+
+
+@_file_errors()
+def index(options: IndexOptions) -> None:
+    """Rebuild every index, or hash every shard and compare; prints a line a folder.
+
+    Raises:
+        DataError: naming each shard that is damaged or does not match its index.
+    """
+    problems: list[str] = []
+    for folder in options.folders:
+        shards = find_shards(folder)
+        documents = 0
+        for shard in shards:
+            try:
+                found = verify_index(shard) if options.verify else build_index(shard)
+                documents += len(found)
+            except DataError as error:
+                problems.append(str(error))
+        verb = "verified" if options.verify else "indexed"
+        print(f"{folder}: {verb} {len(shards)} shards, {documents} documents")
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+@dataclass(kw_only=True, slots=True)
+class StatsOptions:
+    """``emu35 data stats``: ``sequence_length`` is the row that packing is measured for."""
+
+    folders: list[Path]
+    sequence_length: int = 32768
+
+
+@_file_errors()
+def stats(options: StatsOptions) -> None:
+    """Print documents, tokens, lengths, modality shares and packing fill of each source.
+
+    Raises:
+        DataError: if a folder cannot be used.
+    """
+    if options.sequence_length < 1:
+        raise ConfigError(f"--sequence-length {options.sequence_length} must be at least 1")
+    for folder in options.folders:
+        print("\n".join(source_stats(folder, sequence_length=options.sequence_length).lines()))
+
+
+@dataclass(kw_only=True, slots=True)
+class InspectOptions:
+    """``emu35 data inspect``: print ``count`` documents from number ``first``.
+
+    The shards name their own tokenizer; ``table`` is its file where the cache has none. ``images``
+    is a folder to write the decoded pictures to, with the image tokenizer in folder ``vision``.
+    """
+
+    folder: Path
+    first: int = 0
+    count: int = 5
+    images: Path | None = None
+    vision: Path | None = None
+    table: str | None = None
+
+
+@_file_errors()
+def inspect(options: InspectOptions) -> None:
+    """Print documents as text with pictures as ``[image 6x6]``; optionally decode the pictures.
+
+    Raises:
+        Emu35Error: if the shards, the tokenizer or the image tokenizer cannot be used.
+    """
+    source = Source(name=options.folder.resolve().name, path=options.folder)
+    meta = source.metas[0]
+    config = TokenizerConfig(
+        kind=TokenizerKind(meta.kind), codebook_size=meta.codebook_size, table=options.table
+    )
+    codec = None
+    if options.images is not None:
+        if options.vision is None:
+            raise ConfigError("writing pictures needs the image tokenizer; give its folder")
+        codec = load_codec(options.vision)
+        options.images.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_text_tokenizer(config)
+    for document in show_documents(
+        source, tokenizer=tokenizer, first=options.first, count=options.count
+    ):
+        print(f"--- document {document.number}  id {document.id}  {document.tokens} tokens")
+        print(document.text())
+        if codec is not None and options.images is not None:
+            _write_pictures(document, codec=codec, folder=options.images)
+
+
+def _write_pictures(document: ShownDocument, *, codec: ImageCodec, folder: Path) -> None:
+    pictures = [part for part in document.parts if isinstance(part, ShownImage)]
+    for number, picture in enumerate(pictures):
+        codes_BHW = torch.from_numpy(picture.codes_HW)[None]
+        image = to_image(codec.decode(codes_BHW)[0].numpy())
+        image.save(folder / f"{document.number:06d}_{number:02d}.png")

@@ -1,0 +1,102 @@
+"""Pretraining: next-token prediction over packed multimodal documents (paper section 3.2)."""
+
+from pathlib import Path
+
+from emu35.checkpoint import sharded
+from emu35.checkpoint.manager import find_checkpoint
+from emu35.config import LMConfig, LMStageConfig, RunConfig, TokenDataConfig
+from emu35.data.loader import TokenLoader, ValidationSet
+from emu35.errors import CheckpointError
+from emu35.model.build import build_chunks
+from emu35.model.init import initialize
+from emu35.model.transformer import Emu35Model
+from emu35.parallel.mesh import Mesh, init_mesh
+from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
+from emu35.train.objective import TokenWeights, validation_weights, weights_by_modality
+from emu35.train.step import LMTask
+from emu35.train.trainer import CHECKPOINTS, FitResult, fit
+
+
+def run(config: RunConfig, *, run_dir: Path) -> FitResult:
+    """Train as configured, or continue what ``run_dir`` holds.
+
+    Raises:
+        Emu35Error: for anything a user can mend; Interrupted after a signal, saved.
+    """
+    assert isinstance(config.stage, LMStageConfig)
+    weights = weights_by_modality(config.stage.loss_weights)
+    return train_language_model(config, run_dir=run_dir, token_weights=weights)
+
+
+def train_language_model(
+    config: RunConfig, *, run_dir: Path, token_weights: TokenWeights
+) -> FitResult:
+    """The assembly that pretraining and fine-tuning share; they differ in ``token_weights``."""
+    model, stage, data = config.model, config.stage, config.data
+    assert isinstance(model, LMConfig)
+    assert isinstance(data, TokenDataConfig)
+    mesh = init_mesh(config.parallel, seed=config.seed, timeout=config.launch.timeout)
+    vocabulary = vocabulary_of(config.tokenizer)
+    loader = TokenLoader(
+        data=data,
+        vocabulary=vocabulary,
+        seed=config.seed,
+        global_batch_size=stage.global_batch_size,
+        micro_batch_size=stage.micro_batch_size,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+    )
+    try:
+        chunks = build_chunks(
+            model,
+            vocabulary_size=vocabulary.size,
+            parallel=config.parallel,
+            precision=stage.precision,
+        )
+        for chunk in chunks:
+            initialize(chunk, seed=config.seed, pad_id=vocabulary.pad)
+        if stage.init_from is not None:
+            _start_from(Path(stage.init_from), chunks=chunks)
+        task = LMTask(
+            config=config,
+            mesh=mesh,
+            chunks=chunks,
+            loader=loader,
+            validation=_validation(config, mesh=mesh, vocabulary=vocabulary),
+            token_weights=token_weights,
+        )
+        return fit(task, config=config, run_dir=run_dir)
+    finally:
+        loader.close()
+
+
+def _start_from(source: Path, *, chunks: list[Emu35Model]) -> None:
+    """Weights of another run (or of ``emu35 convert import``), with a fresh optimizer. A run that
+    resumes replaces them with its own checkpoint right afterwards."""
+    found = find_checkpoint(source / CHECKPOINTS)
+    if found is None:
+        raise CheckpointError(
+            f"stage.init_from={source} holds no checkpoint; name a run folder, or make one from "
+            "released weights with 'emu35 convert import'"
+        )
+    sharded.load_weights(found.path, chunks=chunks)
+
+
+def _validation(
+    config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary
+) -> dict[str, tuple[ValidationSet, TokenWeights]]:
+    assert isinstance(config.data, TokenDataConfig)
+    return {
+        name: (
+            ValidationSet(
+                config=section,
+                data=config.data,
+                vocabulary=vocabulary,
+                micro_batch_size=config.stage.micro_batch_size,
+                dp_rank=mesh.dp_rank,
+                dp_size=mesh.dp_size,
+            ),
+            validation_weights(section.modality),
+        )
+        for name, section in config.data.validation.items()
+    }

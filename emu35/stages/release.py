@@ -1,0 +1,343 @@
+"""From a run to a release, back, and the proof that they are the same model.
+
+``export`` writes the official formats, ``import_`` reads them (and Qwen3's) into a folder that
+looks like a run, ``verify`` compares: names, shapes, types, hashes, every weight, and logits.
+Exporting, importing and exporting again gives the same bytes. The checks themselves are in
+:mod:`emu35.stages.release_verify`.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from emu35.checkpoint import sharded
+from emu35.checkpoint.durable import sync_folder
+from emu35.checkpoint.hf import to_hf
+from emu35.checkpoint.hf_config import (
+    CONFIG_JSON,
+    GENERATION_JSON,
+    IMAGE_AREA,
+    QWEN3,
+    config_json,
+    generation_json,
+    parse_config,
+    read_json,
+    read_size,
+)
+from emu35.checkpoint.manager import CheckpointManager
+from emu35.checkpoint.qwen3 import extend
+from emu35.checkpoint.release_folder import (
+    TEXT_FOLDER,
+    VISION_FOLDER,
+    ReleaseFacts,
+    copy_vision_tokenizer,
+    damaged_files,
+    write_facts,
+    write_json,
+)
+from emu35.checkpoint.safetensor_files import SHARD_BYTES, SafetensorFolder, write_safetensors
+from emu35.checkpoint.source import (
+    CHECKPOINTS,
+    DTYPES,
+    RELEASE,
+    describe,
+    fill,
+    load_model,
+)
+from emu35.config import (
+    CheckpointConfig,
+    LMConfig,
+    Precision,
+    PretrainConfig,
+    RunConfig,
+    TokenDataConfig,
+    TokenizerConfig,
+    TokenizerKind,
+)
+from emu35.config.io import write_config
+from emu35.errors import ReleaseError
+from emu35.model.build import build_model
+from emu35.model.shapes import parameter_count
+from emu35.model.transformer import Emu35Model
+from emu35.parallel.mesh import single_process_mesh
+from emu35.stages.release_verify import Check, VerifyOptions, verify
+from emu35.tokens.release_files import text_tokenizer_config, write_text_tokenizer
+from emu35.tokens.template import PromptTemplate
+from emu35.tokens.vocabulary import vocabulary_of
+
+__all__ = [
+    "Check",
+    "ExportOptions",
+    "ImportOptions",
+    "VerifyOptions",
+    "export",
+    "import_",
+    "verify",
+]
+
+Message = Callable[[str], object]
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ExportOptions:
+    """``run`` is a run folder (or a release, to convert its type); ``step`` the newest by default.
+
+    ``dtype`` is that of training by default; ``template`` the form of prompts the model knows, by
+    default plain after pretraining and official after fine-tuning.
+    """
+
+    run: Path
+    out: Path
+    step: int | None = None
+    dtype: Precision | None = None
+    template: PromptTemplate | None = None
+    max_shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ImportOptions:
+    """``source`` is a release or a Qwen3 folder as published; ``out`` the run-like folder to make.
+
+    ``tokenizer`` and ``vision`` replace what the release brings or implies (Qwen3: the released
+    text table and 131,072 visual codes). ``seed`` draws the rows that Qwen3 does not have.
+    """
+
+    source: Path
+    out: Path
+    tokenizer: TokenizerConfig | None = None
+    vision: Path | None = None
+    template: PromptTemplate | None = None
+    seed: int = 1234
+
+
+def export(options: ExportOptions, *, message: Message = print) -> Path:
+    """Write the release of a run; ``options.out`` appears only when it is complete.
+
+    Raises:
+        ReleaseError: ``out`` is not empty, the disk is full, or the image tokenizer is missing.
+        CheckpointError: the run has no usable checkpoint.
+    """
+    _refuse_nonempty(options.out)
+    found = describe(options.run, step=options.step, message=message)
+    template = options.template or found.template
+    precision = options.dtype or found.precision
+    model = load_model(found, precision=found.precision)
+    vocabulary = vocabulary_of(found.tokenizer)
+    area = int(found.extra.get("image_area", IMAGE_AREA))
+    with _appearing(options.out) as folder:
+        write_safetensors(
+            to_hf(
+                dict(model.named_parameters()),
+                config=found.config,
+                vocabulary_size=vocabulary.size,
+            ),
+            folder=folder,
+            dtype=DTYPES[precision],
+            max_shard_bytes=options.max_shard_bytes,
+        )
+        write_json(
+            config_json(found.config, vocabulary=vocabulary, precision=precision, image_area=area),
+            path=folder / CONFIG_JSON,
+        )
+        write_json(generation_json(vocabulary), path=folder / GENERATION_JSON)
+        write_text_tokenizer(folder / TEXT_FOLDER, config=found.tokenizer)
+        if found.vision_folder:
+            copy_vision_tokenizer(found.vision_folder, folder=folder)
+        else:
+            message("the run names no image tokenizer (tokenizer.vision): the release has none")
+        facts = ReleaseFacts(
+            tokenizer=found.tokenizer,
+            template=template,
+            parameters=parameter_count(found.config, vocabulary_size=vocabulary.size),
+            origin=dict(found.extra.get("origin") or {"name": found.name, "step": found.step}),
+        )
+        write_facts(facts, folder=folder)
+    message(
+        f"released step {found.step} of {found.path} as {options.out}: "
+        f"{facts.parameters:,} parameters, {precision.value}, prompts {template.value}"
+    )
+    return options.out
+
+
+def import_(options: ImportOptions, *, message: Message = print) -> Path:
+    """Make a run-like folder from a release or from Qwen3: ``config.yaml`` and step 0.
+
+    Raises:
+        ReleaseError: the source is damaged or of another architecture, or ``out`` is not empty.
+    """
+    _refuse_nonempty(options.out)
+    content = read_json(options.source / CONFIG_JSON)
+    if content.get("model_type") == QWEN3:
+        origin = _qwen3(options, content=content, message=message)
+    else:
+        origin = _release(options, message=message)
+    with _appearing(options.out) as folder:
+        run = _run_config(origin, out=options.out)
+        _copy_tokenizers(origin, run=run, options=options, folder=folder)
+        write_config(run, folder)
+        model = _filled(origin)
+        manager = CheckpointManager(
+            root=folder / CHECKPOINTS,
+            config=CheckpointConfig(),
+            identity={"imported": str(content.get("model_type"))},
+            message=message,
+        )
+        manager.save(
+            0,
+            write=lambda place: sharded.save(place, chunks=[model], optimizer=None),
+            extra={RELEASE: origin.kept},
+        )
+    message(f"imported {options.source} as the run {options.out}, step 0")
+    return options.out
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Origin:
+    """What an import found; ``kept`` is what only a release records."""
+
+    name: str
+    config: LMConfig
+    tokenizer: TokenizerConfig
+    vision: Path | None
+    precision: Precision
+    state: Mapping[str, torch.Tensor]
+    kept: dict[str, object]
+
+
+def _release(options: ImportOptions, *, message: Message) -> _Origin:
+    found = describe(options.source, message=message)
+    if found.weights is None:
+        raise ReleaseError(f"{options.source} is a run folder already; there is nothing to import")
+    if found.facts and (problems := damaged_files(options.source, facts=found.facts)):
+        raise ReleaseError(f"{options.source} is damaged: {'; '.join(problems)}")
+    if found.facts is None:
+        message(f"{options.source} has no emu35.json: nothing to compare its hashes with")
+    tokenizer = options.tokenizer or found.tokenizer
+    if vocabulary_of(tokenizer).size != found.vocabulary_size:
+        raise ReleaseError(
+            f"the tokenizer has {vocabulary_of(tokenizer).size} ids, the model "
+            f"{found.vocabulary_size}; use the tokenizer that it was trained with"
+        )
+    return _Origin(
+        name=found.name,
+        config=found.config,
+        tokenizer=tokenizer,
+        vision=options.vision or found.vision_folder,
+        precision=found.precision,
+        state=found.weights,
+        kept={**found.extra, "template": (options.template or found.template).value},
+    )
+
+
+def _qwen3(options: ImportOptions, *, content: Mapping[str, object], message: Message) -> _Origin:
+    where = options.source / CONFIG_JSON
+    tokenizer = options.tokenizer or TokenizerConfig(kind=TokenizerKind.emu35, codebook_size=131072)
+    if tokenizer.kind is not TokenizerKind.emu35:
+        raise ReleaseError(
+            f"tokenizer.kind={tokenizer.kind.value}: Qwen3's embedding rows belong to the released "
+            "text table; use tokenizer.kind=emu35"
+        )
+    config = parse_config(content, where=where)
+    state = SafetensorFolder(options.source)
+    extended = extend(
+        state,
+        vocabulary=vocabulary_of(tokenizer),
+        rows=read_size(content, name="vocab_size", where=where),
+        std=config.init_std,
+        seed=options.seed,
+        tied=bool(content.get("tie_word_embeddings")),
+        message=message,
+    )
+    template = options.template or PromptTemplate.plain
+    return _Origin(
+        name=options.source.name,
+        config=config,
+        tokenizer=tokenizer,
+        vision=options.vision,
+        precision=Precision.bf16 if state.dtype is torch.bfloat16 else Precision.fp32,
+        state=extended,
+        kept={"template": template.value},
+    )
+
+
+def _run_config(origin: _Origin, *, out: Path) -> RunConfig:
+    longest = origin.config.max_position_embeddings
+    return RunConfig(
+        name=origin.name,
+        run_dir=str(out),
+        model=origin.config,
+        tokenizer=TokenizerConfig(
+            kind=origin.tokenizer.kind,
+            codebook_size=origin.tokenizer.codebook_size,
+            table=origin.tokenizer.table,
+        ),
+        data=TokenDataConfig(sequence_length=min(1024, longest)),
+        stage=PretrainConfig(precision=origin.precision),
+    )
+
+
+def _copy_tokenizers(
+    origin: _Origin, *, run: RunConfig, options: ImportOptions, folder: Path
+) -> None:
+    """Take the tokenizers along, so that the imported run outlives the folder it came from."""
+    home = options.out.absolute()
+    if origin.vision:
+        copy_vision_tokenizer(origin.vision, folder=folder)
+        run.tokenizer.vision = str(home / VISION_FOLDER)
+    if options.tokenizer is None and (options.source / TEXT_FOLDER).is_dir():
+        write_text_tokenizer(folder / TEXT_FOLDER, config=origin.tokenizer)
+        copied = text_tokenizer_config(folder / TEXT_FOLDER)
+        if copied.table:
+            run.tokenizer.table = str(home / TEXT_FOLDER / Path(copied.table).name)
+
+
+def _filled(origin: _Origin) -> Emu35Model:
+    single_process_mesh()
+    model = build_model(
+        origin.config,
+        vocabulary_size=vocabulary_of(origin.tokenizer).size,
+        precision=origin.precision,
+    )
+    fill(model, state=origin.state)
+    return model
+
+
+def _refuse_nonempty(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ReleaseError(f"{out} is a file; name a folder that does not exist yet")
+    if out.is_dir() and any(out.iterdir()):
+        raise ReleaseError(f"{out} is not empty; name a folder that does not exist yet")
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that takes its name when the body succeeds."""
+    temporary = out.absolute().with_name(f".tmp-{out.name}")
+    try:
+        # What a killed attempt left behind.
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(out.absolute())
+        sync_folder(temporary.parent)
+    except OSError as error:
+        free = _free_bytes(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ReleaseError(
+            f"cannot write {out}: {error}. {temporary.parent} had {free:,} bytes free; "
+            "free some space or name another folder"
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _free_bytes(path: Path) -> int:
+    for place in (path, *path.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(place).free
+    return 0

@@ -1,0 +1,23 @@
+"""Supervised fine-tuning: pretraining's assembly, with the loss on responses only
+(paper section 4.1)."""
+
+from pathlib import Path
+
+from emu35.config import LMStageConfig, RunConfig
+from emu35.stages.pretrain import train_language_model
+from emu35.tokens.vocabulary import vocabulary_of
+from emu35.train.objective import response_weights
+from emu35.train.trainer import FitResult
+
+
+def run(config: RunConfig, *, run_dir: Path) -> FitResult:
+    """Fine-tune as configured, or continue what ``run_dir`` holds.
+
+    Raises:
+        Emu35Error: for anything a user can mend; Interrupted after a signal, saved.
+    """
+    assert isinstance(config.stage, LMStageConfig)
+    weights = response_weights(
+        config.stage.loss_weights, vocabulary=vocabulary_of(config.tokenizer)
+    )
+    return train_language_model(config, run_dir=run_dir, token_weights=weights)

@@ -1,0 +1,115 @@
+"""What a token's loss is worth, and what is reported about it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from emu35.config import LossWeights
+from emu35.config.data import Modality as LossModality
+from emu35.data.batch import Batch
+from emu35.tokens.serialize import Modality
+from emu35.tokens.vocabulary import Vocabulary
+
+TokenWeights = Callable[[Batch], torch.Tensor]
+"""Batch -> fp32 [B, S]: the weight of every label."""
+
+
+def weights_by_modality(weights: LossWeights) -> TokenWeights:
+    """Every valid label, weighted by its modality (paper section 3.2: visual 0.5, text 1.0)."""
+    table = _table(weights)
+
+    def token_weights(batch: Batch) -> torch.Tensor:
+        return table[batch.label_modality.long()] * batch.label_valid
+
+    return token_weights
+
+
+def response_weights(weights: LossWeights, *, vocabulary: Vocabulary) -> TokenWeights:
+    """As ``weights_by_modality``, but only labels after the document's BSS count: fine-tuning
+    learns the response, from BSS to ESS and EOS, and not the prompt (paper section 4.1)."""
+    by_modality = weights_by_modality(weights)
+
+    def token_weights(batch: Batch) -> torch.Tensor:
+        opened_BS = (batch.tokens == vocabulary.bss).long().cumsum(1)
+        start_BS = batch.document_start.clamp(max=batch.tokens.shape[1] - 1)
+        before_BS = opened_BS.gather(1, start_BS) - (
+            batch.tokens.gather(1, start_BS) == vocabulary.bss
+        ).long()
+        return by_modality(batch) * (opened_BS > before_BS)
+
+    return token_weights
+
+
+def validation_weights(modality: LossModality) -> TokenWeights:
+    """Weight 1 on the labels that a validation set counts: all, text only or visual only."""
+    if modality is LossModality.text:
+        weights = LossWeights(text=1.0, visual=0.0, layout=0.0, control=0.0)
+    elif modality is LossModality.visual:
+        weights = LossWeights(text=0.0, visual=1.0, layout=0.0, control=0.0)
+    else:
+        weights = LossWeights(text=1.0, visual=1.0, layout=1.0, control=1.0)
+    return weights_by_modality(weights)
+
+
+def _table(weights: LossWeights) -> torch.Tensor:
+    by_code = {
+        Modality.TEXT: weights.text,
+        Modality.VISUAL: weights.visual,
+        Modality.LAYOUT: weights.layout,
+        Modality.CONTROL: weights.control,
+    }
+    return torch.tensor([by_code[code] for code in sorted(by_code)], dtype=torch.float32)
+
+
+@dataclass(kw_only=True, slots=True)
+class MicroBatch:
+    """A batch with its label weights, raw and divided by their sum over the global batch."""
+
+    batch: Batch
+    weights_BS: torch.Tensor
+    normalised_BS: torch.Tensor
+
+
+@dataclass(kw_only=True, slots=True)
+class LossReport:
+    """Sums that add up over micro-batches and ranks."""
+
+    weighted: float = 0.0
+    text: float = 0.0
+    text_tokens: float = 0.0
+    visual: float = 0.0
+    visual_tokens: float = 0.0
+
+    @staticmethod
+    def of(
+        *, loss: torch.Tensor, losses_BS: torch.Tensor, micro_batch: MicroBatch
+    ) -> torch.Tensor:
+        """The sums of one micro-batch as one fp64 vector, in field order."""
+        counted_BS = micro_batch.weights_BS > 0
+        modality_BS = micro_batch.batch.label_modality
+        sums = [loss.detach().double()]
+        for code in (Modality.TEXT, Modality.VISUAL):
+            chosen_BS = counted_BS & (modality_BS == code)
+            sums += [losses_BS[chosen_BS].double().sum(), chosen_BS.sum().double()]
+        return torch.stack(sums)
+
+    @classmethod
+    def from_vector(cls, vector: torch.Tensor) -> "LossReport":
+        weighted, text, text_tokens, visual, visual_tokens = vector.tolist()
+        return cls(
+            weighted=weighted,
+            text=text,
+            text_tokens=text_tokens,
+            visual=visual,
+            visual_tokens=visual_tokens,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """``loss`` and, for each modality that occurred, its mean cross-entropy in nats."""
+        metrics = {"loss": self.weighted}
+        if self.text_tokens:
+            metrics["loss_text"] = self.text / self.text_tokens
+        if self.visual_tokens:
+            metrics["loss_visual"] = self.visual / self.visual_tokens
+        return metrics

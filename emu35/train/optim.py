@@ -1,0 +1,84 @@
+"""AdamW through megatron-core (plain or ZeRO-1) and the learning rate as a function of the step."""
+
+import math
+
+import torch
+
+from emu35.config import OptimConfig, ParallelConfig, Precision, Schedule
+from emu35.model.transformer import Emu35Model
+from emu35.parallel import cpu
+
+cpu.install()
+
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
+
+
+def learning_rate(config: OptimConfig, *, step: int, steps: int) -> float:
+    """Learning rate of training step ``step`` (1-based) of ``steps``: linear warm-up to ``lr``,
+    then half a cosine (or a constant) down to ``min_lr`` at the last step."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.schedule is Schedule.constant:
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return config.min_lr + (config.lr - config.min_lr) * cosine
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
+    """Give every parameter group the same rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def wrap_and_optimize(
+    chunks: list[Emu35Model],
+    *,
+    optim: OptimConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+    """Wrap the chunks for data parallelism (fp32 main gradients) and build AdamW over them.
+
+    Norm weights get no weight decay. With ``parallel.zero1`` the optimizer state and the fp32
+    main parameters are split over the data-parallel ranks.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.zero1,
+        check_for_nan_in_grad=False,
+        average_in_collective=False,
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    bf16 = precision is Precision.bf16
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            # 0 would make mcore skip the norm as well, and the norm is always logged.
+            clip_grad=optim.clip_grad or math.inf,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=parallel.zero1,
+        ),
+        wrapped,
+    )
+    if not torch.cuda.is_available():
+        # torch's AdamW updates parameter by parameter unless told otherwise; one fused kernel
+        # does the same arithmetic several times faster on a CPU.
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    return wrapped, optimizer

@@ -1,0 +1,200 @@
+"""One training step of the language model, through megatron-core's schedule.
+
+The loss of a global batch is sum(weight x cross-entropy) / sum(weight), both sums over every
+token of every rank. The denominator is known before the first forward (the micro-batches are at
+hand), so each micro-batch already contributes its final share; nothing is averaged afterwards,
+and the result depends neither on the number of ranks or micro-batches nor on the packing.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emu35.checkpoint import sharded
+from emu35.config import LMStageConfig, RunConfig
+from emu35.data.batch import Batch
+from emu35.data.loader import TokenLoader, ValidationSet
+from emu35.model.context import AttentionContext
+from emu35.model.logits import weighted_cross_entropy
+from emu35.model.mask import AttentionMask
+from emu35.model.transformer import Emu35Model
+from emu35.parallel import cpu
+from emu35.parallel.collectives import barrier, is_main, sum_over
+from emu35.parallel.mesh import Mesh
+from emu35.train.objective import LossReport, MicroBatch, TokenWeights
+from emu35.train.optim import learning_rate, set_learning_rate, wrap_and_optimize
+
+cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import finalize_model_grads  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+LOADER_FILE = "loader.json"
+
+
+class LMTask:
+    """What pretraining and fine-tuning do at every step; the trainer drives it.
+
+    Args:
+        config: the whole run.
+        mesh: where this rank stands.
+        chunks: this rank's model, initialised or loaded.
+        loader: the training data, already sliced to this data-parallel rank.
+        validation: name -> (documents, weights of their labels).
+        token_weights: weights of the training labels.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        mesh: Mesh,
+        chunks: list[Emu35Model],
+        loader: TokenLoader,
+        validation: dict[str, tuple[ValidationSet, TokenWeights]],
+        token_weights: TokenWeights,
+    ) -> None:
+        assert isinstance(config.stage, LMStageConfig)
+        self.config, self.stage, self.mesh = config, config.stage, mesh
+        self.loader, self.validation, self.token_weights = loader, validation, token_weights
+        self.chunks = chunks
+        self.wrapped, self.optimizer = wrap_and_optimize(
+            chunks, optim=config.optim, parallel=config.parallel, precision=config.stage.precision
+        )
+        for chunk in chunks:
+            chunk.config.finalize_model_grads_func = _finalize_gradients
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """Forward, backward and update for one global batch; returns metrics of the whole world.
+
+        ``tokens`` counts document tokens (no padding), ``loss`` is the weighted mean.
+        """
+        micro_batches = self._normalise(
+            self.loader.next_step(), token_weights=self.token_weights
+        )
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        report = self._run(micro_batches, forward_only=False)
+        rate = learning_rate(self.config.optim, step=step, steps=self.stage.steps)
+        set_learning_rate(self.optimizer, rate)
+        _, grad_norm, _ = self.optimizer.step()
+        starts = [item.batch.document_start for item in micro_batches]
+        tokens = torch.stack([(start_BS < start_BS.shape[1]).sum() for start_BS in starts]).sum()
+        sum_over(tokens, parallel_state.get_data_parallel_group())
+        return {
+            **report.metrics(),
+            "lr": rate,
+            "grad_norm": float(grad_norm or 0.0),
+            "tokens": float(tokens.item()),
+        }
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean cross-entropy (nats a token) of every validation set over its own modality."""
+        metrics: dict[str, float] = {}
+        for chunk in self.wrapped:
+            chunk.eval()
+        for name, (documents, token_weights) in self.validation.items():
+            total, weight = 0.0, 0.0
+            for batch in documents:
+                micro_batch = self._normalise([batch], token_weights=token_weights)
+                local = micro_batch[0].weights_BS.sum()
+                count = sum_over(
+                    local.to(self.mesh.device), parallel_state.get_data_parallel_group()
+                ).item()
+                total += self._run(micro_batch, forward_only=True).weighted * count
+                weight += count
+            if weight:
+                metrics[f"{name}/loss"] = total / weight
+        for chunk in self.wrapped:
+            chunk.train()
+        return metrics
+
+    def save(self, folder: Path) -> None:
+        """Model, optimizer and data position, on every rank."""
+        sharded.save(folder, chunks=self.chunks, optimizer=self.optimizer)
+        if is_main():
+            state = self.loader.state_dict()
+            (folder / LOADER_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Undo ``save``, in this or another layout."""
+        sharded.load(folder, chunks=self.chunks, optimizer=self.optimizer)
+        state = json.loads((folder / LOADER_FILE).read_text(encoding="utf-8"))
+        self.loader.load_state_dict(state)
+        barrier()
+
+    def _normalise(
+        self, batches: Iterable[Batch], *, token_weights: TokenWeights
+    ) -> list[MicroBatch]:
+        pairs = [(batch, token_weights(batch)) for batch in batches]
+        total = torch.stack([weights_BS.double().sum() for _, weights_BS in pairs]).sum()
+        total = sum_over(total.to(self.mesh.device), parallel_state.get_data_parallel_group())
+        scale = 1.0 / max(total.item(), 1e-30)
+        device = self.mesh.device
+        return [
+            MicroBatch(
+                batch=batch.to(device),
+                weights_BS=weights_BS.to(device),
+                normalised_BS=(weights_BS * scale).to(device),
+            )
+            for batch, weights_BS in pairs
+        ]
+
+    def _run(self, micro_batches: list[MicroBatch], *, forward_only: bool) -> LossReport:
+        """All micro-batches through mcore's schedule; the report is summed over the world."""
+        sequence_length = micro_batches[0].batch.tokens.shape[1]
+        iterators: list[Iterator[MicroBatch]] = [iter(micro_batches) for _ in self.wrapped]
+        interleaved = len(self.wrapped) > 1
+        reports = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=iterators if interleaved else iterators[0],
+            model=self.wrapped if interleaved else self.wrapped[0],
+            num_microbatches=len(micro_batches),
+            seq_length=sequence_length,
+            micro_batch_size=micro_batches[0].batch.tokens.shape[0],
+            forward_only=forward_only,
+        )
+        zero = torch.zeros(5, dtype=torch.float64, device=self.mesh.device)
+        vector = torch.stack([item["sums"] for item in reports]).sum(0) if reports else zero
+        # Only the last pipeline stage has a loss; the sum over stages hands it to the others.
+        sum_over(vector, parallel_state.get_data_parallel_group())
+        sum_over(vector, parallel_state.get_pipeline_model_parallel_group())
+        return LossReport.from_vector(vector)
+
+    def _forward(self, iterator: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
+        micro_batch = next(iterator)
+        batch = micro_batch.batch
+        context = AttentionContext(
+            positions_BS=batch.positions, mask=AttentionMask.causal(batch.document_start)
+        )
+        hidden_SBH = chunk(batch.tokens, context=context)
+        return hidden_SBH, partial(self._loss, micro_batch=micro_batch)
+
+    def _loss(
+        self, hidden_SBH: torch.Tensor, *, micro_batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        loss, losses_BS = weighted_cross_entropy(
+            self.chunks[-1],
+            hidden_SBH=hidden_SBH,
+            labels_BS=micro_batch.batch.labels,
+            weights_BS=micro_batch.normalised_BS,
+            chunk=self.stage.loss_chunk,
+        )
+        sums = LossReport.of(loss=loss, losses_BS=losses_BS, micro_batch=micro_batch)
+        # mcore divides by this count at the end; the loss is already normalised.
+        no_tokens = torch.zeros([], dtype=torch.int, device=loss.device)
+        return loss, no_tokens, {"sums": sums}
+
+
+def _finalize_gradients(chunks: Any, num_tokens: object = None, **groups: Any) -> None:
+    """mcore's reductions over the layout (data parallel, q/k norms, embeddings) without its
+    division by the token count."""
+    del num_tokens
+    finalize_model_grads(chunks, None, **groups)

@@ -1,0 +1,347 @@
+"""The training loop, the same for every trained stage.
+
+A stage hands in a :class:`TrainTask`, which knows how to make one optimizer step, to validate, and
+to write and read its own state. The loop decides when each of these happens and what else belongs
+to it: metrics, checkpoints, resuming, leaving when asked. It reads from top to bottom; nothing
+registers for anything.
+
+Steps count from 1: ``train_step(step)`` makes step number ``step``, and a checkpoint of step N
+holds the state after N optimizer steps.
+
+**Exactness.** N + M steps equal N steps, a stop, M steps, bit for bit in parameters and metrics
+(where the arithmetic itself is deterministic). For that a checkpoint holds everything a step
+depends on: the task's state (parameters, optimizer, data position) and every random number
+generator of every rank; and nothing beside a step may touch those generators, so validation and
+saving run with them set aside. A stop skips a validation that is due and the resumed run makes it
+first, because validation may take longer than the time a scheduler leaves.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from emu35.checkpoint.manager import Checkpoint, CheckpointManager
+from emu35.config import RunConfig
+from emu35.errors import Emu35Error, Interrupted
+from emu35.log.jsonl import null_safe
+from emu35.log.metrics import Logger, make_logger
+from emu35.parallel.collectives import any_rank, barrier, is_main, rank
+from emu35.train import rng
+from emu35.train.signals import StopRequest
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints inside a run folder."""
+
+IDENTITY_SECTIONS = ("model", "tokenizer", "data", "stage", "optim")
+"""Sections that a checkpoint must share with the run that continues it, besides the seed."""
+
+FREE_FIELDS = frozenset(
+    {
+        ("model", "attention_backend"),
+        ("data", "prefetch_steps"),
+        ("stage", "micro_batch_size"),
+        ("stage", "loss_chunk"),
+    }
+)
+"""Fields of those sections that decide how something is computed, not what: free to change, as the
+layout is, since a resume on fewer or more ranks often needs another micro-batch."""
+
+
+class TrainTask(Protocol):
+    """What a stage trains. Every method is called on every rank, in the same order."""
+
+    def train_step(self, step: int) -> Mapping[str, float]:
+        """Make optimizer step ``step`` (from 1) and return its metrics, equal on every rank.
+
+        ``loss`` must be among them; ``grad_norm``, ``lr`` and ``tokens`` (those of the step over
+        all ranks) should be.
+        """
+        ...
+
+    def validate(self) -> Mapping[str, float]:
+        """Validation metrics, equal on every rank; changes no state that training depends on.
+
+        Random number generators are restored by the trainer. Empty: nothing to validate on.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write parameters, optimizer and data position into the existing, empty ``folder``."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore exactly what :meth:`save` wrote."""
+        ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """What the loop itself keeps in a checkpoint (the ``extra`` of its manifest).
+
+    Attributes:
+        step: optimizer steps made.
+        tokens: tokens trained on, over all ranks.
+        seconds: wall time of the training loop, over all interruptions.
+        validated_step: the step that ``validation`` belongs to, -1 before the first.
+        validation: the newest validation metrics.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    validated_step: int = -1
+    validation: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint | None) -> "Progress":
+        """The progress a checkpoint holds; a fresh one where there is none."""
+        if checkpoint is None:
+            return cls()
+        progress = cls(**checkpoint.extra)
+        progress.validation = {
+            key: math.nan if value is None else value for key, value in progress.validation.items()
+        }
+        return progress
+
+    def extra(self) -> dict[str, Any]:
+        """Strict JSON: a validation loss without tokens is null rather than NaN."""
+        return {**asdict(self), "validation": null_safe(self.validation)}
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class FitResult:
+    """A finished training: ``validation`` is that of the last step, ``checkpoint`` its folder.
+
+    ``seconds`` counts all attempts; ``steps_made`` only this one (0: it was finished before).
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    validation: dict[str, float]
+    checkpoint: Path
+    steps_made: int
+
+
+def fit(task: TrainTask, *, config: RunConfig, run_dir: Path) -> FitResult:
+    """Train ``task`` to ``stage.steps`` from wherever ``run_dir`` stands. Collective.
+
+    A fresh folder starts at step 1, an interrupted one resumes from its newest valid checkpoint,
+    a finished one trains nothing; in each case ``task`` holds the final state afterwards.
+
+    Raises:
+        Interrupted: a rank was asked to stop; everything is saved.
+        Emu35Error: the loss or the gradient norm of a step is not finite.
+        CheckpointError: a checkpoint cannot be written, or those there do not fit this run.
+    """
+    manager = CheckpointManager(
+        root=run_dir / CHECKPOINTS,
+        config=config.checkpoint,
+        identity=identity(config),
+        message=_print,
+    )
+    found = manager.latest()
+    progress = Progress.of(found)
+    began = time.monotonic() - progress.seconds
+    if found is not None and _is_finished(progress, total=config.stage.steps):
+        _load(task, checkpoint=found, message=_print)
+        return _already_finished(progress, checkpoint=found)
+    log = make_logger(
+        config=config.log,
+        run_dir=run_dir,
+        name=config.name,
+        total_steps=config.stage.steps,
+        start_step=progress.step,
+        rank=rank(),
+    )
+    with closing(log), StopRequest() as stop:
+        loop = _Loop(
+            task=task,
+            config=config,
+            manager=manager,
+            log=log,
+            stop=stop,
+            began=began,
+            progress=progress,
+            saved=found,
+        )
+        return loop.run()
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """What two configurations must share for one to continue the other's checkpoint.
+
+    Architecture, tokenizer, data, stage (number of steps and global batch included, for they shape
+    the schedule and the data plan), optimizer and seed; without :data:`FREE_FIELDS`. Layout, log,
+    checkpoint policy, launcher, name and place of the run may all change.
+    """
+    sections = {
+        name: {
+            key: value
+            for key, value in asdict(getattr(config, name)).items()
+            if (name, key) not in FREE_FIELDS
+        }
+        for name in IDENTITY_SECTIONS
+    }
+    return {"seed": config.seed, **sections}
+
+
+@dataclass(kw_only=True, slots=True)
+class _Loop:
+    """The state of one call of :func:`fit`; ``saved`` is the newest good checkpoint."""
+
+    task: TrainTask
+    config: RunConfig
+    manager: CheckpointManager
+    log: Logger
+    stop: StopRequest
+    began: float
+    progress: Progress
+    saved: Checkpoint | None
+
+    def run(self) -> FitResult:
+        progress, total = self.progress, self.config.stage.steps
+        first = progress.step
+        self._start()
+        self._leave_if_asked()
+        if self._validation_due() and first > 0:  # left undone by the stop that saved this step
+            self._validate()
+        while progress.step < total:
+            metrics = self._train_step()
+            self._leave_if_asked(metrics)
+            if self._validation_due():
+                self._validate()
+                self._leave_if_asked()
+            if self._checkpoint_due():
+                self._save()
+                self._leave_if_asked()
+        saved = self._save()
+        self.log.message(
+            f"finished {total} steps, {progress.tokens:,} tokens, {progress.seconds:.0f} s"
+        )
+        return _result(progress, checkpoint=saved, steps_made=total - first)
+
+    def _start(self) -> None:
+        total = self.config.stage.steps
+        if self.saved is None:
+            self.log.message(f"training {total} steps from the beginning")
+            return
+        with self.log.aside("loading"):
+            _load(self.task, checkpoint=self.saved, message=self.log.message)
+        self.log.message(f"resuming at step {self.saved.step}/{total} from {self.saved.path}")
+
+    def _train_step(self) -> Mapping[str, float]:
+        step = self.progress.step + 1
+        metrics = self.task.train_step(step)
+        self.progress.step = step
+        self.progress.tokens += int(metrics.get("tokens", 0))
+        self.log.step(step, {**metrics, "tokens_total": self.progress.tokens})
+        return metrics
+
+    def _validation_due(self) -> bool:
+        step, every = self.progress.step, self.config.stage.validate_every
+        due = step == self.config.stage.steps or (every > 0 and step % every == 0)
+        return due and self.progress.validated_step != step
+
+    def _checkpoint_due(self) -> bool:
+        step, every = self.progress.step, self.config.checkpoint.every
+        return every > 0 and step % every == 0 and step < self.config.stage.steps
+
+    def _validate(self) -> None:
+        with self.log.aside("validating"), rng.preserved():
+            metrics = self.task.validate()
+        self.progress.validation = {key: float(value) for key, value in metrics.items()}
+        self.progress.validated_step = self.progress.step
+        if metrics:
+            self.log.validation(self.progress.step, self.progress.validation)
+
+    def _save(self) -> Checkpoint:
+        self.progress.seconds = time.monotonic() - self.began
+        self.log.flush()  # rows up to this step must not be lost when the checkpoint is not
+        with self.log.aside("saving"), rng.preserved():
+            self.saved = self.manager.save(
+                self.progress.step, write=self._write, extra=self.progress.extra()
+            )
+        return self.saved
+
+    def _write(self, folder: Path) -> None:
+        rng.save(folder)
+        self.task.save(folder)
+
+    def _leave_if_asked(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Save and raise when some rank was asked to stop; raise when ``metrics`` are not finite.
+
+        One collective in the common case.
+        """
+        broken = metrics is not None and not all(
+            math.isfinite(metrics.get(name, 0.0)) for name in ("loss", "grad_norm")
+        )
+        if not self.stop.on_any_rank(also=broken):
+            return
+        if any_rank(broken):
+            raise Emu35Error(self._explain_broken())
+        step, total = self.progress.step, self.config.stage.steps
+        if step > 0 and (self.saved is None or self.saved.step != step):
+            self._save()
+        signal = self.stop.received
+        text = (
+            f"stopped by {signal.name if signal else 'a signal to another rank'} "
+            f"at step {step}/{total}; "
+            + (f"saved in {self.saved.path}" if self.saved else "nothing to save yet")
+            + ". Run the same command again to resume"
+        )
+        self.log.close()
+        # Leaving together: a launcher kills the remaining ranks as soon as the first one is gone.
+        barrier()
+        raise Interrupted(text)
+
+    def _explain_broken(self) -> str:
+        known = (
+            f"the newest good checkpoint is {self.saved.path}"
+            if self.saved
+            else "there is no checkpoint yet"
+        )
+        return (
+            f"the loss or gradient norm of step {self.progress.step} is not finite and the step "
+            f"was not saved; {known}. Lower optim.lr, lengthen optim.warmup_steps or look at the "
+            "data of that step before running again"
+        )
+
+
+def _load(task: TrainTask, *, checkpoint: Checkpoint, message: Callable[[str], None]) -> None:
+    task.load(checkpoint.path)
+    if not rng.load(checkpoint.path):
+        message(
+            f"{checkpoint.path} was written by another number of ranks: data, parameters and "
+            "optimizer continue exactly, random numbers (dropout) start from the seed again"
+        )
+
+
+def _is_finished(progress: Progress, *, total: int) -> bool:
+    return progress.step >= total and progress.validated_step == progress.step
+
+
+def _already_finished(progress: Progress, *, checkpoint: Checkpoint) -> FitResult:
+    found = "".join(f"  {key} {value:.4f}" for key, value in progress.validation.items())
+    _print(f"already finished: {progress.step} steps, {checkpoint.path}{found}")
+    return _result(progress, checkpoint=checkpoint, steps_made=0)
+
+
+def _result(progress: Progress, *, checkpoint: Checkpoint, steps_made: int) -> FitResult:
+    return FitResult(
+        step=progress.step,
+        tokens=progress.tokens,
+        seconds=progress.seconds,
+        validation=dict(progress.validation),
+        checkpoint=checkpoint.path,
+        steps_made=steps_made,
+    )
+
+
+def _print(text: str) -> None:
+    if is_main():
+        print(text, flush=True)

@@ -1,0 +1,47 @@
+"""The one face that image tokenizers show to the rest of emu35."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from emu35.vision.ibq.codec import IBQCodec
+from emu35.vision.ibq.folder import read_folder
+
+
+class ImageCodec(Protocol):
+    """Pixels to a grid of codes and back, without gradients.
+
+    ``factor`` pixels along each side make one code; codes lie in [0, ``codebook_size``).
+    """
+
+    @property
+    def factor(self) -> int: ...
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    def encode(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """Codes ``[B, H / factor, W / factor]`` int64 of float pixels in [-1, 1].
+
+        Raises:
+            DataError: a side is not a positive multiple of ``factor``.
+        """
+        ...
+
+    def decode(self, codes_BHW: torch.Tensor) -> torch.Tensor:
+        """Pixels ``[B, 3, H * factor, W * factor]`` in [-1, 1].
+
+        Raises:
+            DataError: a code lies outside the codebook.
+        """
+        ...
+
+
+def load_codec(folder: Path, *, device: torch.device | None = None) -> ImageCodec:
+    """The tokenizer kept in a release's ``vision_tokenizer`` folder, on ``device`` (CPU if None).
+
+    Raises:
+        ReleaseError: the folder is incomplete, damaged, or not an IBQ tokenizer.
+    """
+    return IBQCodec(read_folder(folder), device=device or torch.device("cpu"))

@@ -1,0 +1,86 @@
+"""A trained IBQ as an :class:`~emu35.vision.codec.ImageCodec`: evaluation mode, fp32, batched."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from emu35.errors import DataError
+from emu35.vision.ibq.model import IBQ
+
+BATCH_PIXELS = 4 * 512 * 512
+"""Pixels that go through the network at once; larger batches are cut, one picture at the least."""
+
+
+class IBQCodec:
+    """Encoding and decoding in fp32 without TF32, because lower precision flips codes.
+
+    ``encode`` and ``decode`` accept tensors on any device and answer on the same one; the work is
+    done on ``device``.
+    """
+
+    def __init__(self, model: IBQ, *, device: torch.device) -> None:
+        self._model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+        self._device = device
+
+    @property
+    def factor(self) -> int:
+        return self._model.config.factor
+
+    @property
+    def codebook_size(self) -> int:
+        return self._model.config.n_embed
+
+    def encode(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """Codes ``[B, H / factor, W / factor]`` int64 of pixels in [-1, 1].
+
+        Raises:
+            DataError: the pixels are not ``[B, 3, H, W]``, or a side is no multiple of ``factor``.
+        """
+        shape, factor = tuple(pixels_B3HW.shape), self.factor
+        if len(shape) != 4 or shape[1] != 3:
+            raise DataError(f"pixels of shape {shape}: an image codec encodes [B, 3, H, W]")
+        height, width = shape[2:]
+        if min(height, width) < factor or height % factor or width % factor:
+            raise DataError(
+                f"picture of {width} x {height} pixels: both sides must be multiples of {factor}; "
+                "resize it with smart_resize first"
+            )
+        parts = pixels_B3HW.split(max(1, BATCH_PIXELS // (height * width)))
+        with _exact(self._device):
+            codes = [self._model.encode(part.to(self._device, torch.float32)) for part in parts]
+        return torch.cat(codes).to(pixels_B3HW.device)
+
+    def decode(self, codes_BHW: torch.Tensor) -> torch.Tensor:
+        """Pixels ``[B, 3, H * factor, W * factor]``, clamped to [-1, 1].
+
+        Raises:
+            DataError: the codes are not a non-empty ``[B, H, W]`` within the codebook.
+        """
+        shape = tuple(codes_BHW.shape)
+        if len(shape) != 3 or 0 in shape:
+            raise DataError(f"codes of shape {shape}: an image codec decodes [B, H, W]")
+        lowest, highest = int(codes_BHW.min()), int(codes_BHW.max())
+        if lowest < 0 or highest >= self.codebook_size:
+            raise DataError(
+                f"codes range from {lowest} to {highest}, but the codebook has "
+                f"{self.codebook_size} entries; the codes come from another tokenizer"
+            )
+        pictures = max(1, BATCH_PIXELS // (shape[1] * shape[2] * self.factor**2))
+        with _exact(self._device):
+            pixels = [
+                self._model.decode(part.to(self._device, torch.int64)).clamp_(-1, 1)
+                for part in codes_BHW.split(pictures)
+            ]
+        return torch.cat(pixels).to(codes_BHW.device)
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """fp32 throughout: no autocast, no TF32, and no gradients."""
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    ):
+        yield

@@ -1,0 +1,216 @@
+"""The release folder of a tokenizer: ``config.yaml`` and ``model.ckpt``, readable by the official
+inference code.
+
+``config.yaml`` is flat and becomes keyword arguments there: ``ddconfig`` for encoder and decoder,
+then ``n_embed`` and ``embed_dim``. Two defaults of that code must be overridden in it: ``double_z``
+(else the encoder is built with twice the channels) and the entropy loss. ``model.ckpt`` is a plain
+dictionary of tensors; it is read with ``weights_only``, so it cannot run code.
+"""
+
+import os
+import pickle
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from emu35.config import IBQConfig
+from emu35.errors import ReleaseError
+from emu35.vision.ibq.model import IBQ
+
+CONFIG = "config.yaml"
+WEIGHTS = "model.ckpt"
+
+DDCONFIG_FIELDS = (
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "attn_resolutions",
+    "resolution",
+    "z_channels",
+    "in_channels",
+    "out_ch",
+    "dropout",
+)
+FLAT_FIELDS = ("n_embed", "embed_dim")
+
+NAMED_KEYS = 3
+"""How many missing or unexpected keys a message names before it counts the rest."""
+
+
+def write_folder(model: IBQ, *, folder: Path) -> None:
+    """Write both files, each atomically, the config last; parameters are stored in fp32.
+
+    Raises:
+        ReleaseError: the folder cannot be written.
+    """
+    state = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _Replacing(folder / WEIGHTS) as path:
+            torch.save(state, path)
+        with _Replacing(folder / CONFIG) as path:
+            path.write_text(yaml.safe_dump(config_to_yaml(model.config), sort_keys=False))
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as RuntimeError.
+        raise ReleaseError(
+            f"cannot write the vision tokenizer to {folder} ({error}); "
+            "free some space or choose another folder"
+        ) from error
+
+
+def read_folder(folder: Path) -> IBQ:
+    """The model in ``folder``, in fp32 on the CPU, in evaluation mode.
+
+    Raises:
+        ReleaseError: a file is missing or damaged, or keys or shapes are not those that
+            ``config.yaml`` describes.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = IBQ(config)
+    state = _read_weights(folder / WEIGHTS)
+    _check_keys(state, expected=model.state_dict(), path=folder / WEIGHTS)
+    model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    return model.eval()
+
+
+def read_config(folder: Path) -> IBQConfig:
+    """The architecture in ``folder``, without reading the weights.
+
+    Raises:
+        ReleaseError: ``config.yaml`` is missing, not YAML, or not an IBQ tokenizer.
+    """
+    path = folder / CONFIG
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReleaseError(
+            f"no vision tokenizer in {folder}: {path} cannot be read ({error.strerror}); "
+            f"the folder must hold {CONFIG} and {WEIGHTS}"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ReleaseError(f"{path} is not YAML ({error}); write the folder again") from error
+    config = config_from_yaml(values, path=path)
+    problems = list(config.problems())
+    if problems:
+        raise ReleaseError(f"{path} describes no valid tokenizer: " + "; ".join(problems))
+    return config
+
+
+def config_to_yaml(config: IBQConfig) -> dict[str, Any]:
+    """The content of ``config.yaml``."""
+    ddconfig: dict[str, Any] = {"double_z": False}
+    for name in DDCONFIG_FIELDS:
+        value = getattr(config, name)
+        ddconfig[name] = list(value) if isinstance(value, list) else value
+    flat = {name: getattr(config, name) for name in FLAT_FIELDS}
+    return {"ddconfig": ddconfig, **flat, "beta": 0.25, "use_entropy_loss": False}
+
+
+def config_from_yaml(values: object, *, path: Path) -> IBQConfig:
+    """The inverse of :func:`config_to_yaml`; keys that only concern training are ignored.
+
+    Raises:
+        ReleaseError: a field is missing or of another type, or the tokenizer is of another kind.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("ddconfig"), dict):
+        raise ReleaseError(f"{path} has no section 'ddconfig'; it is not an IBQ tokenizer")
+    ddconfig = values["ddconfig"]
+    if ddconfig.get("double_z", False):
+        raise ReleaseError(f"{path}: ddconfig.double_z is true; IBQ needs double_z: false")
+    if values.get("cosine_similarity") or values.get("l2_normalize"):
+        raise ReleaseError(
+            f"{path}: normalised codebooks are not supported; codes are plain dot products"
+        )
+    found = {name: ddconfig[name] for name in DDCONFIG_FIELDS if name in ddconfig}
+    found |= {name: values[name] for name in FLAT_FIELDS if name in values}
+    # Dropout alone does not shape the network, so an absent one means none.
+    missing = [name for name in (*DDCONFIG_FIELDS, *FLAT_FIELDS) if name not in {*found, "dropout"}]
+    if missing:
+        raise ReleaseError(f"{path} lacks {', '.join(missing)}; an IBQ tokenizer needs them")
+    kinds = {field.name: field.type for field in fields(IBQConfig)}
+    for name, value in found.items():
+        if not _is_a(value, kind=kinds[name]):
+            raise ReleaseError(f"{path}: {name}={value!r} must be of type {_name(kinds[name])}")
+    return IBQConfig(**found)
+
+
+def _name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+
+
+def _is_a(value: object, *, kind: Any) -> bool:
+    if kind in (int, "int"):
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (float, "float"):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, list) and all(_is_a(item, kind=int) for item in value)
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ReleaseError(f"{path} is missing; the folder must hold {CONFIG} and it") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ReleaseError(
+            f"{path} cannot be read as a dictionary of tensors ({reason}); "
+            "it is damaged or holds something else; copy it again"
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    ):
+        raise ReleaseError(f"{path} must hold a dictionary of tensors and nothing else")
+    return state
+
+
+def _check_keys(
+    state: dict[str, torch.Tensor], *, expected: dict[str, torch.Tensor], path: Path
+) -> None:
+    problems = [
+        f"{title} {_some(sorted(names))}"
+        for title, names in (
+            ("lacks", expected.keys() - state.keys()),
+            ("has unknown", state.keys() - expected.keys()),
+        )
+        if names
+    ]
+    problems += [
+        f"{name} is {list(state[name].shape)}, not {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ][:NAMED_KEYS]
+    if problems:
+        raise ReleaseError(f"{path} does not fit the config.yaml beside it: " + "; ".join(problems))
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - NAMED_KEYS
+    return ", ".join(names[:NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
+
+
+class _Replacing:
+    """A temporary path beside ``path``; takes its place, synced, when the block succeeds."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        return self._temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._temporary.unlink(missing_ok=True)
+            return
+        with self._temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self._temporary, self._path)

@@ -1,0 +1,68 @@
+"""The training objective of the tokenizer, term by term.
+
+Of the objective in the paper (section 5.2: reconstruction, quantization, perceptual, adversarial,
+entropy, semantic distillation) this holds the first two. Each term is a function of pixels or of
+the quantization and returns a mean over its input, so that a global batch may be cut into
+micro-batches and ranks of equal size without changing the loss.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from emu35.vision.ibq.model import Reconstruction
+from emu35.vision.ibq.quantizer import Quantized
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class IBQWeights:
+    """Weight of each term; ``commitment`` weighs the codebook's part of the quantization loss."""
+
+    reconstruction: float = 1.0
+    quantization: float = 1.0
+    commitment: float = 0.25
+
+
+@dataclass(kw_only=True, slots=True)
+class IBQLosses:
+    """Scalars: the weighted ``total`` to minimise, and the terms before weighting."""
+
+    total: torch.Tensor
+    reconstruction: torch.Tensor
+    quantization: torch.Tensor
+
+
+def ibq_losses(
+    reconstruction: Reconstruction, *, pixels_B3HW: torch.Tensor, weights: IBQWeights
+) -> IBQLosses:
+    """Every term for one micro-batch, in fp32."""
+    pixel_term = reconstruction_loss(reconstruction.pixels_B3HW, target_B3HW=pixels_B3HW)
+    quantized = reconstruction.quantized
+    code_term = (
+        torch.zeros_like(pixel_term)
+        if quantized is None
+        else quantization_loss(quantized, commitment=weights.commitment)
+    )
+    return IBQLosses(
+        total=weights.reconstruction * pixel_term + weights.quantization * code_term,
+        reconstruction=pixel_term,
+        quantization=code_term,
+    )
+
+
+def reconstruction_loss(pixels_B3HW: torch.Tensor, *, target_B3HW: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of pixels in [-1, 1]."""
+    return (pixels_B3HW.float() - target_B3HW.float()).abs().mean()
+
+
+def quantization_loss(quantized: Quantized, *, commitment: float) -> torch.Tensor:
+    """Three squared distances between latent vectors and their codebook rows.
+
+    All three have the same value and differ in who is moved: the first, through the propagated
+    gradient, everything; the second the encoder; the third, times ``commitment``, the chosen rows.
+    """
+    z_BDHW, hard_BDHW = quantized.z_BDHW, quantized.hard_BDHW
+    both = (quantized.z_q_BDHW - z_BDHW).square().mean()
+    encoder = (hard_BDHW.detach() - z_BDHW).square().mean()
+    rows = (hard_BDHW - z_BDHW.detach()).square().mean()
+    return both + encoder + commitment * rows

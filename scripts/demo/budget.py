@@ -1,0 +1,67 @@
+"""How much of everything the demo makes and trains: the one table to change."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """``*_overrides`` and ``generate_options`` are passed on to ``emu35`` as they stand."""
+
+    resolution: int
+    train_scenes: int
+    val_scenes: int
+    crops_per_photo: int
+    text_lines: int
+    tokenizer_overrides: tuple[str, ...]
+    pretrain_overrides: tuple[str, ...]
+    prompts: int
+    generate_options: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+BUDGETS = {
+    # Aims at ten minutes on two cores, of which pretraining takes the most.
+    "default": Budget(
+        resolution=96,
+        train_scenes=6000,
+        val_scenes=200,
+        crops_per_photo=12,
+        text_lines=600,
+        tokenizer_overrides=(),
+        pretrain_overrides=(),
+        prompts=96,
+        generate_options=("--guidance", "2"),
+    ),
+    # Walks every step and learns nothing: the smoke test's.
+    "tiny": Budget(
+        resolution=96,
+        train_scenes=24,
+        val_scenes=6,
+        crops_per_photo=1,
+        text_lines=10,
+        tokenizer_overrides=(
+            "stage.steps=2",
+            "stage.global_batch_size=4",
+            "stage.micro_batch_size=4",
+            "stage.validate_every=2",
+            "data.validation_images=4",
+        ),
+        pretrain_overrides=(
+            "model.num_layers=1",
+            "model.hidden_size=64",
+            "model.ffn_hidden_size=128",
+            "model.num_attention_heads=4",
+            "model.num_kv_heads=2",
+            "model.head_dim=16",
+            "stage.steps=2",
+            "stage.global_batch_size=2",
+            "stage.micro_batch_size=2",
+            "stage.validate_every=2",
+        ),
+        prompts=4,
+        generate_options=("--guidance", "1"),
+    ),
+}

@@ -1,0 +1,102 @@
+"""Line charts as SVG text: no library, no script, nothing to load."""
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+COLOURS = ("#2f6fde", "#d9480f", "#2b8a3e", "#9c36b5", "#087f5b", "#c2255c", "#846358")
+WIDTH, HEIGHT = 560, 300
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 16, 38
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """Points (x, y) under a name; ``marked`` draws a dot at each."""
+
+    name: str
+    points: list[tuple[float, float]]
+    marked: bool = False
+
+
+def line_chart(series: list[Series], *, x_label: str, title: str) -> str:
+    """An ``<figure>`` with one chart; series without points are left out."""
+    series = [item for item in series if item.points]
+    if not series:
+        return ""
+    xs = [x for item in series for x, _ in item.points]
+    ys = [y for item in series for _, y in item.points]
+    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(0.0, *ys), max(ys))
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low)
+        up = (y - y_low) / (y_high - y_low)
+        return (
+            LEFT + across * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
+        )
+
+    parts = [_grid(x_ticks, y_ticks, place=place, x_range=(x_low, x_high), x_label=x_label)]
+    for index, item in enumerate(series):
+        colour = COLOURS[index % len(COLOURS)]
+        placed = [place(x, y) for x, y in item.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" '
+            'stroke-linejoin="round"/>'
+        )
+        if item.marked:
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed
+            ]
+    legend = "".join(
+        f'<span><i style="background:{COLOURS[index % len(COLOURS)]}"></i>'
+        f"{escape(item.name)} <b>{item.points[-1][1]:.3g}</b></span>"
+        for index, item in enumerate(series)
+    )
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'{"".join(parts)}</svg><div class="legend">{legend}</div></figure>'
+    )
+
+
+def _grid(x_ticks, y_ticks, *, place, x_range, x_label: str) -> str:
+    x_low, x_high = x_range
+    parts: list[str] = []
+    for tick in y_ticks:
+        x, y = place(x_low, tick)
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
+            f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
+    for tick in x_ticks:
+        if x_low <= tick <= x_high:
+            x, y = place(tick, y_ticks[0])
+            parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{tick:g}</text>')
+    parts.append(
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end" class="label">'
+        f"{escape(x_label)}</text>"
+    )
+    return "".join(parts)
+
+
+def _ticks(low: float, high: float, *, wanted: int = 5) -> list[float]:
+    """Round numbers that cover [low, high]."""
+    if high <= low:
+        high = low + 1
+    raw = (high - low) / wanted
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(k * step, 10) for k in range(first, last + 1)]
+
+
+def smooth(points: list[tuple[float, float]], *, window: int = 1) -> list[tuple[float, float]]:
+    """Each y as the mean of itself and up to ``window`` - 1 predecessors."""
+    smoothed: list[tuple[float, float]] = []
+    for index, (x, _) in enumerate(points):
+        last = [y for _, y in points[max(0, index - window + 1) : index + 1]]
+        smoothed.append((x, sum(last) / len(last)))
+    return smoothed

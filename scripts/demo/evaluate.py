@@ -1,0 +1,62 @@
+"""From generated pictures to accuracy against chance."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from emu35.data.scenes.describe import Colour, Scene, Shape
+from emu35.data.scenes.verify import FoundObject, accuracy, chance, read_scene, score
+
+
+def evaluate(prompts: list[dict[str, Any]], *, pictures: dict[str, Path]) -> dict[str, Any]:
+    """Compare the picture of every prompt (by ``id``) with the scene that the prompt describes.
+
+    A prompt without a picture counts as a picture with nothing in it.
+    """
+    scenes = [Scene.from_json(prompt["scene"]) for prompt in prompts]
+    founds = [_read(pictures.get(prompt["id"])) for prompt in prompts]
+    scores = [score(found, scene=scene) for found, scene in zip(founds, scenes, strict=True)]
+    single = [result for result in scores if result.objects == 1]
+    return {
+        "accuracy": asdict(accuracy(scores)),
+        "accuracy_single": asdict(accuracy(single)),
+        "chance": asdict(chance(founds, scenes=scenes)),
+        "uniform": {"colour": 1 / len(Colour), "shape": 1 / len(Shape)},
+        "prompts": [
+            {
+                **prompt,
+                "picture": pictures[prompt["id"]].name if prompt["id"] in pictures else None,
+                "found": [_words(item) for item in found],
+                "score": {**asdict(result), "count_correct": result.count_correct},
+            }
+            for prompt, found, result in zip(prompts, founds, scores, strict=True)
+        ],
+    }
+
+
+def _read(path: Path | None) -> list[FoundObject]:
+    if path is None:
+        return []
+    with Image.open(path) as image:
+        return read_scene(np.asarray(image.convert("RGB")))
+
+
+def _words(item: FoundObject) -> str:
+    place = str(item.place).replace("_", " ")
+    return f"{item.size} {item.colour} {item.shape}, {place}"
+
+
+def find_pictures(prompts: list[dict[str, Any]], *, folder: Path) -> dict[str, Path]:
+    """The first picture of each prompt in the output folder of ``emu35 generate``, by prompt id."""
+    rows = read_lines(folder / "results.jsonl")
+    return {prompts[row["index"]]["id"]: folder / row["images"][0] for row in rows if row["images"]}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The values of a JSON lines file."""
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream if line.strip()]

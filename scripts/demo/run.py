@@ -1,0 +1,298 @@
+"""The demo: corpus, image tokenizer, shards, language model, pictures, release, report.
+
+Called by ``scripts/demo.sh`` in an environment where emu35 is installed. Every step is a function
+below; what a step runs is printed as the ``emu35`` command that a person could type instead.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from budget import BUDGETS, Budget
+from steps import Runner, Step, Stopped, duration, say, write_json, write_text
+
+SEED = 7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demo:
+    """Where everything lies, and one method a step."""
+
+    out: Path
+    budget: Budget
+    budget_name: str
+    runner: Runner
+
+    @property
+    def steps(self) -> list[Step]:
+        return [
+            Step(name="corpus", title="writing pictures, captions and text", run=self.corpus),
+            Step(name="tokenizer", title="training the image tokenizer", run=self.tokenizer),
+            Step(name="ingest", title="turning everything into token shards", run=self.ingest),
+            Step(name="pretrain", title="pretraining the language model", run=self.pretrain),
+            Step(name="generate", title="drawing held-out captions", run=self.generate),
+            Step(name="release", title="writing and checking the release", run=self.release),
+            Step(name="report", title="summary and report", run=self.report),
+        ]
+
+    # ------------------------------------------------------------------ where things lie
+
+    @property
+    def corpora(self) -> Path:
+        return self.out / "corpus"
+
+    @property
+    def prompts(self) -> Path:
+        return self.corpora / "heldout.jsonl"
+
+    @property
+    def tokenizer_run(self) -> Path:
+        return self.out / "ibq"
+
+    @property
+    def vision(self) -> Path:
+        return self.tokenizer_run / "vision_tokenizer"
+
+    @property
+    def shards(self) -> Path:
+        return self.out / "shards"
+
+    @property
+    def pretrain_run(self) -> Path:
+        return self.out / "pretrain"
+
+    @property
+    def generated(self) -> Path:
+        return self.out / "generated"
+
+    @property
+    def release_folder(self) -> Path:
+        return self.out / "release"
+
+    # ------------------------------------------------------------------ steps
+
+    def corpus(self) -> None:
+        """Scenes as tars, photographs as a folder, text as lines, and the prompts to test with."""
+        from corpus import write_photos
+        from corpus import write_text as write_lines
+        from emu35.data.scenes.corpus import sample_prompts, write_scenes
+        from emu35.data.scenes.describe import Split
+
+        budget, scenes = self.budget, self.corpora / "scenes"
+        for split, count in ((Split.train, budget.train_scenes), (Split.val, budget.val_scenes)):
+            write_scenes(
+                scenes / f"{split}-00000.tar",
+                split=split,
+                count=count,
+                seed=SEED,
+                resolution=budget.resolution,
+                progress=lambda done, split=split, count=count: _tell_progress(
+                    f"{split} scenes", done=done, total=count
+                ),
+            )
+        photos = write_photos(self.corpora / "photos", crops=budget.crops_per_photo, seed=SEED)
+        write_lines(self.corpora / "text" / "plain.txt", lines=budget.text_lines, seed=SEED)
+        prompts = sample_prompts(count=budget.prompts, seed=SEED)
+        write_text(self.prompts, "".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
+        say(
+            f"  {budget.train_scenes} scenes to train on and {budget.val_scenes} held out, "
+            f"{photos} photographs, {budget.text_lines} lines of text, {budget.prompts} prompts"
+        )
+
+    def tokenizer(self) -> None:
+        """``stage=ibq`` on the training scenes and the photographs."""
+        scenes = self.corpora / "scenes"
+        paths = [scenes / "train-00000.tar", self.corpora / "photos"]
+        self.runner.emu35(
+            "run",
+            "experiment=demo/ibq",
+            f"run_dir={_shown(self.tokenizer_run)}",
+            f"data.paths=[{','.join(map(_shown, paths))}]",
+            f"data.validation_paths=[{_shown(scenes / 'val-00000.tar')}]",
+            f"data.resolution={self.budget.resolution}",
+            *self.budget.tokenizer_overrides,
+        )
+
+    def ingest(self) -> None:
+        """Captions before pictures (to draw) and after them (to describe), and plain text."""
+        scenes = self.corpora / "scenes"
+        self._ingest("scenes", scenes / "train-00000.tar", "--order", "both")
+        self._ingest("photos", self.corpora / "photos", "--order", "both")
+        self._ingest("text", self.corpora / "text" / "plain.txt", "--text-unit", "lines")
+        self._ingest("validation", scenes / "val-00000.tar", "--order", "both")
+
+    def _ingest(self, source: str, path: Path, *options: str) -> None:
+        self.runner.emu35(
+            "data",
+            "ingest",
+            _shown(path),
+            "--out",
+            _shown(self.shards / source),
+            "--source",
+            source,
+            "--vision",
+            _shown(self.vision),
+            "--area",
+            str(self.budget.resolution**2),
+            *options,
+        )
+
+    def pretrain(self) -> None:
+        """``stage=pretrain`` on the mixture."""
+        self.runner.emu35(
+            "run",
+            "experiment=demo/pretrain",
+            f"run_dir={_shown(self.pretrain_run)}",
+            f"tokenizer.vision={_shown(self.vision)}",
+            *(
+                f"data.sources.{name}.path={_shown(self.shards / folder)}"
+                for name, folder in (
+                    ("scenes_t2i", "scenes/caption_first"),
+                    ("scenes_i2t", "scenes/image_first"),
+                    ("photos_t2i", "photos/caption_first"),
+                    ("photos_i2t", "photos/image_first"),
+                    ("text", "text"),
+                )
+            ),
+            f"data.validation.t2i.path={_shown(self.shards / 'validation/caption_first')}",
+            f"data.validation.i2t.path={_shown(self.shards / 'validation/image_first')}",
+            *self.budget.pretrain_overrides,
+        )
+
+    def generate(self) -> None:
+        """One picture for each held-out caption, read back by the verifier."""
+        from emu35.config import IBQConfig
+        from emu35.config.io import read_config
+        from evaluate import evaluate, find_pictures, read_lines
+
+        tokenizer = read_config(self.tokenizer_run).model
+        assert isinstance(tokenizer, IBQConfig)
+        side = self.budget.resolution // tokenizer.factor
+        self.runner.emu35(
+            "generate",
+            "--run",
+            _shown(self.pretrain_run),
+            "--task",
+            "t2i",
+            "--prompts-file",
+            _shown(self.prompts),
+            "--out",
+            _shown(self.generated),
+            "--size",
+            f"{side}x{side}",
+            *self.budget.generate_options,
+        )
+        prompts = read_lines(self.prompts)
+        pictures = find_pictures(prompts, folder=self.generated)
+        result = evaluate(prompts, pictures=pictures)
+        write_json(self.out / "evaluation.json", result)
+        got, by_chance = result["accuracy"], result["chance"]
+        say(
+            f"  colour {got['colour']:.1%} (chance {by_chance['colour']:.1%}), "
+            f"shape {got['shape']:.1%} (chance {by_chance['shape']:.1%})"
+        )
+
+    def release(self) -> None:
+        """Export, then compare the release with the run: files, names, weights, logits."""
+        import shutil
+
+        if self.release_folder.exists():
+            # Ours, from an attempt that was stopped between the two commands.
+            shutil.rmtree(self.release_folder)
+        run, release = _shown(self.pretrain_run), _shown(self.release_folder)
+        self.runner.emu35("convert", "export", "--run", run, "--out", release)
+        self.runner.emu35("convert", "verify", "--release", release, "--against", run)
+
+    def report(self) -> None:
+        """``summary.json`` and ``report.html``."""
+        from report import Report
+        from summary import reconstructions, summarize
+
+        evaluation = json.loads((self.out / "evaluation.json").read_text())
+        names = [step.name for step in self.steps]
+        summary = summarize(
+            evaluation,
+            seconds={name: self.runner.seconds(name) for name in names},
+            budget=self.budget_name,
+        )
+        page = Report(
+            summary=summary,
+            evaluation=evaluation,
+            reconstructions=reconstructions(
+                codec_folder=self.vision,
+                scenes=self.corpora / "scenes" / "val-00000.tar",
+                photos=self.corpora / "photos",
+                resolution=self.budget.resolution,
+            ),
+            tokenizer_run=self.tokenizer_run,
+            pretrain_run=self.pretrain_run,
+            generated=self.generated,
+            commands=self.runner.commands,
+        )
+        write_text(self.out / "report.html", page.html())
+        write_json(self.out / "summary.json", summary)
+
+
+def _tell_progress(what: str, *, done: int, total: int) -> None:
+    if sys.stderr.isatty() and (done % 50 == 0 or done == total):
+        end = "\n" if done == total else ""
+        print(f"\r\x1b[K  {what} {done}/{total}", end=end, file=sys.stderr, flush=True)
+    elif not sys.stderr.isatty() and done % 2000 == 0:
+        say(f"  {what} {done}/{total}")
+
+
+def _shown(path: Path) -> str:
+    """Relative to where the demo was started, so that printed commands can be typed as they are."""
+    return os.path.relpath(path)
+
+
+def _refuse(reason: str) -> int:
+    print(f"demo: {reason}", file=sys.stderr)
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 wrong arguments, 75 or 130 stopped (the same command goes on)."""
+    parser = argparse.ArgumentParser(
+        prog="demo.sh", description="From nothing to a trained, checked, released model."
+    )
+    names = ["corpus", "tokenizer", "ingest", "pretrain", "generate", "release", "report"]
+    parser.add_argument("out", nargs="?", type=Path, default=Path("runs/demo"), metavar="OUT")
+    parser.add_argument("--until", choices=names, help="stop after this step")
+    parser.add_argument("--budget", choices=list(BUDGETS), default="default")
+    options = parser.parse_args(arguments)
+    out: Path = options.out.absolute()
+    if out.exists() and not out.is_dir():
+        return _refuse(f"{options.out} is a file; name a folder")
+    runner = Runner(out=out)
+    budget = BUDGETS[options.budget]
+    settings = {"budget": options.budget, "settings": budget.to_json(), "seed": SEED}
+    if differing := runner.claim(settings):
+        what = "budget" if "budget" in differing else " and ".join(differing)
+        return _refuse(
+            f"{options.out} holds a demo with another {what}; "
+            "choose another folder or remove that one"
+        )
+    demo = Demo(out=out, budget=budget, budget_name=options.budget, runner=runner)
+    runner.catch_signals()
+    try:
+        runner.run(demo.steps, until=options.until)
+    except Stopped as stop:
+        if stop.code in (75, 130):
+            say("stopped; the same command goes on from here")
+        return stop.code
+    if options.until in (None, "report"):
+        summary = json.loads((out / "summary.json").read_text())
+        say(
+            f"\ndone in {duration(summary['seconds'])}: colour {summary['colour_accuracy']:.0%}, "
+            f"shape {summary['shape_accuracy']:.0%}\nopen {_shown(out / 'report.html')}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

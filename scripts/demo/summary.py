@@ -1,0 +1,83 @@
+"""The demo's figures, and pictures beside what the image tokenizer makes of them."""
+
+import io
+import platform
+import tarfile
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from emu35 import __version__
+from report import Reconstruction
+
+PACKAGES = ("torch", "megatron-core", "numpy", "pillow", "scikit-image")
+SHOWN_SCENES, SHOWN_PHOTOS = 8, 8
+
+
+def summarize(
+    evaluation: dict[str, Any], *, seconds: Mapping[str, float], budget: str
+) -> dict[str, Any]:
+    """``summary.json``: flat keys, the first six as documented in README."""
+    got, by_chance = evaluation["accuracy"], evaluation["chance"]
+    return {
+        "seconds": round(sum(seconds.values()), 1),
+        "colour_accuracy": got["colour"],
+        "shape_accuracy": got["shape"],
+        "colour_chance": by_chance["colour"],
+        "shape_chance": by_chance["shape"],
+        # `emu35 convert verify` compares the logits and ends the demo where they differ.
+        "release_logits_equal": True,
+        **{f"seconds_{name}": round(value, 1) for name, value in seconds.items()},
+        "place_accuracy": got["place"],
+        "size_accuracy": got["size"],
+        "count_accuracy": got["count"],
+        "prompts": len(evaluation["prompts"]),
+        "budget": budget,
+        "version_emu35": __version__,
+        "version_python": platform.python_version(),
+        **{f"version_{name.replace('-', '_')}": version(name) for name in PACKAGES},
+    }
+
+
+def reconstructions(
+    *, codec_folder: Path, scenes: Path, photos: Path, resolution: int
+) -> list[Reconstruction]:
+    """Held-out scenes and photographs, encoded and decoded."""
+    import torch
+
+    from emu35.vision.codec import load_codec
+    from emu35.vision.resize import to_image, to_pixels
+
+    codec = load_codec(codec_folder)
+    shown: list[Reconstruction] = []
+    for name, image in (*_scenes(scenes), *_photos(photos)):
+        pixels_3HW = to_pixels(image, area=resolution**2, factor=codec.factor)
+        codes_BHW = codec.encode(torch.from_numpy(pixels_3HW)[None])
+        decoded_3HW = codec.decode(codes_BHW)[0].numpy()
+        shown.append(
+            Reconstruction(name=name, original=to_image(pixels_3HW), decoded=to_image(decoded_3HW))
+        )
+    return shown
+
+
+def _scenes(path: Path) -> Iterator[tuple[str, Image.Image]]:
+    with tarfile.open(path) as tar:
+        for number in range(SHOWN_SCENES):
+            key = f"{number:09d}"
+            try:
+                picture, caption = tar.extractfile(f"{key}.png"), tar.extractfile(f"{key}.txt")
+            except KeyError:
+                return  # fewer scenes than would be shown
+            assert picture is not None
+            assert caption is not None
+            image = Image.open(io.BytesIO(picture.read())).convert("RGB")
+            yield caption.read().decode(), image
+
+
+def _photos(folder: Path) -> Iterator[tuple[str, Image.Image]]:
+    for path in sorted(folder.glob("*-00.png"))[:SHOWN_PHOTOS]:
+        with Image.open(path) as image:
+            yield path.with_suffix(".txt").read_text(encoding="utf-8").strip(), image.convert("RGB")

@@ -1,0 +1,35 @@
+"""What every test shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two ranks on two cores with two threads each would spend their time waiting for one another.
+# Set before torch is imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """Values made by the official inference code."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's top folder."""
+    return Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is none, so that a bare ``pytest`` works anywhere."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

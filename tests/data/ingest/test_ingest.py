@@ -1,0 +1,317 @@
+"""Ingestion end to end, with an encoder that stands in for the image tokenizer."""
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image as Pictures
+
+from emu35.config.tokenizer import TokenizerConfig
+from emu35.data.ingest.ingest import ingest
+from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
+from emu35.data.ingest.pictures import UnusablePicture
+from emu35.data.ingest.progress import Progress
+from emu35.data.readers.discover import TextUnit
+from emu35.data.source import Source
+from emu35.errors import ConfigError, DataError
+from emu35.tokens.document import Image, Special, Text
+from emu35.tokens.serialize import deserialize
+from emu35.tokens.text import build_text_tokenizer
+from emu35.vision.resize import RejectedImage, open_image
+
+TOKENIZER = TokenizerConfig(codebook_size=64)
+FACTOR = 8
+
+
+class GreyLevels:
+    """One code for each 8x8 block: its mean grey, in 64 levels. Counts what it encodes."""
+
+    digest = "grey" * 16
+    factor = FACTOR
+
+    def __init__(self, *, stop_after: int | None = None) -> None:
+        self.calls: list[int] = []
+        self.stop_after = stop_after
+
+    def prepare(self, data: bytes | Path) -> Pictures.Image:
+        try:
+            picture = open_image(data)
+        except RejectedImage as error:
+            raise UnusablePicture(reason=error.reason.value, detail=error.detail) from error
+        sides = [max(1, side // FACTOR) * FACTOR for side in picture.size]
+        return picture.resize((sides[0], sides[1]))
+
+    def encode(self, pictures: Sequence[Pictures.Image]) -> list[npt.NDArray[np.integer[Any]]]:
+        if self.stop_after is not None and sum(self.calls) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.calls.append(len(pictures))
+        assert len({picture.size for picture in pictures}) == 1
+        return [codes_of(picture) for picture in pictures]
+
+
+def codes_of(picture: Pictures.Image) -> npt.NDArray[np.integer[Any]]:
+    grey = np.asarray(picture.convert("L")).astype(int)
+    height, width = grey.shape
+    blocks = grey.reshape(height // FACTOR, FACTOR, width // FACTOR, FACTOR)
+    return blocks.mean(axis=(1, 3)).astype(int) // 4
+
+
+def png(*, width: int, height: int, grey: int) -> bytes:
+    buffer = io.BytesIO()
+    Pictures.new("RGB", (width, height), (grey, grey, grey)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_pairs(path: Path, *, count: int, first: int = 0, bad: int = 0) -> Path:
+    """A tar of captioned pictures of three sizes; the first ``bad`` hold no picture."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(first, first + count):
+            size = [(32, 32), (48, 24), (24, 40)][number % 3]
+            picture = png(width=size[0], height=size[1], grey=number * 5 % 256)
+            if number - first < bad:
+                picture = b"<html>not found</html>"
+            caption = f"caption {number}".encode()
+            for kind, data in (("png", picture), ("txt", caption)):
+                info = tarfile.TarInfo(f"{number:05d}.{kind}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def options_of(inputs: list[Path], out: Path, **changes: Any) -> IngestOptions:
+    settings: dict[str, Any] = {"source": "demo", "tokenizer": TOKENIZER, **changes}
+    return IngestOptions(inputs=inputs, out=out, **settings)
+
+
+def documents_of(folder: Path) -> list[tuple[str, list[Any]]]:
+    tokenizer = build_text_tokenizer(TOKENIZER)
+    source = Source(name="demo", path=folder, vocabulary=tokenizer.vocabulary)
+    return [
+        (
+            json.loads(source.facts(number))["id"],
+            deserialize(source.words(number)[0].tolist(), tokenizer).parts,
+        )
+        for number in range(len(source))
+    ]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".tar", ".idx")
+    }
+
+
+def rejects_of(out: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+
+
+def test_pairs_become_documents_in_their_order(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "x.tar", count=20)
+    encoder = GreyLevels()
+    summary = ingest(options_of([source], tmp_path / "out", images_per_call=4), encoder=encoder)
+    documents = documents_of(tmp_path / "out")
+    assert [name for name, _ in documents] == [f"{number:05d}" for number in range(20)]
+    for number, (_, parts) in enumerate(documents):
+        size = [(32, 32), (48, 24), (24, 40)][number % 3]
+        codes = np.full((size[1] // 8, size[0] // 8), number * 5 % 256 // 4)
+        assert parts == [Text(f"caption {number}"), Image(codes)]
+    assert summary.documents == 20
+    assert summary.rejects == {}
+    assert summary.visual_tokens == sum(p[1].codes_HW.size for _, p in documents)
+    # Pictures of equal size go through the encoder together: 7, 7 and 6 of them, at most 4 a call.
+    assert sorted(encoder.calls) == [2, 3, 3, 4, 4, 4]
+
+
+def test_both_orders_are_written_from_one_encoding(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "x.tar", count=6)
+    encoder = GreyLevels()
+    options = options_of([source], tmp_path / "out", order=PairOrder.both)
+    summary = ingest(options, encoder=encoder)
+    first = documents_of(tmp_path / "out" / "caption_first")
+    second = documents_of(tmp_path / "out" / "image_first")
+    assert [(name, parts[::-1]) for name, parts in first] == second
+    assert isinstance(second[0][1][0], Image)
+    assert sum(encoder.calls) == 6
+    assert summary.documents == 12
+
+
+def test_bad_records_are_counted_named_and_do_not_stop_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    whole = png(width=64, height=64, grey=9)
+    noise = Pictures.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    buffer = io.BytesIO()
+    noise.save(buffer, "JPEG")
+    pictures = {
+        "good.png": whole,
+        "fine.png": whole,
+        "page.jpg": b"<html>",
+        "cut.jpg": buffer.getvalue()[:900],
+        "wide.png": png(width=60_000, height=2, grey=0),
+        "big.png": png(width=200, height=200, grey=0),
+        "alone.png": whole,
+    }
+    for name, data in pictures.items():
+        (folder / name).write_bytes(data)
+        if name != "alone.png":
+            (folder / name).with_suffix(".txt").write_text("<|image start|>words")
+    out = tmp_path / "out"
+    options = options_of([folder], out, sequence_length=300, max_rejects=0.8)
+    summary = ingest(options, encoder=GreyLevels())
+    assert [(name, len(parts)) for name, parts in documents_of(out)] == [
+        ("fine.png", 2),
+        ("good.png", 2),
+    ]
+    assert {row["id"]: row["reason"] for row in rejects_of(out)} == {
+        "page.jpg": "not an image",
+        "cut.jpg": "truncated image",
+        "wide.png": "image too large",
+        "big.png": "picture longer than the sequence length",
+        "alone.png": "picture without a caption",
+    }
+    assert sum(summary.rejects.values()) == 5
+    assert any("1 x truncated image" in line for line in summary.lines())
+
+
+def test_special_strings_in_captions_stay_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("<|image start|>2*2<|image token|><|extra_204|>")
+    ingest(options_of([path], tmp_path / "out"), encoder=None)
+    ((_, parts),) = documents_of(tmp_path / "out")
+    assert parts == [Text("<|image start|>2*2<|image token|><|extra_204|>")]
+    assert not any(isinstance(part, Special) for part in parts)
+
+
+def test_interleaved_documents_keep_their_order(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(png(width=16, height=8, grey=40))
+    parts = [{"image": "p.png"}, {"text": " then "}, {"image": "p.png"}, {"text": " end"}]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"parts": parts}))
+    ingest(options_of([tmp_path / "x.jsonl"], tmp_path / "out"), encoder=GreyLevels())
+    picture = Image(np.full((1, 2), 10))
+    ((_, found),) = documents_of(tmp_path / "out")
+    assert found == [picture, Text(" then "), picture, Text(" end")]
+
+
+@pytest.mark.parametrize("stop_after", [3, 9, 21])
+def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, stop_after: int) -> None:
+    inputs = [write_pairs(tmp_path / f"{n}.tar", count=8, first=8 * n, bad=2) for n in range(4)]
+    settings: dict[str, Any] = {"shard_bytes": 9000, "images_per_call": 1}
+    ingest(options_of(inputs, tmp_path / "clean", **settings), encoder=GreyLevels())
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        ingest(options_of(inputs, out, **settings), encoder=GreyLevels(stop_after=stop_after))
+    encoder = GreyLevels()
+    summary = ingest(options_of(inputs, out, **settings), encoder=encoder)
+    assert files_of(out) == files_of(tmp_path / "clean")
+    assert (out / "rejects.jsonl").read_bytes() == (
+        tmp_path / "clean" / "rejects.jsonl"
+    ).read_bytes()
+    assert summary.skipped == stop_after // 6
+    assert sum(encoder.calls) == 6 * (4 - stop_after // 6)
+    again = GreyLevels()
+    assert ingest(options_of(inputs, out, **settings), encoder=again).skipped == 4
+    assert again.calls == []
+
+
+def test_shards_moved_but_never_named_as_done_are_removed(tmp_path: Path) -> None:
+    inputs = [write_pairs(tmp_path / "a.tar", count=4), write_pairs(tmp_path / "b.tar", count=4)]
+    out = tmp_path / "out"
+    ingest(options_of(inputs[:1], out), encoder=GreyLevels())
+    for kind in ("tar", "idx"):  # what a kill between moving and naming leaves
+        (out / f"demo-000001.{kind}").write_bytes(b"from a killed run")
+    (out / ".ingest" / "rejects" / ".0123.jsonl.77.tmp").write_bytes(b"{")
+    ingest(options_of(inputs, out), encoder=GreyLevels())
+    assert len(documents_of(out)) == 8
+    assert list(out.rglob("*.tmp")) == []
+
+
+def test_an_input_with_too_many_rejects_is_left_out_and_retried(tmp_path: Path) -> None:
+    good = write_pairs(tmp_path / "good.tar", count=6)
+    bad = write_pairs(tmp_path / "bad.tar", count=6, first=6, bad=4)
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"bad\.tar had 4 of 6 records rejected, above max_rejects"):
+        ingest(options_of([bad, good], out), encoder=GreyLevels())
+    assert len(documents_of(out)) == 6
+    assert [row["reason"] for row in rejects_of(out)] == ["not an image"] * 4
+    write_pairs(bad, count=6, first=6)
+    summary = ingest(options_of([bad, good], out), encoder=GreyLevels())
+    assert (summary.documents, summary.skipped) == (12, 1)
+    assert rejects_of(out) == []
+
+
+def test_other_options_and_changed_inputs_are_refused(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "x.tar", count=4)
+    out = tmp_path / "out"
+    ingest(options_of([source], out), encoder=GreyLevels())
+    with pytest.raises(DataError, match=r"other options: area was 262144 and is 4096"):
+        ingest(options_of([source], out, area=4096), encoder=GreyLevels())
+    write_pairs(source, count=5)
+    with pytest.raises(DataError, match="changed since it was ingested"):
+        ingest(options_of([source], out), encoder=GreyLevels())
+    options = options_of([source], out, area=4096, existing=Existing.replace)
+    assert ingest(options, encoder=GreyLevels()).documents == 5
+    assert len(documents_of(out)) == 5
+
+
+def test_shards_of_unknown_origin_are_left_alone(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "x.tar", count=4)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "demo-000000.tar").write_bytes(b"precious")
+    with pytest.raises(DataError, match="already holds shards"):
+        ingest(options_of([source], out, existing=Existing.replace), encoder=GreyLevels())
+    assert (out / "demo-000000.tar").read_bytes() == b"precious"
+
+
+def test_pictures_without_an_image_tokenizer_stop_at_once(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "x.tar", count=4)
+    with pytest.raises(DataError, match="no image tokenizer was given"):
+        ingest(options_of([source], tmp_path / "out"), encoder=None)
+    assert files_of(tmp_path / "out") == {}
+
+
+def test_lines_of_text_become_documents(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("one\n\ntwo\n")
+    options = options_of([path], tmp_path / "out", text_unit=TextUnit.lines)
+    ingest(options, encoder=None)
+    assert documents_of(tmp_path / "out") == [
+        ("x.txt:1", [Text("one")]),
+        ("x.txt:3", [Text("two")]),
+    ]
+
+
+def test_nothing_but_rejects_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text(" ")
+    with pytest.raises(DataError, match="no document at all"):
+        ingest(options_of([path], tmp_path / "out", max_rejects=1.0), encoder=None)
+
+
+def test_impossible_options_are_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)inputs is empty.*area=0.*max_rejects=2"):
+        options_of([], tmp_path, area=0, max_rejects=2.0).validate()
+
+
+def test_progress_in_a_log_is_plain_lines_with_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    progress = Progress(label="ingest x", total=400, items="documents", stream=stream)
+    progress.skip(100)
+    progress.begin(size=300)
+    clock[0] += 20
+    progress.update(100, items=40)
+    progress.close()
+    line = stream.getvalue()
+    assert line == "ingest x  50%  40 documents  2 documents/s  0:40 left\n"

@@ -1,0 +1,245 @@
+"""Every input form gives the records it holds, and a named reject for each bad one."""
+
+import io
+import json
+import os
+import sys
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from emu35.data.readers.discover import TextUnit, find_inputs
+from emu35.data.readers.records import RawImage, RawRecord, RawText, RecordForm, Reject
+from emu35.errors import DataError
+
+Members = Iterable[tuple[str, bytes]]
+
+
+def write_tar(path: Path, members: Members) -> Path:
+    mode = "w:gz" if path.name.endswith("gz") else "w"
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read(path: Path, *, unit: TextUnit = TextUnit.file) -> list[RawRecord | Reject]:
+    return [found for entry in find_inputs([path], text_unit=unit) for found in entry.read()]
+
+
+def captions(found: list[RawRecord | Reject]) -> dict[str, str]:
+    return {
+        record.id: part.text
+        for record in found
+        if isinstance(record, RawRecord)
+        for part in record.parts
+        if isinstance(part, RawText)
+    }
+
+
+def reasons(found: list[RawRecord | Reject]) -> dict[str, str]:
+    return {reject.id: str(reject.reason) for reject in found if isinstance(reject, Reject)}
+
+
+PAIRS = [
+    ("a/000.jpg", b"one"),
+    ("a/000.txt", b"first"),
+    ("a/000.json", b'{"caption": "unused"}'),
+    ("a/001.png", b"two"),
+    ("a/001.json", b'{"caption": "second"}'),
+]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_a_webdataset_tar_gives_pairs(tmp_path: Path, name: str) -> None:
+    found = read(write_tar(tmp_path / name, PAIRS))
+    assert captions(found) == {"a/000": "first", "a/001": "second"}
+    assert reasons(found) == {}
+    record = found[0]
+    assert isinstance(record, RawRecord)
+    assert record.form is RecordForm.pair
+    assert record.parts[1] == RawImage(b"one")
+
+
+def test_bad_records_of_a_tar_are_named_and_the_others_survive(tmp_path: Path) -> None:
+    bad = [
+        ("no_text.jpg", b"x"),
+        ("blank.jpg", b"x"),
+        ("blank.txt", b"  \n"),
+        ("no_picture.txt", b"words"),
+        ("latin.jpg", b"x"),
+        ("latin.txt", b"caf\xe9"),
+        ("broken.jpg", b"x"),
+        ("broken.json", b"{"),
+    ]
+    found = read(write_tar(tmp_path / "x.tar", [*bad, *PAIRS]))
+    assert reasons(found) == {
+        "no_text": "picture without a caption",
+        "blank": "picture without a caption",
+        "no_picture": "caption without a picture",
+        "latin": "text is not UTF-8",
+        "broken": "not valid JSON",
+    }
+    assert set(captions(found)) == {"a/000", "a/001"}
+
+
+def test_member_names_that_climb_and_links_touch_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "inner" / "x.tar"
+    path.parent.mkdir()
+    write_tar(path, [("../../evil.jpg", b"x"), ("../../evil.txt", b"words")])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    found = read(path)
+    assert captions(found) == {"../../evil": "words"}
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_a_tar_that_was_cut_short_keeps_its_whole_records(tmp_path: Path, name: str) -> None:
+    many = [
+        (f"{n:03d}.{kind}", os.urandom(700) if kind == "jpg" else b"words")
+        for n in range(20)
+        for kind in ("jpg", "txt")
+    ]
+    path = write_tar(tmp_path / name, many)
+    os.truncate(path, path.stat().st_size * 2 // 3)
+    found = read(path)
+    assert "damaged input file" in reasons(found).values()
+    assert 5 < len(captions(found)) < 20
+
+
+def test_a_tar_with_a_damaged_header_is_reported(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", PAIRS)
+    data = bytearray(path.read_bytes())
+    data[3 * 1024 + 10] ^= 0xFF  # the header of the second picture
+    path.write_bytes(data)
+    found = read(path)
+    assert captions(found) == {"a/000": "first"}
+    assert list(reasons(found).values()) == ["damaged input file"]
+
+
+def test_a_file_that_is_no_tar_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"hello" * 1000)
+    assert reasons(read(path)) == {"x.tar": "damaged input file"}
+
+
+def test_a_folder_of_pictures_takes_captions_of_the_same_name(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, data in {
+        "a.jpg": b"x",
+        "a.txt": b"\xef\xbb\xbfwith a mark",
+        "sub/b.PNG": b"x",
+        "sub/b.txt": b"below",
+        "alone.webp": b"x",
+        "orphan.txt": b"words",
+        ".hidden.jpg": b"x",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    found = read(tmp_path)
+    assert captions(found) == {"a.jpg": "with a mark", "sub/b.PNG": "below"}
+    assert reasons(found) == {
+        "alone.webp": "picture without a caption",
+        "orphan.txt": "caption without a picture",
+    }
+
+
+def test_json_lines_give_documents_in_reading_order(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(b"x")
+    lines = [
+        json.dumps({"id": "doc", "parts": [{"text": "see "}, {"image": "p.png"}, {"text": "."}]}),
+        json.dumps({"text": "plain"}),
+        json.dumps({"image": "p.png", "caption": "pair"}),
+        "",
+        "{",
+        "[]",
+        json.dumps({"parts": [{"sound": "x"}]}),
+        json.dumps({"parts": [{"image": "absent.png"}]}),
+        json.dumps({"parts": [{"text": " "}]}),
+        json.dumps({"words": 1}),
+        "[" * 100_000,
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(lines))
+    found = read(path)
+    first = found[0]
+    assert isinstance(first, RawRecord)
+    assert first.parts == [RawText("see "), RawImage(tmp_path / "p.png"), RawText(".")]
+    assert first.id == "x.jsonl:1 doc"
+    assert [r.form for r in found if isinstance(r, RawRecord)] == ["sequence", "sequence", "pair"]
+    assert reasons(found) == {
+        "x.jsonl:5": "not valid JSON",
+        "x.jsonl:6": "not a record of a known form",
+        "x.jsonl:7": "not a record of a known form",
+        "x.jsonl:8": "missing file",
+        "x.jsonl:9": "empty text",
+        "x.jsonl:10": "not a record of a known form",
+        "x.jsonl:11": "not valid JSON",
+    }
+
+
+def test_text_is_a_document_a_file_or_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\n")
+    (tmp_path / "b.md").write_bytes(b"three")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "d.txt").write_bytes(b"")
+    whole = read(tmp_path)
+    assert captions(whole) == {"a.txt": "one\r\n\r\ntwo\n", "b.md": "three"}
+    assert reasons(whole) == {"c.txt": "text is not UTF-8", "d.txt": "empty text"}
+    assert captions(read(tmp_path / "a.txt", unit=TextUnit.lines)) == {
+        "a.txt:1": "one",
+        "a.txt:3": "two",
+    }
+
+
+def test_an_img2dataset_folder_stands_for_its_tars(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", PAIRS)
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    assert [entry.path.name for entry in find_inputs([tmp_path], text_unit=TextUnit.file)] == [
+        "00000.tar"
+    ]
+
+
+def test_parquet_without_pyarrow_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        read(tmp_path / "x.parquet")
+
+
+def test_parquet_text(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    parquet.write_table(arrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), path)
+    found = read(path)
+    assert captions(found) == {"x.parquet:1": "one", "x.parquet:3": "two"}
+    assert reasons(found) == {"x.parquet:2": "empty text"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("absent", "does not exist"), ("x.docx", "no known kind"), ("empty", "nothing to ingest")],
+)
+def test_unusable_inputs_are_refused_before_anything_starts(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "x.docx").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message):
+        find_inputs([tmp_path / name], text_unit=TextUnit.file)
+
+
+def test_an_input_given_twice_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", PAIRS)
+    with pytest.raises(DataError, match="given twice"):
+        find_inputs([path, tmp_path], text_unit=TextUnit.file)

@@ -1,0 +1,161 @@
+"""The plan: every piece once an epoch, by ratio, densely, and exactly resumable."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emu35.data.pack import Item
+from emu35.data.plan import PlannedSource, Planner, Sample
+from emu35.errors import DataError
+
+ROW = 64
+
+
+def planned(
+    name: str, lengths: list[int], *, ratio: float = 1.0, shards: int = 3, fingerprint: str = "f"
+) -> PlannedSource:
+    per_shard = np.bincount(np.arange(len(lengths)) % shards, minlength=shards)
+    return PlannedSource(
+        name=name,
+        ratio=ratio,
+        length=np.array(lengths, np.int64),
+        per_shard=per_shard.astype(np.int64),
+        fingerprint=fingerprint,
+    )
+
+
+def planner_of(sources: list[PlannedSource], *, seed: int = 0, row: int = ROW) -> Planner:
+    return Planner(sources=sources, sequence_length=row, open_bins=4, shuffle_window=16, seed=seed)
+
+
+def items_of(samples: list[Sample]) -> list[Item]:
+    return [item for sample in samples for item in sample.items]
+
+
+lengths_lists = st.lists(st.integers(1, ROW), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(one=lengths_lists, two=lengths_lists, seed=st.integers(0, 3), count=st.integers(1, 80))
+def test_nothing_is_lost_or_repeated(one: list[int], two: list[int], seed: int, count: int) -> None:
+    sources = [planned("a", one), planned("b", two, ratio=2.0)]
+    planner = planner_of(sources, seed=seed)
+    samples = planner.take(count)
+    state = planner.state_dict()
+    held = [Item(*item) for _, _, items in state["bins"] for item in items]
+    seen = Counter(items_of(samples)) + Counter(held)
+    for index, source in enumerate(sources):
+        entry = state["sources"][source.name]
+        size = len(source.length)
+        counts = [seen[Item(index, number)] for number in range(size)]
+        # Every item came once in each full epoch, and those of the running epoch at most once more.
+        assert set(counts) <= {entry["epoch"], entry["epoch"] + 1}
+        assert sum(counts) == entry["epoch"] * size + entry["position"]
+    for sample in samples:
+        used = sum(int(sources[source].length[item]) for source, item in sample.items)
+        assert 0 < used <= ROW
+    assert [sample.number for sample in samples] == list(range(count))
+
+
+@settings(deadline=None)
+@given(
+    lengths=lengths_lists,
+    cuts=st.lists(st.integers(0, 30), min_size=1, max_size=4),
+    seed=st.integers(0, 3),
+)
+def test_a_resumed_stream_equals_the_uninterrupted_one(
+    lengths: list[int], cuts: list[int], seed: int
+) -> None:
+    sources = [planned("a", lengths), planned("b", lengths[::-1], ratio=0.3)]
+    expected = planner_of(sources, seed=seed).take(sum(cuts) + 20)
+    planner = planner_of(sources, seed=seed)
+    found: list[Sample] = []
+    for cut in cuts:
+        found += planner.take(cut)
+        state = json.loads(json.dumps(planner.state_dict(), sort_keys=True))
+        planner = planner_of(sources, seed=seed)
+        planner.take(3)
+        planner.load_state_dict(state)
+    assert found + planner.take(20) == expected
+
+
+@given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=10))
+def test_the_stream_does_not_depend_on_how_much_is_taken_at_once(sizes: list[int]) -> None:
+    source = planned("a", [(7 * n) % 50 + 1 for n in range(40)])
+    whole = planner_of([source]).take(sum(sizes))
+    planner = planner_of([source])
+    assert [sample for size in sizes for sample in planner.take(size)] == whole
+
+
+def paper_mixture(tokens: int, *, seed: int) -> list[PlannedSource]:
+    """Sources like those of the paper's first stage: text, captioned pictures, long documents."""
+    rng = np.random.default_rng(seed)
+
+    def pictures(count: int) -> int:
+        sides = rng.choice([16, 20, 24, 28, 32, 36, 40], size=(count, 2))
+        return int((sides[:, 0] * (sides[:, 1] + 1) + 8).sum())
+
+    makers = {
+        "a_text": (0.2, lambda: int(np.clip(rng.lognormal(6.6, 1.1), 32, 32768))),
+        "b_caption": (0.2, lambda: pictures(1) + int(np.clip(rng.lognormal(4.6, 0.5), 10, 600))),
+        "c_video": (0.05, lambda: pictures(int(rng.integers(4, 17))) + 150),
+        "d_interleaved": (
+            0.55,
+            lambda: min(32768, pictures(int(np.clip(rng.lognormal(3.0, 0.8), 2, 28)))),
+        ),
+    }
+    sources: list[PlannedSource] = []
+    for name, (ratio, make) in makers.items():
+        lengths: list[int] = []
+        while sum(lengths) < ratio * tokens:
+            lengths.append(make())
+        sources.append(planned(name, lengths, ratio=ratio, shards=8))
+    return sources
+
+
+def test_a_realistic_mixture_fills_rows_and_follows_its_ratios() -> None:
+    sources = paper_mixture(8_000_000, seed=0)
+    planner = Planner(
+        sources=sources, sequence_length=32768, open_bins=16, shuffle_window=4096, seed=1
+    )
+    samples = planner.take(1000)
+    tokens = np.zeros(len(sources))
+    for source, item in items_of(samples):
+        tokens[source] += sources[source].length[item]
+    assert tokens.sum() / (1000 * 32768) >= 0.995
+    ratios = np.array([source.ratio for source in sources])
+    np.testing.assert_allclose(tokens / tokens.sum(), ratios, atol=0.005)
+
+
+def test_state_stays_small() -> None:
+    planner = Planner(
+        sources=paper_mixture(2_000_000, seed=0),
+        sequence_length=32768,
+        open_bins=16,
+        shuffle_window=4096,
+        seed=1,
+    )
+    planner.take(50)
+    assert len(json.dumps(planner.state_dict())) < 8000
+
+
+def test_a_state_of_other_data_is_refused_naming_all_that_changed() -> None:
+    state = planner_of([planned("a", [5, 6, 7]), planned("b", [3, 4, 5])]).state_dict()
+    changed = planner_of(
+        [planned("a", [5, 6], ratio=2.0, fingerprint="g"), planned("c", [1])], seed=9
+    )
+    before = changed.state_dict()
+    with pytest.raises(DataError) as caught:
+        changed.load_state_dict(state)
+    for words in (
+        "seed was 0 and is 9",
+        "sources were ['a', 'b'] and are ['a', 'c']",
+        "shards of source 'a' changed (3 pieces then, 2 now)",
+        "ratio of source 'a' was 1.0 and is 2.0",
+    ):
+        assert words in str(caught.value)
+    assert changed.state_dict() == before

@@ -1,0 +1,110 @@
+"""Memory by formula: against a real training step where one fits, and in its proportions."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from emu35.config import ParallelConfig
+from emu35.planner.plan import describe, make_plan
+from emu35.run.compose import compose
+
+GIB = 2**30
+
+
+def memory(*overrides: str) -> dict[str, Any]:
+    return make_plan(compose(overrides))["memory_bytes_per_rank"]
+
+
+def test_terms_of_a_single_rank():
+    plan = make_plan(compose(["model=tiny", "stage.precision=fp32"]))
+    found = plan["memory_bytes_per_rank"]
+    assert found["weights"] == 4 * plan["parameters"]
+    assert found["gradients"] == 4 * plan["parameters"]
+    assert found["optimizer"] == 8 * plan["parameters"]
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    assert found["total"] == sum(found[part] for part in parts)
+
+
+def test_bf16_halves_weights_and_adds_a_main_copy():
+    fp32, bf16 = memory("model=tiny"), memory("model=tiny", "stage.precision=bf16")
+    assert bf16["weights"] * 2 == fp32["weights"]
+    assert bf16["gradients"] == fp32["gradients"]
+    assert bf16["optimizer"] * 2 == fp32["optimizer"] * 3
+
+
+def test_zero1_divides_the_optimizer_over_replicas():
+    base = ["model=tiny", "launch.nproc=4"]
+    plain, zero = memory(*base), memory(*base, "parallel.zero1=true")
+    assert zero["optimizer"] == -(-plain["optimizer"] // 4)
+    assert zero["weights"] == plain["weights"]
+
+
+def test_activations_follow_tokens_layers_and_layout():
+    base = ["model=demo", "stage.global_batch_size=16"]
+    one = memory(*base)["activations"]
+    assert memory(*base, "stage.micro_batch_size=2")["activations"] == 2 * one
+    assert memory(*base, "data.sequence_length=2048")["activations"] == 2 * one
+    assert memory(*base, "model.num_layers=8")["activations"] == 2 * one
+    split = [*base, "launch.nproc=2", "parallel.tp=2"]
+    with_sp = memory(*split, "parallel.sp=true")["activations"]
+    assert with_sp == pytest.approx(one / 2, rel=1e-3)
+    assert with_sp < memory(*split)["activations"] < one
+    # 1F1B: the first of two stages has half the layers and two micro-batches in flight.
+    assert memory(*base, "launch.nproc=2", "parallel.pp=2")["activations"] == one
+    assert memory(*base, "launch.nproc=2", "parallel.cp=2")["activations"] == one // 2
+    dense = memory(*base, "model.attention_backend=dense")["activations"]
+    assert dense - one == 4 * 1024 * 8 * 1024 * 4  # layers x rows x heads x keys x fp32
+
+
+def test_the_paper_recipe_fits_an_80_gib_accelerator():
+    assert memory("experiment=emu35_34b/pretrain_s1")["total"] < 80 * GIB
+
+
+def test_activation_formula_is_near_what_a_layer_really_keeps():
+    """Counts the bytes that autograd saves in a forward pass of the model itself."""
+    torch = pytest.importorskip("torch")
+    from emu35.model.build import build_model
+    from emu35.model.context import AttentionContext
+    from emu35.model.mask import AttentionMask
+    from emu35.parallel.mesh import single_process_mesh
+
+    single_process_mesh()
+    config = compose(["model=demo", "data.sequence_length=256"])
+    model = config.model
+    saved: dict[int, dict[int, int]] = {}
+
+    for layers in (1, 3):
+        module = build_model(
+            replace(model, num_layers=layers),  # type: ignore[type-var]
+            vocabulary_size=64,
+            parallel=ParallelConfig(),
+            precision=config.stage.precision,
+        )
+        weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        seen = saved.setdefault(layers, {})
+
+        def keep(tensor: Any, seen: dict[int, int] = seen, weights: set[int] = weights) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        tokens = torch.zeros(1, 256, dtype=torch.int64)
+        context = AttentionContext(
+            positions_BS=torch.arange(256)[None],
+            mask=AttentionMask.causal(torch.zeros(1, 256, dtype=torch.int64)),
+        )
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = module(tokens, context=context)
+        assert hidden.requires_grad
+    measured = (sum(saved[3].values()) - sum(saved[1].values())) / 2
+    predicted = make_plan(config)["memory_bytes_per_rank"]["activations"] / 4
+    assert predicted == pytest.approx(measured, rel=0.35)
+
+
+def test_images_are_planned_without_a_guess_at_activations():
+    plan = make_plan(compose(["experiment=tiny/ibq_131k"]))
+    assert plan["memory_bytes_per_rank"]["activations"] is None
+    assert "tokens_per_step" not in plan
+    assert "not estimated" in describe(plan)

@@ -1,0 +1,277 @@
+"""Generation from folders on disk, with a tiny model of random weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+
+from emu35.checkpoint import sharded
+from emu35.checkpoint.manager import CheckpointManager
+from emu35.config import (
+    CheckpointConfig,
+    IBQConfig,
+    LMConfig,
+    PretrainConfig,
+    RunConfig,
+    TokenizerConfig,
+)
+from emu35.config.io import write_config
+from emu35.errors import CheckpointError, ConfigError, DataError
+from emu35.inference.grammar import GridSize
+from emu35.model.build import build_model
+from emu35.model.init import initialize
+from emu35.parallel.mesh import single_process_mesh
+from emu35.stages.generate import (
+    GenerateOptions,
+    SamplingOverride,
+    generate,
+    parse_size,
+    prompt_seed,
+)
+from emu35.stages.release import ExportOptions, export
+from emu35.tokens.template import PromptTemplate, Task
+from emu35.tokens.vocabulary import vocabulary_of
+from emu35.vision.ibq.folder import write_folder
+from emu35.vision.ibq.model import IBQ
+
+CODES = 64
+PROMPTS = ["a red circle", "two blue squares on the left", "x"]
+
+
+def write_vision(folder: Path, *, codes: int = CODES) -> None:
+    torch.manual_seed(0)
+    config = IBQConfig(
+        ch=32,
+        ch_mult=[1, 1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        resolution=8,
+        z_channels=8,
+        embed_dim=8,
+        n_embed=codes,
+    )
+    write_folder(IBQ(config), folder=folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as pretraining leaves it."""
+    root = tmp_path_factory.mktemp("generate")
+    write_vision(root / "vision")
+    model = LMConfig(
+        num_layers=1,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+        init_std=0.3,
+    )
+    config = RunConfig(
+        run_dir=str(root / "run"),
+        model=model,
+        tokenizer=TokenizerConfig(codebook_size=CODES, vision=str(root / "vision")),
+        stage=PretrainConfig(),
+    )
+    folder = root / "run"
+    folder.mkdir()
+    write_config(config, folder)
+    vocabulary = vocabulary_of(config.tokenizer)
+    single_process_mesh()
+    built = build_model(model, vocabulary_size=vocabulary.size)
+    initialize(built, seed=5, pad_id=vocabulary.pad)
+    manager = CheckpointManager(root=folder / "checkpoints", config=CheckpointConfig(), identity={})
+    manager.save(1, write=lambda to: sharded.save(to, chunks=[built], optimizer=None), extra={})
+    return folder
+
+
+def options(run: Path, out: Path, **changes: object) -> GenerateOptions:
+    base = GenerateOptions(
+        source=run, prompts=PROMPTS, out=out, size=GridSize(height=3, width=4), guidance=3.0
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_prompt_becomes_a_picture_of_the_wished_size(run: Path, tmp_path: Path) -> None:
+    result = generate(options(run, tmp_path / "out"))
+    assert (len(result.answers), result.images, result.problems) == (3, 3, [])
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted(
+        [f"{i:03d}_00_image.png" for i in range(3)]
+        + [f"{i:03d}_prompt.txt" for i in range(3)]
+        + ["results.jsonl"]
+    )
+    for index, row in enumerate(rows(tmp_path / "out")):
+        assert row["prompt"] == PROMPTS[index]
+        assert row["sizes"] == [[3, 4]]
+        assert row["parts"] == [{"image": f"{index:03d}_00_image.png"}]
+        picture = Picture.open(tmp_path / "out" / row["images"][0])
+        assert picture.size == (8, 6)
+        assert (tmp_path / "out" / f"{index:03d}_prompt.txt").read_text() == PROMPTS[index] + "\n"
+
+
+def test_the_seed_and_not_the_batch_size_decides(run: Path, tmp_path: Path) -> None:
+    def ids(name: str, **changes: object) -> list[list[int]]:
+        return [a.ids for a in generate(options(run, tmp_path / name, **changes)).answers]
+
+    together = ids("a", batch_size=3, seed=4)
+    assert ids("b", batch_size=1, seed=4) == together
+    assert ids("c", batch_size=3, seed=5) != together
+    # A prompt's place, not the other prompts, decides with the seed.
+    assert ids("d", prompts=PROMPTS[:2], seed=4) == together[:2]
+
+
+def test_a_release_generates_what_its_run_does(run: Path, tmp_path: Path) -> None:
+    export(ExportOptions(run=run, out=tmp_path / "release"), message=lambda _: None)
+    from_run = generate(options(run, tmp_path / "a"))
+    from_release = generate(options(tmp_path / "release", tmp_path / "b"))
+    assert [a.ids for a in from_release.answers] == [a.ids for a in from_run.answers]
+    for index in range(len(PROMPTS)):
+        name = f"{index:03d}_00_image.png"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_greedy_ignores_the_seed(run: Path, tmp_path: Path) -> None:
+    cold = SamplingOverride(temperature=0.0)
+    first, second = (
+        [a.ids for a in generate(options(run, tmp_path / str(s), visual=cold, seed=s)).answers]
+        for s in (1, 2)
+    )
+    assert first == second
+
+
+def test_a_second_call_leaves_nothing_of_the_first(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    generate(options(run, out))
+    (out / "mine.txt").write_text("kept")
+    generate(options(run, out, prompts=PROMPTS[:1]))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "000_00_image.png",
+        "000_prompt.txt",
+        "mine.txt",
+        "results.jsonl",
+    ]
+
+
+def test_text_tasks_write_text_and_name_what_was_cut(run: Path, tmp_path: Path) -> None:
+    result = generate(
+        options(
+            run,
+            tmp_path / "out",
+            task=Task.story,
+            template=PromptTemplate.official,
+            prompts=["tell"],
+            max_new_tokens=60,
+        )
+    )
+    (row,) = rows(tmp_path / "out")
+    assert row["finish"] in ("length", "eos")
+    assert len(row["ids"]) == result.tokens <= 60
+    text = [part["text"] for part in row["parts"] if "text" in part]
+    assert text, "pick another seed: this answer has no text"
+    assert (tmp_path / "out" / "000_text.txt").exists()
+    assert result.problems == [f"prompt 0: {problem}" for problem in row["problems"]]
+
+
+def test_references_decide_the_size(run: Path, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (30, 60, 3), dtype=np.uint8)
+    Picture.fromarray(values).save(tmp_path / "reference.png")
+    generate(
+        options(
+            run,
+            tmp_path / "out",
+            task=Task.x2i,
+            images=[tmp_path / "reference.png"],
+            image_area=72,
+            size=None,
+        )
+    )
+    # 72 pixels at 2:1 are 6 x 12, in codes of 2 x 2 pixels 3 x 6.
+    assert [row["sizes"] for row in rows(tmp_path / "out")] == [[[3, 6]]] * 3
+
+
+def test_a_broken_reference_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        generate(options(run, tmp_path / "out", task=Task.x2i, images=[tmp_path / "broken.png"]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "no prompt"),
+        ({"prompts": ["good", "  "]}, "prompt 1 is empty"),
+        ({"size": None, "ratio": "7:5"}, "'7:5' is unknown; use one of 4:3"),
+        ({"ratio": "1:1"}, "give one of them"),
+        ({"task": Task.x2i}, "at least one"),
+        ({"images": [Path("nowhere.png")]}, "nowhere.png does not exist"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"guidance": float("nan")}, "guidance=nan"),
+        ({"visual": SamplingOverride(top_k=-1)}, "image top-k -1"),
+        ({"text": SamplingOverride(temperature=-0.5)}, "text temperature -0.5"),
+        ({"vision": Path("nowhere")}, "image tokenizer nowhere does not exist"),
+        ({"size": GridSize(height=20, width=20)}, "positions"),
+        ({"max_new_tokens": 9}, "has 20 tokens, but only 9"),
+        ({"max_new_tokens": 4000}, "positions"),
+    ],
+)
+def test_bad_requests_are_refused_before_the_weights_are_read(
+    run: Path,
+    tmp_path: Path,
+    changes: dict[str, object],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("emu35.stages.generate.load_model", unreachable)
+    with pytest.raises(ConfigError, match=message):
+        generate(options(run, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_are_named_together(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        generate(options(run, tmp_path / "out", prompts=[""], batch_size=0, seed=-1))
+    assert len(caught.value.problems) == 3
+
+
+def test_another_codebook_is_refused(run: Path, tmp_path: Path) -> None:
+    write_vision(tmp_path / "vision", codes=CODES * 2)
+    with pytest.raises(ConfigError, match="128 codes, but the language model has 64"):
+        generate(options(run, tmp_path / "out", vision=tmp_path / "vision"))
+
+
+def test_a_folder_that_is_no_source_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a run folder"):
+        generate(options(tmp_path, tmp_path / "out"))
+
+
+def test_an_output_that_cannot_be_made_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot write"):
+        generate(options(run, tmp_path / "file" / "out"))
+
+
+def test_sizes_as_written_on_a_command_line() -> None:
+    assert parse_size("64*48") == parse_size(" 64x48 ") == GridSize(height=64, width=48)
+    for text in ("64", "0x4", "4x", "64x48x2", "a*b", "-1x4"):
+        with pytest.raises(ConfigError, match="HEIGHTxWIDTH"):
+            parse_size(text)
+
+
+def test_prompts_and_neighbouring_seeds_share_no_noise() -> None:
+    seeds = {prompt_seed(seed, index=index) for seed in range(20) for index in range(20)}
+    assert len(seeds) == 400

@@ -1,0 +1,269 @@
+"""The tokenizer stage end to end, on pictures small enough for seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from emu35.checkpoint.manager import CheckpointManager
+from emu35.config import (
+    CheckpointConfig,
+    IBQConfig,
+    IBQStageConfig,
+    ImageDataConfig,
+    LaunchConfig,
+    LogConfig,
+    OptimConfig,
+    RunConfig,
+    TokenizerConfig,
+)
+from emu35.config.io import write_config
+from emu35.config.rules import find_problems, validate
+from emu35.errors import ConfigError, DataError
+from emu35.stages import ibq
+from emu35.vision.codec import load_codec
+from emu35.vision.ibq.folder import read_folder
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        values = rng.integers(0, 256, size=(2, 2, 3), dtype=np.uint8)
+        image = Image.fromarray(values).resize((32, 32), Image.Resampling.NEAREST)
+        image.save(folder / f"{index:02d}.png")
+    return folder
+
+
+def make_config(pictures: Path, **stage: object) -> RunConfig:
+    return RunConfig(
+        name="ibq_test",
+        model=IBQConfig(
+            ch=32,
+            ch_mult=[1, 1, 1],
+            num_res_blocks=1,
+            attn_resolutions=[],
+            resolution=32,
+            z_channels=16,
+            embed_dim=8,
+            n_embed=64,
+        ),
+        tokenizer=TokenizerConfig(codebook_size=64),
+        data=ImageDataConfig(
+            paths=[str(pictures)],
+            validation_paths=[str(pictures)],
+            resolution=32,
+            validation_images=5,
+        ),
+        stage=IBQStageConfig(
+            **{  # type: ignore[arg-type]
+                "steps": STEPS,
+                "global_batch_size": 4,
+                "micro_batch_size": 2,
+                "validate_every": 0,
+                "quantizer_warmup": 2,
+                **stage,
+            }
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_steps=1, weight_decay=0.01),
+        checkpoint=CheckpointConfig(every=3, keep_last=4),
+        log=LogConfig(every=1),
+    )
+
+
+def run_in(run_dir: Path, config: RunConfig):
+    run_dir.mkdir(exist_ok=True)
+    return ibq.run(config, run_dir=run_dir)
+
+
+def rows_of(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Training rows of metrics.jsonl by step."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: row for row in rows if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def finished(pictures, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished")
+    run_in(run_dir, make_config(pictures))
+    return run_dir
+
+
+def test_a_run_leaves_a_tokenizer_and_a_picture_of_what_it_does(finished, pictures):
+    codec = load_codec(finished / "vision_tokenizer")
+    assert (codec.factor, codec.codebook_size) == (4, 64)
+    with Image.open(finished / "reconstructions.png") as grid:
+        assert grid.size == (5 * 32, 2 * 32)
+        first = np.asarray(grid.convert("RGB"))[:32, :32]
+    with Image.open(pictures / "00.png") as original:
+        assert np.abs(first.astype(int) - np.asarray(original)).max() <= 1
+
+
+def test_metrics_say_what_is_learned(finished):
+    rows = rows_of(finished)
+    assert set(rows) == set(range(1, STEPS + 1))
+    for row in rows.values():
+        assert row["loss"] == pytest.approx(
+            row["loss_reconstruction"] + row["loss_quantization"], rel=1e-5
+        )
+    assert rows[2]["loss_quantization"] == 0.0
+    assert rows[2]["codebook_usage"] == 0.0
+    assert rows[3]["loss_quantization"] > 0.0
+    assert 0 < rows[6]["codebook_usage"] <= 1
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    validation = next(row for row in map(json.loads, lines) if "val/psnr" in row)
+    assert validation["val/pictures"] == 5
+    assert validation["val/codes_used"] == pytest.approx(validation["val/codebook_usage"] * 64)
+
+
+def test_reconstruction_improves(finished):
+    rows = rows_of(finished)
+    assert rows[STEPS]["loss_reconstruction"] < rows[1]["loss_reconstruction"]
+
+
+def test_resume_is_bitwise(finished, pictures, tmp_path):
+    """3 steps, stop, 3 steps equal 6 steps: weights, average, optimizer and metrics."""
+    config = make_config(pictures)
+    run_dir = tmp_path / "resumed"
+    run_dir.mkdir()
+    source = finished / "checkpoints" / "step_00000003"
+    target = run_dir / "checkpoints" / source.name
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    run_in(run_dir, config)
+    resumed, whole = rows_of(run_dir), rows_of(finished)
+    for step in range(4, STEPS + 1):
+        for name in ("loss", "loss_quantization", "grad_norm", "codebook_usage"):
+            assert resumed[step][name] == whole[step][name], (step, name)
+    ours, theirs = (
+        torch.load(folder / "checkpoints/step_00000006/ibq.pt", weights_only=True)
+        for folder in (run_dir, finished)
+    )
+    assert ours["updates"] == theirs["updates"] == STEPS
+    for part in ("model", "average"):
+        for name, tensor in theirs[part].items():
+            assert torch.equal(ours[part][name], tensor), (part, name)
+    for index, state in theirs["optimizer"]["state"].items():
+        assert torch.equal(ours["optimizer"]["state"][index]["exp_avg_sq"], state["exp_avg_sq"])
+
+
+def test_micro_batches_do_not_change_the_run(finished, pictures, tmp_path):
+    run_in(tmp_path / "micro", make_config(pictures, micro_batch_size=4))
+    ours, theirs = rows_of(tmp_path / "micro"), rows_of(finished)
+    for step in range(1, STEPS + 1):
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-4)
+
+
+def test_average_is_what_is_released(finished):
+    state = torch.load(finished / "checkpoints/step_00000006/ibq.pt", weights_only=True)
+    released = read_folder(finished / "vision_tokenizer").state_dict()
+    for name, tensor in state["average"].items():
+        assert torch.equal(released[name], tensor)
+    assert any(not torch.equal(released[name], t) for name, t in state["model"].items())
+
+
+def test_other_pictures_cannot_continue_a_run(finished, pictures, tmp_path):
+    config = make_config(pictures)
+    task = ibq.IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
+    task.pictures.files = task.pictures.files[:-1]
+    with pytest.raises(DataError, match="not those that"):
+        task.load(finished / "checkpoints/step_00000003")
+    task.close()
+
+
+def test_init_from_starts_from_the_weights(finished, pictures, tmp_path):
+    config = make_config(pictures, init_from=str(finished / "vision_tokenizer"))
+    task = ibq.IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
+    released = read_folder(finished / "vision_tokenizer").state_dict()
+    for name, tensor in task.model.state_dict().items():
+        assert torch.equal(tensor, released[name])
+    assert all(weight.requires_grad for weight in task.model.parameters())
+    task.close()
+    config.model.ch_mult = [1, 1, 2]
+    with pytest.raises(ConfigError, match="init_from"):
+        ibq.IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
+
+
+def test_rejected_pictures_are_counted_and_named(pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in pictures.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "05.png").write_bytes(b"GIF89a nothing")
+    run_dir = tmp_path / "run"
+    run_in(run_dir, make_config(folder, steps=4, quantizer_warmup=0))
+    (row,) = [json.loads(line) for line in (run_dir / "rejects.jsonl").read_text().splitlines()]
+    assert row["picture"] == str(folder / "05.png")
+    assert rows_of(run_dir)[4]["rejected"] == 1
+
+
+def test_settings_that_cannot_work_are_refused(pictures):
+    config = make_config(pictures, quantizer_warmup=STEPS)
+    config.parallel.zero1 = True
+    text = "\n".join(find_problems(config))
+    assert "quantizer_warmup=6 leaves none" in text
+    assert "zero1=false" in text
+    validate(make_config(pictures))
+
+
+WORKER = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from emu35.config.io import read_config
+from emu35.parallel import mesh
+from emu35.stages import ibq
+ibq.run(read_config(Path(sys.argv[1])), run_dir=Path(sys.argv[2]))
+mesh.leave()
+"""
+
+
+@pytest.mark.multiproc
+def test_two_ranks_equal_one_process(finished, pictures, tmp_path):
+    config = make_config(pictures, micro_batch_size=1)
+    config.launch = LaunchConfig(nproc=2)
+    write_config(config, tmp_path / "config.yaml")
+    (tmp_path / "worker.py").write_text(WORKER)
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(tmp_path / "worker.py")]
+    command += [str(tmp_path / "config.yaml"), str(run_dir)]
+    root = Path(ibq.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = rows_of(run_dir), rows_of(finished)
+    for step in range(1, STEPS + 1):
+        for name in ("loss", "loss_reconstruction", "codebook_usage"):
+            assert ours[step][name] == pytest.approx(theirs[step][name], rel=1e-4), (step, name)
+    assert (run_dir / "vision_tokenizer" / "model.ckpt").exists()
+
+
+def test_checkpoints_are_those_of_the_manager(finished, pictures):
+    config = make_config(pictures)
+    from emu35.train.trainer import identity
+
+    manager = CheckpointManager(
+        root=finished / "checkpoints",
+        config=config.checkpoint,
+        identity=identity(config),
+        message=print,
+    )
+    newest = manager.latest()
+    assert newest is not None
+    assert newest.step == STEPS

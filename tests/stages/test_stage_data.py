@@ -1,0 +1,160 @@
+"""``emu35 data`` with a real, tiny image tokenizer: ingest, index, stats, inspect."""
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Pictures
+
+from emu35.config.model import IBQConfig
+from emu35.config.tokenizer import TokenizerConfig
+from emu35.data.ingest.options import IngestOptions, PairOrder
+from emu35.data.source import Source
+from emu35.errors import ConfigError, DataError
+from emu35.stages import data
+from emu35.vision.codec import load_codec
+from emu35.vision.ibq.folder import write_folder
+from emu35.vision.ibq.model import IBQ
+from emu35.vision.resize import open_image, to_pixels
+
+AREA = 48 * 48
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with random weights: factor 16, 64 codes."""
+    torch.manual_seed(0)
+    config = IBQConfig(
+        ch=32,
+        ch_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        resolution=48,
+        z_channels=16,
+        embed_dim=16,
+        n_embed=64,
+    )
+    folder = tmp_path_factory.mktemp("vision")
+    write_folder(IBQ(config), folder=folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(100, 100), (200, 100), (90, 180)]):
+        pixels = rng.integers(0, 255, (height // 10, width // 10, 3)).astype(np.uint8)
+        Pictures.fromarray(pixels).resize((width, height)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}", encoding="utf-8")
+    return folder
+
+
+def options_of(inputs: list[Path], out: Path, *, vision: Path, codebook: int = 64) -> IngestOptions:
+    return IngestOptions(
+        inputs=inputs,
+        out=out,
+        source="photos",
+        tokenizer=TokenizerConfig(codebook_size=codebook, vision=str(vision)),
+        area=AREA,
+        order=PairOrder.image_first,
+    )
+
+
+def test_codes_are_those_of_the_tokenizer_and_everything_can_be_looked_at(
+    photos: Path, vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    data.ingest(options_of([photos], out, vision=vision))
+    printed = capsys.readouterr().out
+    assert "3 documents" in printed
+    assert "rejected" not in printed
+
+    pixels = to_pixels(open_image(photos / "0.png"), area=AREA)
+    codes = load_codec(vision).encode(torch.from_numpy(pixels)[None])[0].numpy()
+    source = Source(name="photos", path=out)
+    vocabulary = source.metas[0].vocabulary()
+    tokens = source.words(0)[0].astype(np.int64)
+    found = tokens[tokens >= vocabulary.visual_start] - vocabulary.visual_start
+    np.testing.assert_array_equal(found.reshape(codes.shape), codes)
+
+    data.index(data.IndexOptions(folders=[out], verify=True))
+    assert "verified 1 shards, 3 documents" in capsys.readouterr().out
+
+    data.stats(data.StatsOptions(folders=[out], sequence_length=128))
+    printed = capsys.readouterr().out
+    assert re.search(r"3 documents, \d+ tokens, 1 shards", printed)
+    assert re.search(r"text \d.*visual \d.*layout \d.*control \d", printed)
+    assert re.search(r"packing +\d+\.\d+% of rows of 128", printed)
+
+    pictures = tmp_path / "pictures"
+    data.inspect(data.InspectOptions(folder=out, first=1, count=9, images=pictures, vision=vision))
+    printed = capsys.readouterr().out
+    assert "[image 2x4]picture 1" in printed
+    assert "[image 4x2]picture 2" in printed
+    assert "picture 0" not in printed
+    sizes = [Pictures.open(io.BytesIO(p.read_bytes())).size for p in sorted(pictures.iterdir())]
+    assert sizes == [(64, 32), (32, 64)]
+
+
+def test_text_needs_no_network(
+    tmp_path: Path, vision: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the image tokenizer was loaded")
+
+    monkeypatch.setattr(data, "load_codec", refuse)
+    (tmp_path / "x.txt").write_text("words", encoding="utf-8")
+    summary = data.ingest(options_of([tmp_path / "x.txt"], tmp_path / "out", vision=vision))
+    assert summary.documents == 1
+
+
+def test_a_codebook_of_another_size_is_refused(photos: Path, vision: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"codebook_size=99, but .* use --codebook-size 64"):
+        data.ingest(options_of([photos], tmp_path / "out", vision=vision, codebook=99))
+
+
+def test_a_folder_without_tokenizer_is_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no image tokenizer"):
+        data.ingest(options_of([photos], tmp_path / "out", vision=tmp_path))
+
+
+def test_index_names_every_damaged_shard_and_rebuilds_what_is_lost(
+    photos: Path, vision: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    data.ingest(options_of([photos], out, vision=vision))
+    sidecar = out / "photos-000000.idx"
+    sidecar.unlink()
+    with pytest.raises(DataError, match="has no index"):
+        data.index(data.IndexOptions(folders=[out], verify=True))
+    data.index(data.IndexOptions(folders=[out]))
+    data.index(data.IndexOptions(folders=[out], verify=True))
+    shard = out / "photos-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[3000] ^= 1
+    shard.write_bytes(content)
+    for verify in (True, False):
+        with pytest.raises(DataError, match=r"photos-000000\.tar is not a complete, unaltered"):
+            data.index(data.IndexOptions(folders=[out], verify=verify))
+
+
+def test_inspecting_past_the_end_says_how_many_there_are(
+    photos: Path, vision: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    data.ingest(options_of([photos], out, vision=vision))
+    with pytest.raises(DataError, match="no document 3; it has 3, counted from 0"):
+        data.inspect(data.InspectOptions(folder=out, first=3))
+
+
+def test_an_output_path_that_cannot_be_made_is_a_clear_error(
+    photos: Path, vision: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(DataError, match=r"file/out.*Not a directory; check the path"):
+        data.ingest(options_of([photos], tmp_path / "file" / "out", vision=vision))

@@ -1,0 +1,106 @@
+"""The demo at a budget that learns nothing: every step, the same code, the same commands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("skimage", reason="the extra 'demo' is not installed")
+
+PROMISED = [
+    "seconds",
+    "colour_accuracy",
+    "shape_accuracy",
+    "colour_chance",
+    "shape_chance",
+    "release_logits_equal",
+]
+STEPS = ["corpus", "tokenizer", "ingest", "pretrain", "generate", "release", "report"]
+
+
+def start(out: Path, *arguments: str, repository: Path, cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(repository / "scripts" / "demo" / "run.py"),
+            str(out),
+            "--budget",
+            "tiny",
+            *arguments,
+        ],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+    )
+
+
+def run(out: Path, *arguments: str, repository: Path, cwd: Path) -> tuple[int, str]:
+    process = start(out, *arguments, repository=repository, cwd=cwd)
+    text, _ = process.communicate()
+    return process.returncode, text
+
+
+@pytest.mark.timeout(900)
+def test_every_step_in_two_attempts(tmp_path: Path, repository: Path) -> None:
+    out = tmp_path / "out"
+    # A signal in the middle of a command: whatever the moment, the demo ends as "stopped" ...
+    process = start(out, repository=repository, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (out / ".steps" / "corpus.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate()
+    assert process.returncode == 75, text
+    assert "the same command goes on" in text
+    assert not (out / "summary.json").exists()
+
+    # ... and the same command goes on to the end.
+    code, text = run(out, repository=repository, cwd=tmp_path)
+    assert code == 0, text
+    assert "$ emu35 run experiment=demo/ibq" in text
+    assert "$ emu35 convert verify" in text
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary)[: len(PROMISED)] == PROMISED
+    assert summary["release_logits_equal"] is True
+    assert 0 <= summary["colour_accuracy"] <= 1
+    assert all(not isinstance(value, dict | list) for value in summary.values())
+    times = [summary[f"seconds_{step}"] for step in STEPS]
+    assert summary["seconds"] == pytest.approx(sum(times), abs=0.5)
+
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 2
+    assert "<polyline" in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+    # A third time there is nothing left to do, and the figures stay as they are.
+    code, text = run(out, repository=repository, cwd=tmp_path)
+    assert code == 0, text
+    assert "$ emu35" not in text
+    assert json.loads((out / "summary.json").read_text()) == summary
+
+
+def test_a_folder_of_another_budget_is_refused(tmp_path: Path, repository: Path) -> None:
+    code, text = run(tmp_path / "out", "--until", "corpus", repository=repository, cwd=tmp_path)
+    assert code == 0, text
+    assert (tmp_path / "out" / "corpus" / "scenes" / "train-00000.tar").exists()
+    code, text = run(tmp_path / "out", "--budget", "default", repository=repository, cwd=tmp_path)
+    assert code == 2
+    assert "holds a demo with another budget" in text
+    assert "Traceback" not in text
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    code, text = run(tmp_path / "out", repository=repository, cwd=tmp_path)
+    assert code == 2
+    assert "is a file" in text
+    assert (tmp_path / "out").read_text() == "mine"

@@ -1,0 +1,119 @@
+"""One truth: the same losses from every layout, micro-batch size and packing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("layout_worker.py")
+
+
+def train(result: Path, *, ranks: int = 1, **spec: object) -> dict:
+    """Run the worker alone or on ``ranks`` torchrun ranks, and end whatever it leaves behind."""
+    command = [str(WORKER), str(result), json.dumps(spec)]
+    if ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*torchrun, *command]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, output
+    return json.loads(result.read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return train(tmp_path_factory.mktemp("reference") / "one.json")
+
+
+def assert_same(run: dict, reference: dict, *, loss: float = 1e-5) -> None:
+    ours, theirs = run["metrics"], reference["metrics"]
+    assert len(ours) == len(theirs) == 5
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["tokens"] == b["tokens"]
+        for name in ("loss", "loss_text", "loss_visual"):
+            assert a[name] == pytest.approx(b[name], rel=loss), name
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+LAYOUTS = {
+    "tp2": {"ranks": 2, "tp": 2},
+    "dp2-zero1": {"ranks": 2, "zero1": True},
+}
+MORE_LAYOUTS = {
+    "tp2-sp": {"ranks": 2, "tp": 2, "sp": True},
+    "dp2": {"ranks": 2},
+    "pp2": {"ranks": 2, "pp": 2},
+    "pp2-vpp2": {"ranks": 2, "pp": 2, "vpp": 2},
+    "tp2-dp2-zero1": {"ranks": 4, "tp": 2, "zero1": True, "micro_batch_size": 1},
+}
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_two_ranks_train_what_one_trains(layout: dict, reference: dict, tmp_path: Path) -> None:
+    assert_same(train(tmp_path / "run.json", **layout), reference)
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("layout", MORE_LAYOUTS.values(), ids=MORE_LAYOUTS)
+def test_more_layouts_train_what_one_trains(
+    layout: dict, reference: dict, tmp_path: Path
+) -> None:
+    assert_same(train(tmp_path / "run.json", **layout), reference)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"packed": False, "micro_batch_size": 4}],
+    ids=["micro1", "micro4", "unpacked"],
+)
+def test_micro_batches_and_packing_do_not_change_the_loss(
+    split: dict, reference: dict, tmp_path: Path
+) -> None:
+    assert_same(train(tmp_path / "run.json", **split), reference, loss=1e-6)
+
+
+def test_bf16_trains_close_to_fp32(reference: dict, tmp_path: Path) -> None:
+    run = train(tmp_path / "run.json", precision="bf16")
+    for a, b in zip(run["metrics"], reference["metrics"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+
+
+def test_resume_is_bitwise_with_dropout(tmp_path: Path) -> None:
+    """The task's own state; the trainer adds the random states (see test_trainer)."""
+    whole = train(tmp_path / "whole.json", steps=6)
+    train(tmp_path / "first.json", steps=3, save=str(tmp_path / "checkpoint"))
+    rest = train(tmp_path / "rest.json", steps=3, load=str(tmp_path / "checkpoint"))
+    assert rest["metrics"] == whole["metrics"][3:]
+    assert rest["weights"] == whole["weights"]
+
+
+@pytest.mark.multiproc
+def test_zero1_resumes_and_tensor_parallel_continues_a_single_process(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole.json", steps=5)
+    zero1 = {"ranks": 2, "zero1": True}
+    train(tmp_path / "a.json", steps=2, save=str(tmp_path / "zero1"), **zero1)
+    rest = train(tmp_path / "b.json", steps=3, load=str(tmp_path / "zero1"), **zero1)
+    losses = [row["loss"] for row in whole["metrics"]]
+    assert [row["loss"] for row in rest["metrics"]] == pytest.approx(losses[2:], rel=1e-5)
+
+    train(tmp_path / "c.json", steps=2, save=str(tmp_path / "single"))
+    rest = train(tmp_path / "d.json", steps=3, load=str(tmp_path / "single"), ranks=2, tp=2)
+    assert [row["loss"] for row in rest["metrics"]] == pytest.approx(losses[2:], rel=1e-5)

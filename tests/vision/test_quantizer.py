@@ -1,0 +1,130 @@
+"""The chunked quantizer against its definition, and the codes it gives."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emu35.vision.ibq import quantizer
+from emu35.vision.ibq.quantizer import Quantizer, nearest_codes, quantize, quantize_plain
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-4}
+
+
+def values_and_gradients(function, *, z_ND, codebook_KD, gradient_ND, **options):
+    z_ND = z_ND.clone().requires_grad_()
+    codebook_KD = codebook_KD.clone().requires_grad_()
+    z_q_ND, codes_N = function(z_ND, codebook_KD=codebook_KD, **options)
+    z_q_ND.backward(gradient_ND)
+    return z_q_ND.detach(), codes_N, z_ND.grad, codebook_KD.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(
+    vectors=st.integers(1, 40),
+    rows=st.integers(1, 90),
+    dim=st.integers(1, 12),
+    chunk=st.integers(1, 100),
+    scale=st.sampled_from([0.01, 1.0, 8.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_chunked_equals_the_definition(dtype, vectors, rows, dim, chunk, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    z_ND, gradient_ND = (
+        torch.randn(vectors, dim, dtype=dtype, generator=generator) for _ in range(2)
+    )
+    codebook_KD = scale * torch.randn(rows, dim, dtype=dtype, generator=generator)
+    inputs = {"z_ND": z_ND, "codebook_KD": codebook_KD, "gradient_ND": gradient_ND}
+    expected = values_and_gradients(quantize_plain, **inputs)
+    found = values_and_gradients(quantize, chunk=chunk, **inputs)
+    assert torch.equal(found[1], expected[1])
+    for ours, theirs in zip(found[:1] + found[2:], expected[:1] + expected[2:], strict=True):
+        limit = TOLERANCE[dtype] * max(1.0, theirs.abs().max().item())
+        assert (ours - theirs).abs().max().item() <= limit
+
+
+def test_gradient_of_the_soft_part_is_the_true_one():
+    """Index propagation equals the derivative of softmax(L) E as far as z is concerned."""
+    torch.manual_seed(0)
+    z_ND = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    codebook_KD = torch.randn(11, 3, dtype=torch.float64)
+    gradient_ND = torch.randn(5, 3, dtype=torch.float64)
+    soft_ND = (z_ND @ codebook_KD.T).softmax(1) @ codebook_KD
+    (expected,) = torch.autograd.grad(soft_ND, z_ND, gradient_ND)
+    (found,) = torch.autograd.grad(
+        quantize(z_ND, codebook_KD=codebook_KD, chunk=4)[0], z_ND, gradient_ND
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_every_row_of_the_codebook_gets_a_gradient():
+    torch.manual_seed(0)
+    z_ND = torch.randn(4, 8)
+    codebook_KD = torch.randn(50, 8, requires_grad=True)
+    z_q_ND, codes_N = quantize(z_ND, codebook_KD=codebook_KD, chunk=7)
+    z_q_ND.square().sum().backward()
+    assert len(codes_N.unique()) <= 4
+    assert (codebook_KD.grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_ties_go_to_the_lowest_index(chunk):
+    codebook_KD = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    z_ND = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    expected = torch.tensor([1, 0, 0])
+    assert torch.equal(nearest_codes(z_ND, codebook_KD=codebook_KD, chunk=chunk), expected)
+    assert torch.equal(quantize(z_ND, codebook_KD=codebook_KD, chunk=chunk)[1], expected)
+
+
+def test_codes_are_dot_products_not_distances():
+    """The far row wins although the near one is closer: the codebook is not normalised."""
+    codebook_KD = torch.tensor([[1.0, 0.0], [10.0, 0.0]])
+    assert nearest_codes(torch.tensor([[1.0, 0.0]]), codebook_KD=codebook_KD).item() == 1
+
+
+def test_huge_logits_do_not_overflow():
+    z_ND = torch.tensor([[300.0, -200.0]], requires_grad=True)
+    codebook_KD = torch.tensor([[5.0, 1.0], [-4.0, 9.0], [5.0, 1.0]])
+    z_q_ND, _ = quantize(z_ND, codebook_KD=codebook_KD, chunk=1)
+    z_q_ND.sum().backward()
+    assert torch.isfinite(z_ND.grad).all()
+
+
+def test_half_precision_inputs_are_quantized_in_the_precision_of_the_codebook():
+    torch.manual_seed(0)
+    module = Quantizer(2048, dim=16)
+    z_BDHW = torch.randn(1, 16, 8, 8).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quantized = module(z_BDHW)
+    assert quantized.z_q_BDHW.dtype == torch.float32
+    z_ND = z_BDHW.float().permute(0, 2, 3, 1).reshape(-1, 16)
+    expected = (z_ND.double() @ module.codebook_KD.double().T).argmax(1)
+    assert torch.equal(quantized.codes_BHW.flatten(), expected)
+
+
+def test_grids_keep_their_layout():
+    module = Quantizer(32, dim=4)
+    quantized = module(torch.randn(2, 4, 3, 5))
+    rows_BDHW = module.codebook_KD[quantized.codes_BHW].permute(0, 3, 1, 2)
+    torch.testing.assert_close(quantized.hard_BDHW, rows_BDHW)
+    torch.testing.assert_close(quantized.z_q_BDHW, rows_BDHW)
+
+
+def test_memory_is_bounded_by_the_chunk(monkeypatch):
+    """No logits beyond the chunk exist at a time, forward or backward."""
+    seen = []
+    original = torch.Tensor.exp_
+
+    def spy(tensor):
+        seen.append(tensor.numel())
+        return original(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "exp_", spy)
+    monkeypatch.setattr(quantizer, "CHUNK_ELEMENTS", 1 << 14)
+    z_ND = torch.randn(32, 4, requires_grad=True)
+    quantize(z_ND, codebook_KD=torch.randn(5000, 4))[0].sum().backward()
+    assert len(seen) == 2 * math.ceil(5000 / 512)
+    assert max(seen) <= 1 << 14
