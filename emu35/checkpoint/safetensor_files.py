@@ -11,6 +11,7 @@ safetensors library (offsets must tile the file exactly).
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,11 @@ def _shard_name(index: int, *, count: int) -> str:
 def _write_shard(part: dict[str, torch.Tensor], *, path: Path) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     try:
+        # The library makes files that only their owner can read; ours are made as any other.
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(part, temporary, metadata=_METADATA)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

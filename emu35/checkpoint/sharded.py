@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from emu35.checkpoint.unpickle import refuse_code
 from emu35.errors import CheckpointError
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
@@ -30,6 +33,16 @@ from megatron.core.dist_checkpointing.strategies.torch import (  # noqa: E402
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
+
+# torch's own CheckpointException is not an Exception: it derives from BaseException.
+_MISFITS = (
+    CheckpointingException,
+    CheckpointException,
+    KeyError,
+    RuntimeError,
+    ValueError,
+    OSError,
+)
 
 STATE_FOLDER = "state"
 LAYOUT_FILE = "layout.json"
@@ -101,9 +114,9 @@ class _InProcessWriter(TorchDistSaveShardedStrategy):
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        dcp.save(
+        dcp_save(
             mcore_to_pyt_state_dict(flat, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, sync_files=False),
+            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=False),
             planner=MCoreSavePlanner(
                 dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
             ),
@@ -136,13 +149,16 @@ def _sharded_state(
 
 def _read(folder: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     source = folder / STATE_FOLDER
+    refuse_code(source)
     try:
-        return dist_checkpointing.load(sharded_state, str(source))
-    except (CheckpointingException, KeyError, RuntimeError, ValueError, OSError) as error:
+        state = dist_checkpointing.load(sharded_state, str(source))
+    except _MISFITS as error:
         raise CheckpointError(
             f"{source} does not fit this model: {str(error)[:400]}; "
             "use the configuration it was trained with"
         ) from error
+    assert isinstance(state, dict)  # pairs only come back under another strictness
+    return state
 
 
 def _load_chunks(state: dict[str, Any], *, chunks: list[Emu35Model]) -> None:

@@ -209,7 +209,7 @@ def describe_start(
     if found.checkpoint is None:
         raise CheckpointError(
             f"stage.init_from={path} is a release; make a run of it first with "
-            f"'emu35 convert import --source {path} --out DIR' and name that"
+            f"'emu35 convert import --from {path} --out DIR' and name that"
         )
     here = {f"model.{name}": getattr(config, name) for name in SHAPING_FIELDS}
     there = {f"model.{name}": getattr(found.config, name) for name in SHAPING_FIELDS}

@@ -77,7 +77,7 @@ def _layout(config: RunConfig) -> Iterator[str]:
         if parallel.model_ranks > 1:
             yield "stage=ibq is data-parallel only; set parallel.tp, pp and cp to 1"
         if parallel.zero1:
-            yield "stage=ibq keeps its optimizer state whole on every rank; set parallel.zero1=false"
+            yield "stage=ibq keeps its optimizer whole on every rank; set parallel.zero1=false"
         return
     if not isinstance(model, LMConfig) or min(parallel.tp, parallel.pp, parallel.cp) < 1:
         return

@@ -98,12 +98,13 @@ class IBQStageConfig(StageConfig):
 
     The first ``quantizer_warmup`` steps train encoder and decoder without the quantizer; the
     codebook then starts from the latent vectors. 0 quantizes from the first step, with a random
-    codebook, and suits long runs only.
+    codebook, and suits long runs only. ``mse_weight`` adds the squared error to the absolute one.
     """
 
     kind: str = "ibq"
     quantizer_warmup: int = 0
     reconstruction_weight: float = 1.0
+    mse_weight: float = 0.0
     quantization_weight: float = 1.0
     commitment: float = 0.25
     ema_decay: float = 0.999
@@ -115,6 +116,7 @@ class IBQStageConfig(StageConfig):
             0,
             quantizer_warmup=self.quantizer_warmup,
             reconstruction_weight=self.reconstruction_weight,
+            mse_weight=self.mse_weight,
             quantization_weight=self.quantization_weight,
             commitment=self.commitment,
         )

@@ -304,7 +304,8 @@ def find_shards(folder: Path) -> list[Path]:
     names = {path.stem for path in folder.iterdir() if path.suffix in (".tar", ".idx")}
     shards = [folder / f"{name}.tar" for name in sorted(names) if not name.startswith(".")]
     if not shards:
-        raise DataError(
-            f"shard folder {folder} holds no .tar shard; write some with `emu35 data ingest`"
-        )
+        below = sorted({path.parent.name for path in folder.glob("*/*.tar")})
+        hint = f"did you mean its folder {' or '.join(below)}?" if below else "write some with "
+        hint += "" if below else "`emu35 data ingest`"
+        raise DataError(f"shard folder {folder} holds no .tar shard; {hint}")
     return shards

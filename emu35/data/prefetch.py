@@ -30,7 +30,8 @@ class Prefetcher(Generic[T]):
         self._thread: threading.Thread | None = None
 
     def next(self) -> T:
-        """The next result."""
+        """The next result. Not to be called after :meth:`close`."""
+        assert not self._stop.is_set()
         if self._depth == 0:
             return self._produce()
         if self._thread is None:

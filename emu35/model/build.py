@@ -46,7 +46,7 @@ def build_model(
     )
     model = Emu35Model(
         config=mcore_config,
-        transformer_layer_spec=specs,
+        transformer_layer_spec=specs,  # type: ignore[arg-type]  # mcore takes both
         vocab_size=padded_vocabulary(vocabulary_size, tp=parallel.tp),
         max_sequence_length=config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(

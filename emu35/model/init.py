@@ -40,7 +40,7 @@ def global_name(model: Emu35Model, name: str) -> str:
     """The parameter's name in an unpartitioned model: pipeline stages count their own layers."""
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+        parts[2] = str(int(model.decoder.layers[int(parts[2])].layer_number) - 1)  # type: ignore[arg-type]
     return ".".join(parts)
 
 
@@ -70,7 +70,7 @@ def _fill(parameter: torch.nn.Parameter, *, name: str, seed: int, std: float) ->
             filled += last - first
 
 
-def _blocks(start: int, count: int, *, columns: int, name: str, seed: int):  # noqa: ANN202
+def _blocks(start: int, count: int, *, columns: int, name: str, seed: int):
     """The blocks of rows that overlap [start, start + count), as (first row, values fp32)."""
     for index in range(start // ROWS_PER_BLOCK, (start + count - 1) // ROWS_PER_BLOCK + 1):
         digest = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()

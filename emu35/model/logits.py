@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
+from emu35.parallel.mesh import current_mesh
 
 cpu.install()
 
@@ -66,7 +67,7 @@ def weighted_cross_entropy(
     hidden_NH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1]).index_select(0, chosen)
     loss, losses_M = _ProjectedCrossEntropy.apply(
         hidden_NH,
-        model.output_layer.weight,
+        model.output_weight,
         labels_BS.t().reshape(-1)[chosen],
         weights_N[chosen].float(),
         _own_rows(model),
@@ -93,10 +94,11 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         weight_RH = weight_VH[: rows.count]
         losses_N = torch.empty_like(weights_N)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        if needs_grad:
-            grad_hidden_NH = torch.empty_like(hidden_NH)
-            # fp32, for the sum over chunks must not be rounded to bf16 at every step.
-            grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        grad_hidden_NH = torch.empty_like(hidden_NH if needs_grad else hidden_NH[:0])
+        # fp32, for the sum over chunks must not be rounded to bf16 at every step.
+        grad_weight_VH = torch.zeros_like(
+            weight_VH if needs_grad else weight_VH[:0], dtype=torch.float32
+        )
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             probabilities_CR, losses_N[part], local_C = _softmax(
@@ -148,9 +150,7 @@ def _softmax(
     return probabilities_CR, sums_C.log() - label_logits_C, local_C
 
 
-def _accumulate(
-    total_RH: torch.Tensor, *, grad_CR: torch.Tensor, hidden: torch.Tensor
-) -> None:
+def _accumulate(total_RH: torch.Tensor, *, grad_CR: torch.Tensor, hidden: torch.Tensor) -> None:
     if total_RH.dtype == grad_CR.dtype:
         total_RH.addmm_(grad_CR.t(), hidden)
     else:
@@ -159,12 +159,12 @@ def _accumulate(
 
 def _own_rows(model: Emu35Model) -> _Rows:
     size = parallel_state.get_tensor_model_parallel_world_size()
-    held = model.output_layer.weight.shape[0]
+    held = model.output_weight.shape[0]
     start = held * parallel_state.get_tensor_model_parallel_rank()
     return _Rows(
         start=start,
         count=max(0, min(held, model.vocabulary_size - start)),
-        group=parallel_state.get_tensor_model_parallel_group() if size > 1 else None,
+        group=current_mesh().tp_group if size > 1 else None,
     )
 
 
@@ -173,7 +173,7 @@ def vocabulary_logits(model: Emu35Model, *, hidden_NH: torch.Tensor) -> torch.Te
     """Logits fp32 [N, vocabulary] of a few hidden rows, gathered over tensor-parallel ranks and
     without padding rows. Meant for sampling; training goes through the chunked loss."""
     rows = _own_rows(model)
-    logits_NR = (hidden_NH @ model.output_layer.weight.t()).float()
+    logits_NR = (hidden_NH @ model.output_weight.t()).float()
     if rows.group is None:
         return logits_NR[:, : model.vocabulary_size]
     parts = [torch.empty_like(logits_NR) for _ in range(dist.get_world_size(rows.group))]

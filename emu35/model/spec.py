@@ -4,6 +4,8 @@ The local spec works on CPU and GPU alike: mcore's own parallel linears, our RMS
 refuses sequence parallelism) and our core attention.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -36,6 +38,9 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
     TransformerLayerSubmodules,
 )
 
+# mcore's annotations ask for a module where its own specs put these.
+_BIAS_DROPOUT_ADD: Any = get_bias_dropout_add
+
 
 class RMSNorm(torch.nn.Module):
     """RMSNorm as the released model computes it: in fp32, cast back, then times the weight."""
@@ -54,6 +59,9 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), None, self.eps)
         return normed.to(hidden.dtype) * self.weight
+
+
+_NORM: Any = RMSNorm
 
 
 def transformer_config(
@@ -131,7 +139,7 @@ def layer_specs(
                     k_layernorm=RMSNorm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=_BIAS_DROPOUT_ADD,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
@@ -139,10 +147,10 @@ def layer_specs(
                     linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=_BIAS_DROPOUT_ADD,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=_NORM)
 
 
 def mark_partitions(model: torch.nn.Module) -> None:

@@ -22,6 +22,13 @@ class Emu35Model(GPTModel):
     lm_config: LMConfig
     vocabulary_size: int
 
+    @property
+    def output_weight(self) -> torch.nn.Parameter:
+        """This rank's rows of the output projection, [V / tp, H]; last pipeline stage only."""
+        weight = self.output_layer.weight
+        assert isinstance(weight, torch.nn.Parameter)
+        return weight
+
     def forward(  # type: ignore[override]
         self, tokens_BS: torch.Tensor, *, context: AttentionContext
     ) -> torch.Tensor:

@@ -226,6 +226,7 @@ def _patch_distributed_optimizer() -> None:
                     own_step = torch.tensor(float(group["step"]))
                     self.optimizer.state[param]["step"] = own_step
 
-    DistributedOptimizer.sharded_state_dict = sharded
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-    DistributedOptimizer.load_state_dict = load
+    patched: Any = DistributedOptimizer
+    patched.sharded_state_dict = sharded
+    patched._set_main_param_and_optimizer_states = set_states
+    patched.load_state_dict = load

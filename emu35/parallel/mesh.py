@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from emu35.config import ParallelConfig
 from emu35.errors import ConfigError, LaunchError
@@ -29,6 +30,9 @@ class Mesh:
     dp_rank: int
     dp_size: int
     device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
 
 
 def init_mesh(parallel: ParallelConfig, *, seed: int, timeout: int = 600) -> Mesh:
@@ -90,7 +94,16 @@ def current_mesh() -> Mesh:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=local_device(),
+        tp_group=_one(parallel_state.get_tensor_model_parallel_group()),
+        pp_group=_one(parallel_state.get_pipeline_model_parallel_group()),
+        dp_group=_one(parallel_state.get_data_parallel_group()),
     )
+
+
+def _one(group: object) -> dist.ProcessGroup:
+    """mcore types its groups loosely, since other layouts of its own have several a rank."""
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def local_device() -> torch.device:
@@ -120,7 +133,7 @@ def join_process_group(*, timeout: int = 600) -> None:
             ) from error
         return
     # A HashStore needs no port, so any number of single-process runs can share a host.
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
 
 
 def leave() -> None:

@@ -97,11 +97,13 @@ class IBQTask:
             rank=rank(),
             ranks=world_size(),
         )
-        self.model = _build(config).to(device=device, memory_format=_memory_format(device))
+        self.model = _build(config).to(device)
+        self.model.to(memory_format=_memory_format(device))  # type: ignore[call-overload]
         self.average = AveragedIBQ(self.model, decay=self.stage.ema_decay)
         self.optimizer = _optimizer(self.model, config=config.optim)
         self.weights = IBQWeights(
             reconstruction=self.stage.reconstruction_weight,
+            mse=self.stage.mse_weight,
             quantization=self.stage.quantization_weight,
             commitment=self.stage.commitment,
         )

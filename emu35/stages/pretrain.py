@@ -3,18 +3,18 @@
 from pathlib import Path
 
 from emu35.checkpoint import sharded
-from emu35.checkpoint.manager import find_checkpoint
+from emu35.checkpoint.source import describe_start
 from emu35.config import LMConfig, LMStageConfig, RunConfig, TokenDataConfig
 from emu35.data.loader import TokenLoader, ValidationSet
-from emu35.errors import CheckpointError
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
 from emu35.model.transformer import Emu35Model
+from emu35.parallel.collectives import is_main
 from emu35.parallel.mesh import Mesh, init_mesh
 from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
 from emu35.train.objective import TokenWeights, validation_weights, weights_by_modality
 from emu35.train.step import LMTask
-from emu35.train.trainer import CHECKPOINTS, FitResult, fit
+from emu35.train.trainer import FitResult, fit
 
 
 def run(config: RunConfig, *, run_dir: Path) -> FitResult:
@@ -56,7 +56,7 @@ def train_language_model(
         for chunk in chunks:
             initialize(chunk, seed=config.seed, pad_id=vocabulary.pad)
         if stage.init_from is not None:
-            _start_from(Path(stage.init_from), chunks=chunks)
+            _start_from(config, chunks=chunks)
         task = LMTask(
             config=config,
             mesh=mesh,
@@ -70,16 +70,23 @@ def train_language_model(
         loader.close()
 
 
-def _start_from(source: Path, *, chunks: list[Emu35Model]) -> None:
+def _start_from(config: RunConfig, *, chunks: list[Emu35Model]) -> None:
     """Weights of another run (or of ``emu35 convert import``), with a fresh optimizer. A run that
     resumes replaces them with its own checkpoint right afterwards."""
-    found = find_checkpoint(source / CHECKPOINTS)
-    if found is None:
-        raise CheckpointError(
-            f"stage.init_from={source} holds no checkpoint; name a run folder, or make one from "
-            "released weights with 'emu35 convert import'"
-        )
-    sharded.load_weights(found.path, chunks=chunks)
+    assert config.stage.init_from is not None
+    assert isinstance(config.model, LMConfig)
+    found = describe_start(
+        Path(config.stage.init_from),
+        config=config.model,
+        tokenizer=config.tokenizer,
+        message=print if is_main() else _say_nothing,
+    )
+    assert found.checkpoint is not None
+    sharded.load_weights(found.checkpoint.path, chunks=chunks)
+
+
+def _say_nothing(text: str) -> None:
+    del text
 
 
 def _validation(

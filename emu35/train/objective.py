@@ -33,9 +33,10 @@ def response_weights(weights: LossWeights, *, vocabulary: Vocabulary) -> TokenWe
     def token_weights(batch: Batch) -> torch.Tensor:
         opened_BS = (batch.tokens == vocabulary.bss).long().cumsum(1)
         start_BS = batch.document_start.clamp(max=batch.tokens.shape[1] - 1)
-        before_BS = opened_BS.gather(1, start_BS) - (
-            batch.tokens.gather(1, start_BS) == vocabulary.bss
-        ).long()
+        before_BS = (
+            opened_BS.gather(1, start_BS)
+            - (batch.tokens.gather(1, start_BS) == vocabulary.bss).long()
+        )
         return by_modality(batch) * (opened_BS > before_BS)
 
     return token_weights
@@ -82,9 +83,7 @@ class LossReport:
     visual_tokens: float = 0.0
 
     @staticmethod
-    def of(
-        *, loss: torch.Tensor, losses_BS: torch.Tensor, micro_batch: MicroBatch
-    ) -> torch.Tensor:
+    def of(*, loss: torch.Tensor, losses_BS: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """The sums of one micro-batch as one fp64 vector, in field order."""
         counted_BS = micro_batch.weights_BS > 0
         modality_BS = micro_batch.batch.label_modality

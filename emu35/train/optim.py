@@ -74,7 +74,7 @@ def wrap_and_optimize(
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=parallel.zero1,
         ),
-        wrapped,
+        [*wrapped],
     )
     if not torch.cuda.is_available():
         # torch's AdamW updates parameter by parameter unless told otherwise; one fused kernel

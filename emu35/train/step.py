@@ -30,7 +30,6 @@ from emu35.train.optim import learning_rate, set_learning_rate, wrap_and_optimiz
 
 cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
@@ -74,19 +73,18 @@ class LMTask:
 
         ``tokens`` counts document tokens (no padding), ``loss`` is the weighted mean.
         """
-        micro_batches = self._normalise(
-            self.loader.next_step(), token_weights=self.token_weights
-        )
+        micro_batches = self._normalise(self.loader.next_step(), token_weights=self.token_weights)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         report = self._run(micro_batches, forward_only=False)
         rate = learning_rate(self.config.optim, step=step, steps=self.stage.steps)
         set_learning_rate(self.optimizer, rate)
-        _, grad_norm, _ = self.optimizer.step()
+        outcome: Any = self.optimizer.step()  # (success, gradient norm, zeros); mcore omits types
+        grad_norm = outcome[1]
         starts = [item.batch.document_start for item in micro_batches]
         tokens = torch.stack([(start_BS < start_BS.shape[1]).sum() for start_BS in starts]).sum()
-        sum_over(tokens, parallel_state.get_data_parallel_group())
+        sum_over(tokens, self.mesh.dp_group)
         return {
             **report.metrics(),
             "lr": rate,
@@ -105,9 +103,7 @@ class LMTask:
             for batch in documents:
                 micro_batch = self._normalise([batch], token_weights=token_weights)
                 local = micro_batch[0].weights_BS.sum()
-                count = sum_over(
-                    local.to(self.mesh.device), parallel_state.get_data_parallel_group()
-                ).item()
+                count = sum_over(local.to(self.mesh.device), self.mesh.dp_group).item()
                 total += self._run(micro_batch, forward_only=True).weighted * count
                 weight += count
             if weight:
@@ -135,7 +131,7 @@ class LMTask:
     ) -> list[MicroBatch]:
         pairs = [(batch, token_weights(batch)) for batch in batches]
         total = torch.stack([weights_BS.double().sum() for _, weights_BS in pairs]).sum()
-        total = sum_over(total.to(self.mesh.device), parallel_state.get_data_parallel_group())
+        total = sum_over(total.to(self.mesh.device), self.mesh.dp_group)
         scale = 1.0 / max(total.item(), 1e-30)
         device = self.mesh.device
         return [
@@ -152,10 +148,11 @@ class LMTask:
         sequence_length = micro_batches[0].batch.tokens.shape[1]
         iterators: list[Iterator[MicroBatch]] = [iter(micro_batches) for _ in self.wrapped]
         interleaved = len(self.wrapped) > 1
+        model: Any = self.wrapped if interleaved else self.wrapped[0]
         reports = get_forward_backward_func()(
             forward_step_func=self._forward,
             data_iterator=iterators if interleaved else iterators[0],
-            model=self.wrapped if interleaved else self.wrapped[0],
+            model=model,
             num_microbatches=len(micro_batches),
             seq_length=sequence_length,
             micro_batch_size=micro_batches[0].batch.tokens.shape[0],
@@ -164,8 +161,8 @@ class LMTask:
         zero = torch.zeros(5, dtype=torch.float64, device=self.mesh.device)
         vector = torch.stack([item["sums"] for item in reports]).sum(0) if reports else zero
         # Only the last pipeline stage has a loss; the sum over stages hands it to the others.
-        sum_over(vector, parallel_state.get_data_parallel_group())
-        sum_over(vector, parallel_state.get_pipeline_model_parallel_group())
+        sum_over(vector, self.mesh.dp_group)
+        sum_over(vector, self.mesh.pp_group)
         return LossReport.from_vector(vector)
 
     def _forward(self, iterator: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:

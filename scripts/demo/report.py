@@ -14,7 +14,7 @@ from charts import Series, line_chart, smooth
 from emu35.log.jsonl import read_rows
 from steps import duration
 
-SHOWN_PICTURES = 48
+SHOWN_PICTURES = 36
 """Generated pictures in the report; all of them are in the folder."""
 
 
@@ -113,10 +113,16 @@ class Report:
     def _curves(self) -> str:
         charts = [
             line_chart(_trained(self.pretrain_run), x_label="step", title="Pretraining loss"),
-            line_chart(_validated(self.pretrain_run), x_label="step", title="Validation loss"),
+            line_chart(
+                _series(self.pretrain_run, prefix="val/", window=1),
+                x_label="step",
+                title="Validation loss",
+            ),
             line_chart(_trained(self.tokenizer_run), x_label="step", title="Image tokenizer loss"),
             line_chart(
-                _validated(self.tokenizer_run), x_label="step", title="Image tokenizer validation"
+                _series(self.tokenizer_run, prefix="val/psnr", window=1),
+                x_label="step",
+                title="Image tokenizer: PSNR of held-out pictures, dB",
             ),
         ]
         return (
@@ -200,23 +206,20 @@ def _img(source: Path | Image.Image) -> str:
 
 def _trained(run: Path) -> list[Series]:
     """Every ``loss`` of the training rows, smoothed."""
-    return _series(run, lambda key: key == "loss" or key.startswith("loss_"), window=5)
+    return _series(run, prefix="loss", window=5)
 
 
-def _validated(run: Path) -> list[Series]:
-    return _series(run, lambda key: key.startswith("val/"), window=1)
-
-
-def _series(run: Path, wanted, *, window: int) -> list[Series]:
+def _series(run: Path, *, prefix: str, window: int) -> list[Series]:
+    """The metrics whose name starts with ``prefix``."""
     rows = read_rows(run / "metrics.jsonl")
     return [
         Series(
-            name=key,
+            name=key.removeprefix("val/").removesuffix("/loss").replace("_", " "),
             points=smooth(_points(rows, key), window=window),
             marked=window == 1,
         )
         for key in _keys(rows)
-        if wanted(key)
+        if key.startswith(prefix)
     ]
 
 

@@ -35,6 +35,12 @@ def test_one_file_with_an_index(tmp_path: Path) -> None:
     assert folder.dtype is torch.float32
 
 
+def test_weights_are_as_readable_as_any_other_file(tmp_path: Path) -> None:
+    write_safetensors(tensors(), folder=tmp_path)
+    (tmp_path / "other").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_shards_respect_the_limit_and_name_their_count(tmp_path: Path) -> None:
     names = write_safetensors(tensors(), folder=tmp_path, max_shard_bytes=204)
     assert names == [*(f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)), INDEX]

@@ -144,6 +144,13 @@ def test_a_source_gives_back_every_document(
         assert source.modality[number, Modality.VISUAL] == visual
 
 
+def test_a_folder_of_source_folders_names_them(write_source: WriteSource, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_source(name, random_documents(2, seed=1))
+    with pytest.raises(DataError, match="did you mean its folder one or two"):
+        Source(name="x", path=tmp_path)
+
+
 def test_missing_and_empty_folders_name_the_remedy(tmp_path: Path) -> None:
     for folder in (tmp_path / "absent", tmp_path):
         with pytest.raises(DataError, match="emu35 data ingest"):

@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def test_stock_webdataset_reads_tokens_modality_and_facts(
     folder = write_source("demo", documents, shard_bytes=12_000)
     shards = sorted(str(path) for path in folder.glob("*.tar"))
     assert len(shards) > 1
-    dataset = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode()
+    stock: Any = webdataset
+    dataset = stock.WebDataset(shards, shardshuffle=False, empty_check=False).decode()
     found = list(dataset)
     assert len(found) == 20
     for number, (sample, parts) in enumerate(zip(found, documents, strict=True)):

@@ -86,7 +86,9 @@ def test_segment_equals_dense_forward_and_backward(mask: AttentionMask, seed: in
         if output.requires_grad:  # a mask of empty rows alone gives a constant
             output.backward(draws[3])
         gradients = (tensor.grad for tensor in (query, key, value))
-        results.append((output, *(torch.zeros(1, dtype=torch.float64) if g is None else g for g in gradients)))
+        results.append(
+            (output, *(torch.zeros(1, dtype=torch.float64) if g is None else g for g in gradients))
+        )
     for ours, oracle in zip(*results, strict=True):
         torch.testing.assert_close(ours.expand_as(oracle), oracle, rtol=1e-10, atol=1e-12)
 
@@ -175,9 +177,7 @@ def test_cached_decoding_of_ragged_prompts_equals_the_full_forward() -> None:
 
     def forward(tokens: torch.Tensor, positions: torch.Tensor, cached: KVCache | None):
         zeros = torch.zeros_like(positions)
-        mask = AttentionMask(
-            start1_BS=zeros, end1_BS=positions + 1, start2_BS=zeros, end2_BS=zeros
-        )
+        mask = AttentionMask(start1_BS=zeros, end1_BS=positions + 1, start2_BS=zeros, end2_BS=zeros)
         with torch.no_grad():
             return model(
                 tokens, context=AttentionContext(positions_BS=positions, mask=mask, cache=cached)

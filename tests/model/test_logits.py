@@ -8,10 +8,15 @@ from test_attention import tiny_model
 from emu35.model.logits import vocabulary_logits, weighted_cross_entropy
 
 
+def gradient(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_chunked_loss_and_gradients_equal_the_plain_ones(chunk: int) -> None:
     model = tiny_model(vocabulary_size=53)
-    weight = model.output_layer.weight
+    weight = model.output_weight
     generator = torch.Generator().manual_seed(0)
     hidden_SBH = torch.randn(9, 2, 32, generator=generator)
     labels_BS = torch.randint(0, 53, (2, 9), generator=generator)
@@ -44,15 +49,15 @@ def test_no_labels_give_a_zero_loss_with_zero_gradients() -> None:
     )
     loss.backward()
     assert loss.item() == 0.0
-    assert torch.equal(hidden_SBH.grad, torch.zeros_like(hidden_SBH))
-    assert torch.equal(model.output_layer.weight.grad, torch.zeros(53, 32))
+    assert torch.equal(gradient(hidden_SBH), torch.zeros_like(hidden_SBH))
+    assert torch.equal(gradient(model.output_weight), torch.zeros(53, 32))
 
 
 def test_rows_that_pad_the_vocabulary_are_neither_sampled_nor_in_the_softmax() -> None:
     model = tiny_model(vocabulary_size=60)
     model.vocabulary_size = 53  # as if 7 rows were padding
     with torch.no_grad():
-        model.output_layer.weight[53:] = 100.0
+        model.output_weight[53:] = 100.0
     hidden_SBH = torch.ones(3, 1, 32, requires_grad=True)
     assert vocabulary_logits(model, hidden_NH=hidden_SBH[:, 0]).shape == (3, 53)
     labels_BS = torch.tensor([[1, 2, 52]])
@@ -61,10 +66,10 @@ def test_rows_that_pad_the_vocabulary_are_neither_sampled_nor_in_the_softmax() -
     )
     loss.backward()
     real = F.cross_entropy(
-        hidden_SBH[:, 0] @ model.output_layer.weight[:53].t(), labels_BS[0], reduction="sum"
+        hidden_SBH[:, 0] @ model.output_weight[:53].t(), labels_BS[0], reduction="sum"
     )
     torch.testing.assert_close(loss, real)
-    assert torch.equal(model.output_layer.weight.grad[53:], torch.zeros(7, 32))
+    assert torch.equal(gradient(model.output_weight)[53:], torch.zeros(7, 32))
 
 
 def test_validation_under_no_grad_gives_the_same_loss() -> None:

@@ -190,6 +190,7 @@ def test_init_from_starts_from_the_weights(finished, pictures, tmp_path):
         assert torch.equal(tensor, released[name])
     assert all(weight.requires_grad for weight in task.model.parameters())
     task.close()
+    assert isinstance(config.model, IBQConfig)
     config.model.ch_mult = [1, 1, 2]
     with pytest.raises(ConfigError, match="init_from"):
         ibq.IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))

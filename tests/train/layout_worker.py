@@ -95,31 +95,33 @@ def main(result: Path, spec: dict) -> None:
     parallel = ParallelConfig(
         **{name: spec[name] for name in ("tp", "sp", "pp", "vpp", "zero1") if name in spec}
     )
+    model = LMConfig(
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        max_position_embeddings=LENGTH,
+        hidden_dropout=spec.get("dropout", 0.0),
+        attention_dropout=spec.get("dropout", 0.0),
+    )
+    stage = PretrainConfig(
+        steps=20, precision=Precision(spec.get("precision", "fp32")), loss_chunk=40
+    )
     config = RunConfig(
-        model=LMConfig(
-            num_layers=4,
-            hidden_size=64,
-            ffn_hidden_size=96,
-            num_attention_heads=4,
-            num_kv_heads=2,
-            head_dim=32,
-            max_position_embeddings=LENGTH,
-            hidden_dropout=spec.get("dropout", 0.0),
-            attention_dropout=spec.get("dropout", 0.0),
-        ),
+        model=model,
         data=TokenDataConfig(sequence_length=LENGTH),
-        stage=PretrainConfig(
-            steps=20, precision=Precision(spec.get("precision", "fp32")), loss_chunk=40
-        ),
+        stage=stage,
         parallel=parallel,
         optim=OptimConfig(lr=1e-2, warmup_steps=2),
     )
     mesh = init_mesh(parallel, seed=5)
     chunks = build_chunks(
-        config.model,
+        model,
         vocabulary_size=VOCABULARY,
         parallel=parallel,
-        precision=config.stage.precision,
+        precision=stage.precision,
     )
     for chunk in chunks:
         initialize(chunk, seed=5, pad_id=0)
@@ -134,7 +136,7 @@ def main(result: Path, spec: dict) -> None:
         chunks=chunks,
         loader=documents,  # type: ignore[arg-type]
         validation={},
-        token_weights=weights_by_modality(config.stage.loss_weights),
+        token_weights=weights_by_modality(stage.loss_weights),
     )
     if "load" in spec:
         task.load(Path(spec["load"]))

@@ -73,9 +73,7 @@ def test_two_ranks_train_what_one_trains(layout: dict, reference: dict, tmp_path
 @pytest.mark.slow
 @pytest.mark.multiproc
 @pytest.mark.parametrize("layout", MORE_LAYOUTS.values(), ids=MORE_LAYOUTS)
-def test_more_layouts_train_what_one_trains(
-    layout: dict, reference: dict, tmp_path: Path
-) -> None:
+def test_more_layouts_train_what_one_trains(layout: dict, reference: dict, tmp_path: Path) -> None:
     assert_same(train(tmp_path / "run.json", **layout), reference)
 
 

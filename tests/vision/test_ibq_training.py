@@ -79,10 +79,11 @@ def test_weights_scale_their_terms():
     losses = ibq_losses(
         reconstruction,
         pixels_B3HW=torch.zeros(1, 3, 2, 2),
-        weights=IBQWeights(reconstruction=3.0, quantization=2.0),
+        weights=IBQWeights(reconstruction=3.0, mse=4.0, quantization=2.0),
     )
     assert losses.reconstruction.item() == pytest.approx(0.5)
-    expected = 3.0 * 0.5 + 2.0 * losses.quantization.item()
+    assert losses.mse.item() == pytest.approx(0.25)
+    expected = 3.0 * 0.5 + 4.0 * 0.25 + 2.0 * losses.quantization.item()
     assert losses.total.item() == pytest.approx(expected)
 
 
@@ -107,11 +108,11 @@ def test_decay_bounds_the_average():
     model = tiny_model()
     average = AveragedIBQ(model, decay=0.5)
     average.updates = 1000
-    before = average.model.quant_conv.bias.clone()
+    before = average.model.quant_conv.weight.clone()
     with torch.no_grad():
-        model.quant_conv.bias.add_(2.0)
+        model.quant_conv.weight.add_(2.0)
     average.update(model)
-    torch.testing.assert_close(average.model.quant_conv.bias, before + 1.0)
+    torch.testing.assert_close(average.model.quant_conv.weight, before + 1.0)
 
 
 def latents_of(model, pixels_B3HW):
@@ -158,7 +159,7 @@ def test_calibrated_codebook_is_used_and_fits_better_than_a_random_one():
 def test_calibration_moves_the_average_alike():
     model = tiny_model()
     average = copy.deepcopy(model)
-    average.quant_conv.bias.add_(0.1)
+    average.quant_conv.weight.mul_(1.1)
     pixels_B3HW = torch.rand(4, 3, 16, 16) * 2 - 1
     before = average(pixels_B3HW, through=Through.nothing).pixels_B3HW
     calibrate(

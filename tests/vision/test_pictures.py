@@ -126,6 +126,7 @@ def test_square_pictures_are_used_whole_and_long_ones_cut(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "long.png")
     wide = open_set([tmp_path])
     middle = wide.centre(0)
+    assert middle is not None
     assert middle.shape == (3, RESOLUTION, RESOLUTION)
     assert middle[0].mean() == pytest.approx(79.5, abs=2)
     starts = {int(wide.sample(sample)[0, 0, 0]) for sample in range(20)}

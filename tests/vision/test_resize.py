@@ -239,13 +239,15 @@ def test_orientation_is_applied(format: str, orientation: int) -> None:
 def test_transparency_is_laid_on_white() -> None:
     clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
     half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
-    assert np.unique(open_image(saved(clear, "PNG"))).tolist() == [255]
-    assert np.unique(open_image(saved(half, "PNG"))).tolist() == [127]
+    assert np.unique(np.asarray(open_image(saved(clear, "PNG")))).tolist() == [255]
+    assert np.unique(np.asarray(open_image(saved(half, "PNG")))).tolist() == [127]
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([9, 9, 9])
-    assert np.unique(open_image(saved(palette, "GIF", transparency=0))).tolist() == [255]
+    assert np.unique(np.asarray(open_image(saved(palette, "GIF", transparency=0)))).tolist() == [
+        255
+    ]
     grey = Image.new("LA", (4, 4), (30, 255))
-    assert np.unique(open_image(saved(grey, "PNG"))).tolist() == [30]
+    assert np.unique(np.asarray(open_image(saved(grey, "PNG")))).tolist() == [30]
 
 
 def test_sixteen_bit_grey_keeps_its_range() -> None:

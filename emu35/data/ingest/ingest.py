@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -238,7 +239,7 @@ def _identity(options: IngestOptions, *, encoder: PictureEncoder | None) -> dict
 
 def _rejects_path(manifest: Manifest, *, path: Path) -> Path:
     """Where the rejects of one input are kept; the name depends on the input alone."""
-    name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
     folder = manifest.books / "rejects"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}.jsonl"

@@ -1,6 +1,7 @@
 """Which reader an input path belongs to."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,6 +10,7 @@ from pathlib import Path
 from emu35.data.readers.folder import (
     TEXTS,
     extension,
+    file_size,
     list_files,
     read_picture_folder,
     read_text_file,
@@ -128,9 +130,9 @@ def _as_folder(
     sha = hashlib.sha256()
     size = 0
     for path in files:
-        length = path.stat().st_size
+        length = file_size(path)
         size += length
-        sha.update(f"{path.relative_to(folder).as_posix()}\0{length}\n".encode())
+        sha.update(os.fsencode(path.relative_to(folder)) + f"\0{length}\n".encode())
     return InputFile(path=folder, size=size, fingerprint=sha.hexdigest(), reader=reader)
 
 

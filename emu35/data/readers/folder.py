@@ -16,7 +16,8 @@ def extension(path: Path) -> str:
 
 def list_files(folder: Path) -> list[Path]:
     """All files below ``folder`` in a fixed order, hidden ones left out."""
-    found = (path for path in folder.rglob("*") if path.is_file())
+    # A dangling link is listed, so that it becomes a reject rather than vanish.
+    found = (path for path in folder.rglob("*") if not path.is_dir())
     visible = (
         path
         for path in found
@@ -25,13 +26,21 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
 
 
+def file_size(path: Path) -> int:
+    """Bytes; 0 for a file that is gone or a dangling link."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def read_picture_folder(folder: Path) -> Iterator[RawRecord | Reject]:
     """One record a picture; a caption without a picture is a reject."""
     files = list_files(folder)
     stems = {path.with_suffix("") for path in files if extension(path) in PICTURES}
     offset = 0
     for path in files:
-        offset += path.stat().st_size
+        offset += file_size(path)
         name = path.relative_to(folder).as_posix()
         if extension(path) in PICTURES:
             yield _read_pair(path, name=name, offset=offset)
@@ -42,10 +51,12 @@ def read_picture_folder(folder: Path) -> Iterator[RawRecord | Reject]:
 def _read_pair(path: Path, *, name: str, offset: int) -> RawRecord | Reject:
     side = path.with_suffix(".txt")
     try:
-        caption = side.read_bytes().decode("utf-8-sig") if side.is_file() else None
+        caption = side.read_bytes().decode("utf-8-sig") if side.exists() else None
     except UnicodeDecodeError as error:
         return Reject(id=name, reason=Reason.bad_encoding, detail=str(error), offset=offset)
-    if path.stat().st_size > LARGEST_MEMBER:
+    except OSError as error:
+        return _unreadable(error, name=name, offset=offset)
+    if file_size(path) > LARGEST_MEMBER:
         detail = f"the limit is {LARGEST_MEMBER} bytes"
         return Reject(id=name, reason=Reason.too_large, detail=detail, offset=offset)
     return pair_record(id=name, caption=caption, picture=path, offset=offset)
@@ -56,14 +67,25 @@ def read_text_folder(folder: Path) -> Iterator[RawRecord | Reject]:
     offset = 0
     for path in list_files(folder):
         if extension(path) in TEXTS:
-            offset += path.stat().st_size
-            name = path.relative_to(folder).as_posix()
-            yield text_record(id=name, data=path.read_bytes(), offset=offset)
+            offset += file_size(path)
+            yield _read_text(path, name=path.relative_to(folder).as_posix(), offset=offset)
 
 
 def read_text_file(path: Path) -> Iterator[RawRecord | Reject]:
     """The whole file as one record."""
-    yield text_record(id=path.name, data=path.read_bytes(), offset=path.stat().st_size)
+    yield _read_text(path, name=path.name, offset=file_size(path))
+
+
+def _read_text(path: Path, *, name: str, offset: int) -> RawRecord | Reject:
+    try:
+        return text_record(id=name, data=path.read_bytes(), offset=offset)
+    except OSError as error:
+        return _unreadable(error, name=name, offset=offset)
+
+
+def _unreadable(error: OSError, *, name: str, offset: int) -> Reject:
+    detail = error.strerror or str(error)
+    return Reject(id=name, reason=Reason.missing_file, detail=detail, offset=offset)
 
 
 def read_text_lines(path: Path) -> Iterator[RawRecord | Reject]:

@@ -20,6 +20,7 @@ from emu35.data.readers.records import (
     Reason,
     RecordForm,
     Reject,
+    is_readable,
     pair_record,
     text_record,
 )
@@ -55,7 +56,7 @@ def _read_line(line: bytes, *, id: str, folder: Path, offset: int) -> RawRecord 
         return _read_parts(record["parts"], id=id, folder=folder, offset=offset)
     if isinstance(record.get("image"), str):
         picture = folder / record["image"]
-        if not picture.is_file():
+        if not is_readable(picture):
             detail = str(record["image"])
             return Reject(id=id, reason=Reason.missing_file, detail=detail, offset=offset)
         caption = text if isinstance(text, str) else None
@@ -77,7 +78,7 @@ def _read_parts(value: Any, *, id: str, folder: Path, offset: int) -> RawRecord 
             parts.append(RawText(part["text"]))
         elif isinstance(part.get("image"), str):
             picture = folder / part["image"]
-            if not picture.is_file():
+            if not is_readable(picture):
                 detail = f"part {number}: {part['image']}"
                 return Reject(id=id, reason=Reason.missing_file, detail=detail, offset=offset)
             parts.append(RawImage(picture))

@@ -53,7 +53,7 @@ class Reason(StrEnum):
     bad_encoding = "text is not UTF-8"
     bad_json = "not valid JSON"
     bad_record = "not a record of a known form"
-    missing_file = "missing file"
+    missing_file = "missing or unreadable file"
     too_large = "file too large"
     picture_too_long = "picture longer than the sequence length"
     not_a_pair = "not a picture with a caption, which order=both needs"
@@ -68,6 +68,14 @@ class Reject:
     reason: str
     detail: str = ""
     offset: int = 0
+
+
+def is_readable(path: Path) -> bool:
+    """Whether ``path`` is a file; False too for names that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def pair_record(

@@ -1,7 +1,7 @@
 """Webdataset tars of pictures and captions, as img2dataset writes them.
 
 Members that share a key (the name up to the first dot of its last part) are one record: a picture
-(jpg, jpeg, png or webp) and a caption (``txt``, or the field ``caption`` of ``json``).
+(see :data:`PICTURES`) and a caption (``txt``, or the field ``caption`` of ``json``).
 """
 
 import gzip
@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 
 from emu35.data.readers.records import RawRecord, Reason, Reject, pair_record
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff")
 _CAPTIONS = ("txt", "json")
 LARGEST_MEMBER = 256 * 2**20
 
@@ -95,7 +95,7 @@ def _finish(key: str, members: Members, *, offset: int) -> Iterator[RawRecord | 
         caption = _caption(members)
     except UnicodeDecodeError as error:
         yield Reject(id=key, reason=Reason.bad_encoding, detail=str(error), offset=offset)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield Reject(id=key, reason=Reason.bad_json, detail=str(error), offset=offset)
     else:
         yield pair_record(id=key, caption=caption, picture=picture, offset=offset)

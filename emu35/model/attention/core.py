@@ -110,4 +110,5 @@ class CoreAttention(MegatronModule):
         if dropout == 0.0 or self.config.sequence_parallel:
             # Under sequence parallelism mcore's attention already forks the tracker.
             return nullcontext()
-        return tensor_parallel.get_cuda_rng_tracker().fork()
+        tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+        return tracker.fork()

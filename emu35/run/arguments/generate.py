@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from emu35.config.schema import is_mapping
 from emu35.errors import DataError
 from emu35.run.arguments import Commands
 
@@ -136,7 +137,7 @@ def read_prompts(file: Path | None) -> list[str]:
             record: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file}, line {number}: {error}; {_PROMPT_FORM}") from None
-        prompt = record.get("prompt") if isinstance(record, dict) else None
+        prompt = record.get("prompt") if is_mapping(record) else None
         if not isinstance(prompt, str):
             raise DataError(f"{file}, line {number}: no prompt in it; {_PROMPT_FORM}")
         prompts.append(prompt)

@@ -33,15 +33,13 @@ class ResidualBlock(nn.Module):
         self.norm2 = _norm(outputs)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _conv(outputs, outputs, kernel=3)
-        if inputs != outputs:
-            self.nin_shortcut = _conv(inputs, outputs, kernel=1)
+        widens = inputs != outputs
+        self.nin_shortcut = _conv(inputs, outputs, kernel=1) if widens else nn.Identity()
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         h_BCHW = self.conv1(functional.silu(self.norm1(x_BCHW)))
         h_BCHW = self.conv2(self.dropout(functional.silu(self.norm2(h_BCHW))))
-        if hasattr(self, "nin_shortcut"):
-            x_BCHW = self.nin_shortcut(x_BCHW)
-        return x_BCHW + h_BCHW
+        return self.nin_shortcut(x_BCHW) + h_BCHW
 
 
 class AttentionBlock(nn.Module):
@@ -89,12 +87,17 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution; ``attn`` is empty or has one entry a block."""
+    """The blocks of one resolution; ``attn`` is empty or has one entry a block.
+
+    ``downsample`` or ``upsample`` leads to the next level, where there is one.
+    """
 
     def __init__(
         self, inputs: int, *, outputs: int, blocks: int, attention: bool, dropout: float
     ) -> None:
         super().__init__()
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
         widths = [inputs] + [outputs] * (blocks - 1)
         self.block = nn.ModuleList(
             ResidualBlock(width, outputs=outputs, dropout=dropout) for width in widths
@@ -152,8 +155,9 @@ class Encoder(nn.Module):
     def forward(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         h_BCHW = self.conv_in(pixels_B3HW)
         for level in self.down:
+            assert isinstance(level, Level)
             h_BCHW = level(h_BCHW)
-            if hasattr(level, "downsample"):
+            if level.downsample is not None:
                 h_BCHW = level.downsample(h_BCHW)
         return self.conv_out(functional.silu(self.norm_out(self.mid(h_BCHW))))
 
@@ -190,8 +194,9 @@ class Decoder(nn.Module):
     def forward(self, z_BCHW: torch.Tensor) -> torch.Tensor:
         h_BCHW = self.mid(self.conv_in(z_BCHW))
         for level in reversed(self.up):
+            assert isinstance(level, Level)
             h_BCHW = level(h_BCHW)
-            if hasattr(level, "upsample"):
+            if level.upsample is not None:
                 h_BCHW = level.upsample(h_BCHW)
         return self.conv_out(functional.silu(self.norm_out(h_BCHW)))
 

@@ -23,9 +23,6 @@ class AveragedIBQ:
     def update(self, model: IBQ) -> None:
         """Move the average towards ``model``'s present weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(
-            list(self.model.parameters()),
-            [weight.detach() for weight in model.parameters()],
-            1.0 - decay,
-        )
+        for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
+            average.lerp_(weight.detach(), 1.0 - decay)
         self.updates += 1

@@ -142,10 +142,13 @@ def test_a_folder_of_pictures_takes_captions_of_the_same_name(tmp_path: Path) ->
         ".hidden.jpg": b"x",
     }.items():
         (tmp_path / name).write_bytes(data)
+    (tmp_path / "c.jpg").write_bytes(b"x")
+    (tmp_path / "c.txt").mkdir()
     found = read(tmp_path)
     assert captions(found) == {"a.jpg": "with a mark", "sub/b.PNG": "below"}
     assert reasons(found) == {
         "alone.webp": "picture without a caption",
+        "c.jpg": "missing or unreadable file",
         "orphan.txt": "caption without a picture",
     }
 
@@ -164,6 +167,7 @@ def test_json_lines_give_documents_in_reading_order(tmp_path: Path) -> None:
         json.dumps({"parts": [{"text": " "}]}),
         json.dumps({"words": 1}),
         "[" * 100_000,
+        json.dumps({"image": "x" * 5000, "caption": "a name no file can have"}),
     ]
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines))
@@ -177,7 +181,8 @@ def test_json_lines_give_documents_in_reading_order(tmp_path: Path) -> None:
         "x.jsonl:5": "not valid JSON",
         "x.jsonl:6": "not a record of a known form",
         "x.jsonl:7": "not a record of a known form",
-        "x.jsonl:8": "missing file",
+        "x.jsonl:8": "missing or unreadable file",
+        "x.jsonl:12": "missing or unreadable file",
         "x.jsonl:9": "empty text",
         "x.jsonl:10": "not a record of a known form",
         "x.jsonl:11": "not valid JSON",
@@ -189,9 +194,14 @@ def test_text_is_a_document_a_file_or_a_line(tmp_path: Path) -> None:
     (tmp_path / "b.md").write_bytes(b"three")
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "d.txt").write_bytes(b"")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     whole = read(tmp_path)
     assert captions(whole) == {"a.txt": "one\r\n\r\ntwo\n", "b.md": "three"}
-    assert reasons(whole) == {"c.txt": "text is not UTF-8", "d.txt": "empty text"}
+    assert reasons(whole) == {
+        "c.txt": "text is not UTF-8",
+        "d.txt": "empty text",
+        "gone.txt": "missing or unreadable file",
+    }
     assert captions(read(tmp_path / "a.txt", unit=TextUnit.lines)) == {
         "a.txt:1": "one",
         "a.txt:3": "two",
