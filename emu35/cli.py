@@ -19,7 +19,7 @@ from pathlib import Path
 from emu35 import __version__
 from emu35.errors import Emu35Error
 from emu35.run.arguments import Commands, convert, data, generate, tokens
-from emu35.run.worker import wait_patiently
+from emu35.run.worker import quiet_libraries
 
 _OVERRIDES = """\
 Overrides are key=value: experiment=demo/pretrain chooses an experiment, model=demo the option of a
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal without UTF-8 gets escapes instead of a traceback.
             stream.reconfigure(errors="backslashreplace")
-    wait_patiently()
+    quiet_libraries()
     try:
         arguments = _parse(argv)
         code = arguments.handler(arguments)

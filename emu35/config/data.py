@@ -48,8 +48,8 @@ class TokenDataConfig(DataConfig):
 
     kind: str = "tokens"
     sequence_length: int = 1024
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-    validation: dict[str, ValidationConfig] = field(default_factory=dict)
+    sources: dict[str, SourceConfig] = field(default_factory=dict[str, SourceConfig])
+    validation: dict[str, ValidationConfig] = field(default_factory=dict[str, ValidationConfig])
     open_bins: int = 16
     shuffle_window: int = 4096
     prefetch_steps: int = 2
@@ -63,6 +63,12 @@ class TokenDataConfig(DataConfig):
             shuffle_window=self.shuffle_window,
         )
         yield from at_least("data", 0, prefetch_steps=self.prefetch_steps)
+        for name, section in self.validation.items():
+            if section.max_documents < 1:
+                yield (
+                    f"data.validation.{name}.max_documents={section.max_documents} leaves nothing "
+                    f"to evaluate; use at least 1, or remove it with ~data.validation.{name}"
+                )
         for name, source in self.sources.items():
             if source.ratio < 0:
                 yield f"data.sources.{name}.ratio={source.ratio} is negative; ratios are shares"
@@ -72,13 +78,24 @@ class TokenDataConfig(DataConfig):
 
 @dataclass(kw_only=True, slots=True)
 class ImageDataConfig(DataConfig):
-    """Pictures for training the image tokenizer: webdataset tars or folders of image files."""
+    """Pictures for training the image tokenizer: webdataset tars or folders of image files.
+
+    With ``crop`` > 0, training sees random squares of that side, cut from the pictures after
+    they were resized to ``resolution``; validation always sees whole pictures.
+    """
 
     kind: str = "images"
-    paths: list[str] = field(default_factory=list)
-    validation_paths: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list[str])
+    validation_paths: list[str] = field(default_factory=list[str])
     resolution: int = 256
+    crop: int = 0
     validation_images: int = 64
 
     def problems(self) -> Iterator[str]:
         yield from at_least("data", 1, resolution=self.resolution)
+        yield from at_least("data", 0, crop=self.crop)
+        if self.crop > self.resolution:
+            yield (
+                f"data.crop={self.crop} exceeds data.resolution={self.resolution}; "
+                "crops are cut from resized pictures (0: none)"
+            )

@@ -76,7 +76,9 @@ class LMConfig(ModelConfig):
 class IBQConfig(ModelConfig):
     """IBQ image tokenizer (paper section 2.3): VQGAN encoder and decoder, dot-product codebook.
 
-    Field names are those of the released ``ddconfig`` where one exists.
+    Field names are those of the released ``ddconfig`` where one exists. ``norm_groups`` has none:
+    released tokenizers always normalise 32 groups of channels, and so does the official code. A
+    narrow network needs fewer, because a group of one channel loses its mean, colours with it.
     """
 
     kind: str = "ibq"
@@ -89,6 +91,7 @@ class IBQConfig(ModelConfig):
     in_channels: int = 3
     out_ch: int = 3
     dropout: float = 0.0
+    norm_groups: int = 32
     embed_dim: int = 256
     n_embed: int = 131072
 
@@ -105,14 +108,15 @@ class IBQConfig(ModelConfig):
             num_res_blocks=self.num_res_blocks,
             z_channels=self.z_channels,
             embed_dim=self.embed_dim,
+            norm_groups=self.norm_groups,
             n_embed=self.n_embed,
         )
         yield from fraction("model", dropout=self.dropout)
         for mult in self.ch_mult:
-            if (self.ch * mult) % 32:
+            if self.norm_groups > 0 and (self.ch * mult) % self.norm_groups:
                 yield (
-                    f"model.ch={self.ch} times ch_mult={mult} is not a multiple of 32; "
-                    "GroupNorm uses 32 groups"
+                    f"model.ch={self.ch} times ch_mult={mult} is not a multiple of "
+                    f"model.norm_groups={self.norm_groups}; change one of them"
                 )
                 break
         if self.resolution % self.factor:

@@ -69,6 +69,11 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
                 f"data.resolution={config.data.resolution} is not a multiple of the "
                 f"tokenizer's factor {config.model.factor}"
             )
+        elif isinstance(config.model, IBQConfig) and config.data.crop % config.model.factor:
+            yield (
+                f"data.crop={config.data.crop} is not a multiple of the "
+                f"tokenizer's factor {config.model.factor}"
+            )
 
 
 def _layout(config: RunConfig) -> Iterator[str]:

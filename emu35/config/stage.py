@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from emu35.config.check import at_least
+from emu35.config.check import at_least, fraction
 
 
 class Precision(StrEnum):
@@ -96,13 +96,14 @@ class SFTConfig(LMStageConfig):
 class IBQStageConfig(StageConfig):
     """Image tokenizer training: reconstruction and quantization (paper section 2.3).
 
-    The first ``quantizer_warmup`` steps train encoder and decoder without the quantizer; the
-    codebook then starts from the latent vectors. 0 quantizes from the first step, with a random
-    codebook, and suits long runs only. ``mse_weight`` adds the squared error to the absolute one.
+    The first ``quantizer_warmup`` of the steps (a share, below 1) train encoder and decoder without
+    the quantizer; the codebook then starts from the latent vectors. 0 quantizes from the first
+    step, with a random codebook, and suits long runs only. ``mse_weight`` adds the squared error
+    to the absolute one.
     """
 
     kind: str = "ibq"
-    quantizer_warmup: int = 0
+    quantizer_warmup: float = 0.0
     reconstruction_weight: float = 1.0
     mse_weight: float = 0.0
     quantization_weight: float = 1.0
@@ -114,16 +115,11 @@ class IBQStageConfig(StageConfig):
         yield from at_least(
             "stage",
             0,
-            quantizer_warmup=self.quantizer_warmup,
             reconstruction_weight=self.reconstruction_weight,
             mse_weight=self.mse_weight,
             quantization_weight=self.quantization_weight,
             commitment=self.commitment,
         )
-        if self.quantizer_warmup and self.quantizer_warmup >= self.steps:
-            yield (
-                f"stage.quantizer_warmup={self.quantizer_warmup} leaves none of "
-                f"stage.steps={self.steps} for the codebook; lower it"
-            )
+        yield from fraction("stage", quantizer_warmup=self.quantizer_warmup)
         if not 0 <= self.ema_decay < 1:
             yield f"stage.ema_decay={self.ema_decay} must lie in [0, 1)"

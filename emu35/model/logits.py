@@ -101,14 +101,16 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         )
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
-            probabilities_CR, losses_N[part], local_C = _softmax(
+            exponentials_CR, sums_C, losses_N[part], local_C = _exponentials(
                 hidden_NH[part], weight_RH=weight_RH, labels_C=labels_N[part], rows=rows
             )
             if needs_grad:
+                # weight x (softmax - one-hot), in one pass over the vocabulary.
+                weights_C = weights_N[part]
+                grad_CR = exponentials_CR.mul_((weights_C / sums_C)[:, None])
                 held = (local_C >= 0).nonzero().squeeze(1)
-                probabilities_CR[held, local_C[held]] -= 1.0
-                probabilities_CR *= weights_N[part, None]
-                grad_CR = probabilities_CR.to(weight_VH.dtype)
+                grad_CR[held, local_C[held]] -= weights_C[held]
+                grad_CR = grad_CR.to(weight_VH.dtype)
                 torch.mm(grad_CR, weight_RH, out=grad_hidden_NH[part])
                 _accumulate(grad_weight_VH[: rows.count], grad_CR=grad_CR, hidden=hidden_NH[part])
         if needs_grad:
@@ -126,11 +128,12 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return grad_hidden_NH, grad_weight_VH, None, None, None, None
 
 
-def _softmax(
+def _exponentials(
     hidden_CH: torch.Tensor, *, weight_RH: torch.Tensor, labels_C: torch.Tensor, rows: _Rows
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Probabilities over this rank's rows [C, R], cross-entropy [C], and the label's index among
-    this rank's rows [C] (-1 where another rank holds it)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(logits - highest) over this rank's rows [C, R], its sum over all rows [C], the
+    cross-entropy [C], and the label's index among this rank's rows [C] (-1 where another rank
+    holds it)."""
     logits_CR = (hidden_CH @ weight_RH.t()).float()
     highest_C = logits_CR.amax(1)
     if rows.group is not None:
@@ -140,14 +143,13 @@ def _softmax(
     local_C = torch.where(inside_C, labels_C - rows.start, -1)
     label_logits_C = logits_CR.gather(1, local_C.clamp(min=0)[:, None]).squeeze(1)
     label_logits_C = label_logits_C.masked_fill(~inside_C, 0.0)
-    probabilities_CR = logits_CR.exp_()
-    sums_C = probabilities_CR.sum(1)
+    exponentials_CR = logits_CR.exp_()
+    sums_C = exponentials_CR.sum(1)
     if rows.group is not None:
         both = torch.stack([label_logits_C, sums_C])
         dist.all_reduce(both, group=rows.group)
         label_logits_C, sums_C = both
-    probabilities_CR /= sums_C[:, None]
-    return probabilities_CR, sums_C.log() - label_logits_C, local_C
+    return exponentials_CR, sums_C, sums_C.log() - label_logits_C, local_C
 
 
 def _accumulate(total_RH: torch.Tensor, *, grad_CR: torch.Tensor, hidden: torch.Tensor) -> None:

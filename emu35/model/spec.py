@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from emu35.config import LMConfig, ParallelConfig, Precision
 from emu35.model.attention.core import CoreAttention
+from emu35.model.swiglu import SwiGLU
 from emu35.parallel import cpu
 
 cpu.install()
@@ -83,6 +84,8 @@ def transformer_config(
         layernorm_epsilon=config.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        # The name is TransformerEngine's; it lets a spec bring the activation, here SwiGLU.
+        use_te_activation_func=True,
         add_bias_linear=False,
         add_qkv_bias=False,
         hidden_dropout=config.hidden_dropout,
@@ -144,7 +147,9 @@ def layer_specs(
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                    linear_fc1=ColumnParallelLinear,
+                    activation_func=SwiGLU,
+                    linear_fc2=RowParallelLinear,
                 ),
             ),
             mlp_bda=_BIAS_DROPOUT_ADD,

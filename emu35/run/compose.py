@@ -7,6 +7,7 @@ names every mistake of the command line, and the rules between sections as well.
 """
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -67,12 +68,14 @@ def compose(overrides: Iterable[str], *, configs: Path | None = None) -> RunConf
 
 
 def find_configs() -> Path:
-    """The folder of YAML groups: inside the installed package, or beside it in a checkout."""
+    """The folder of YAML groups: beside the package in a checkout, else where a wheel puts it."""
     package = Path(str(files("emu35")))
-    for folder in (package / "_configs", package.parent / "configs"):
+    shared = Path(sys.prefix) / "share" / "emu35" / "configs"
+    places = (package.parent / "configs", package / "_configs", shared)
+    for folder in places:
         if (folder / f"{ROOT}.yaml").is_file():
             return folder
-    raise ConfigError(f"no {ROOT}.yaml in {package / '_configs'}; reinstall emu35")
+    raise ConfigError(f"{ROOT}.yaml is in none of {', '.join(map(str, places))}; reinstall emu35")
 
 
 def group_options(group: str, *, folders: Iterable[Path]) -> list[str]:

@@ -70,16 +70,6 @@ def run_stage(config: RunConfig, *, run_dir: Path) -> None:
 def limit_threads(config: RunConfig) -> None:
     """Give torch its share of this host's cores; to be called before torch is imported."""
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(config))
-    wait_patiently()
-
-
-def wait_patiently() -> None:
-    """Let idle threads sleep rather than spin, unless the environment says otherwise.
-
-    Two spinning threads on two busy cores wait for each other's time slices: a step of the demo
-    took fifty times as long beside other processes. To be called before torch is imported.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def quiet_libraries() -> None:

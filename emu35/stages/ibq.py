@@ -33,6 +33,7 @@ from emu35.train.trainer import FitResult, fit
 from emu35.vision.ibq.calibrate import calibrate, pictures_needed
 from emu35.vision.ibq.ema import AveragedIBQ
 from emu35.vision.ibq.folder import read_folder, write_folder
+from emu35.vision.ibq.init import initialize
 from emu35.vision.ibq.losses import IBQWeights, ibq_losses
 from emu35.vision.ibq.model import IBQ, Through
 from emu35.vision.pictures import (
@@ -86,6 +87,7 @@ class IBQTask:
         assert isinstance(config.data, ImageDataConfig)
         self.config, self.stage, self.data = config, config.stage, config.data
         self.run_dir, self.device = run_dir, device
+        self.continuous_steps = int(self.stage.quantizer_warmup * self.stage.steps)
         self.rejects = Rejects()
         self.pictures = self._open(config.data.paths)
         self.validation = (
@@ -116,11 +118,11 @@ class IBQTask:
 
     def train_step(self, step: int) -> dict[str, float]:
         """One update on one global batch; ``tokens`` counts codes."""
-        if step == self.stage.quantizer_warmup + 1 and self.stage.quantizer_warmup:
+        if step == self.continuous_steps + 1 and self.continuous_steps:
             self._start_codebook()
         pictures = self.batches.step(step)
         micro_batches = np.split(pictures, len(pictures) // self.stage.micro_batch_size)
-        bypass = step <= self.stage.quantizer_warmup
+        through = Through.nothing if step <= self.continuous_steps else Through.codebook
         sums = torch.zeros(3, device=self.device)
         used_K = torch.zeros(self.model.config.n_embed, device=self.device)
         self.model.train()
@@ -128,9 +130,7 @@ class IBQTask:
         for pixels in micro_batches:
             pixels_B3HW = self._to_device(pixels)
             with self._precision():
-                output = self.model(
-                    pixels_B3HW, through=Through.nothing if bypass else Through.codebook
-                )
+                output = self.model(pixels_B3HW, through=through)
             losses = ibq_losses(output, pixels_B3HW=pixels_B3HW, weights=self.weights)
             (losses.total / len(micro_batches)).backward()
             parts = (losses.total, losses.reconstruction, losses.quantization)
@@ -139,7 +139,7 @@ class IBQTask:
                 used_K[output.quantized.codes_BHW.flatten()] = 1.0
         grad_norm, rate = self._update(step)
         total, reconstruction, quantization = (_over_ranks(sums) / world_size()).tolist()
-        side = self.data.resolution // self.model.config.factor
+        side = (self.data.crop or self.data.resolution) // self.model.config.factor
         return {
             "loss": total,
             "loss_reconstruction": reconstruction,
@@ -174,7 +174,7 @@ class IBQTask:
         with torch.no_grad():
             for first in range(0, count, self.stage.micro_batch_size):
                 samples = range(first, min(first + self.stage.micro_batch_size, count))
-                pixels = np.stack([self.pictures.sample(sample) for sample in samples])
+                pixels = np.stack([self.pictures.square(sample) for sample in samples])
                 z_BDHW = self.model.latents(self._to_device(pixels))
                 latents.append(z_BDHW.permute(0, 2, 3, 1).flatten(0, 2))
         models = [self.model, self.average.model]
@@ -293,6 +293,7 @@ class IBQTask:
             find_pictures(paths, rejects=self.rejects),
             resolution=self.data.resolution,
             factor=self.config.model.factor,
+            crop=self.data.crop,
             seed=self.config.seed,
             rejects=self.rejects,
         )
@@ -310,9 +311,9 @@ def _build(config: RunConfig) -> IBQ:
     """The network, alike on every rank: from ``stage.init_from``, else from the seed."""
     assert isinstance(config.model, IBQConfig)
     if config.stage.init_from is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            return IBQ(config.model)
+        model = IBQ(config.model)
+        initialize(model, seed=config.seed)
+        return model
     model = read_folder(Path(config.stage.init_from)).train().requires_grad_(True)
     if model.config != config.model:
         raise ConfigError(

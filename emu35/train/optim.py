@@ -10,6 +10,7 @@ from emu35.parallel import cpu
 
 cpu.install()
 
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -36,6 +37,15 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+class GradientBuckets(DistributedDataParallel):
+    """mcore's wrapper with fp32 main gradients; alone, there is nobody to reduce with, and mcore
+    would still copy the whole buffer through the collective."""
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
+            super().finish_grad_sync(force_all_reduce=force_all_reduce)
+
+
 def wrap_and_optimize(
     chunks: list[Emu35Model],
     *,
@@ -55,7 +65,7 @@ def wrap_and_optimize(
         average_in_collective=False,
     )
     wrapped = [
-        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+        GradientBuckets(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
     bf16 = precision is Precision.bf16
@@ -76,6 +86,10 @@ def wrap_and_optimize(
         ),
         [*wrapped],
     )
+    for group in optimizer.param_groups:
+        # mcore marks the norms' group with a multiplier of 0 and leaves applying it to its own
+        # scheduler, which is not used here.
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
     if not torch.cuda.is_available():
         # torch's AdamW updates parameter by parameter unless told otherwise; one fused kernel
         # does the same arithmetic several times faster on a CPU.

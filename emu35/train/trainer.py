@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from emu35.checkpoint.manager import Checkpoint, CheckpointManager
 from emu35.config import RunConfig
+from emu35.config.io import run_identity
 from emu35.errors import Emu35Error, Interrupted
 from emu35.log.jsonl import null_safe
 from emu35.log.metrics import Logger, make_logger
@@ -35,20 +36,6 @@ from emu35.train.signals import StopRequest
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints inside a run folder."""
-
-IDENTITY_SECTIONS = ("model", "tokenizer", "data", "stage", "optim")
-"""Sections that a checkpoint must share with the run that continues it, besides the seed."""
-
-FREE_FIELDS = frozenset(
-    {
-        ("model", "attention_backend"),
-        ("data", "prefetch_steps"),
-        ("stage", "micro_batch_size"),
-        ("stage", "loss_chunk"),
-    }
-)
-"""Fields of those sections that decide how something is computed, not what: free to change, as the
-layout is, since a resume on fewer or more ranks often needs another micro-batch."""
 
 
 class TrainTask(Protocol):
@@ -141,7 +128,7 @@ def fit(task: TrainTask, *, config: RunConfig, run_dir: Path) -> FitResult:
     manager = CheckpointManager(
         root=run_dir / CHECKPOINTS,
         config=config.checkpoint,
-        identity=identity(config),
+        identity=run_identity(config),
         message=_print,
     )
     found = manager.latest()
@@ -170,24 +157,6 @@ def fit(task: TrainTask, *, config: RunConfig, run_dir: Path) -> FitResult:
             saved=found,
         )
         return loop.run()
-
-
-def identity(config: RunConfig) -> dict[str, Any]:
-    """What two configurations must share for one to continue the other's checkpoint.
-
-    Architecture, tokenizer, data, stage (number of steps and global batch included, for they shape
-    the schedule and the data plan), optimizer and seed; without :data:`FREE_FIELDS`. Layout, log,
-    checkpoint policy, launcher, name and place of the run may all change.
-    """
-    sections = {
-        name: {
-            key: value
-            for key, value in asdict(getattr(config, name)).items()
-            if (name, key) not in FREE_FIELDS
-        }
-        for name in IDENTITY_SECTIONS
-    }
-    return {"seed": config.seed, **sections}
 
 
 @dataclass(kw_only=True, slots=True)

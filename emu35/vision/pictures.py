@@ -9,7 +9,8 @@ broken?* The next picture in the list takes its place, and its name and reason g
 
 A picture is resized by the rule of ``smart_resize`` such that its shorter side is the resolution,
 then a square is cut: at random in training (again a function of seed and sample number), from the
-middle in validation. A square picture is thus used whole. Resized pictures stay in memory as bytes
+middle in validation. A square picture is thus used whole, unless training asks for crops, smaller
+squares at random places within. Resized pictures stay in memory as bytes
 until ``CACHE_BYTES`` are full; what does not fit is decoded anew each time.
 """
 
@@ -175,7 +176,7 @@ def picture_at(sample: int, *, seed: int, count: int) -> int:
 
 
 class SquarePictures:
-    """Square uint8 crops of ``[3, resolution, resolution]``, by index or by sample number."""
+    """Square uint8 pictures, by sample number (for training) or by index (for validation)."""
 
     def __init__(
         self,
@@ -185,11 +186,13 @@ class SquarePictures:
         factor: int,
         seed: int,
         rejects: Rejects,
+        crop: int = 0,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.files = files
         self.rejects = rejects
         self._resolution = resolution
+        self._crop = crop or resolution
         self._factor = factor
         self._seed = seed
         self._cache: dict[int, NDArray[np.uint8]] = {}
@@ -201,7 +204,19 @@ class SquarePictures:
         return len(self.files)
 
     def sample(self, sample: int) -> NDArray[np.uint8]:
-        """The crop that is sample number ``sample`` of the run.
+        """``[3, crop, crop]``, sample number ``sample`` of the run, cut from :meth:`square`.
+
+        Raises:
+            DataError: too many pictures were rejected.
+        """
+        space = self._resolution - self._crop + 1
+        rng = np.random.default_rng([self._seed, 2, sample])
+        top, left = rng.integers(space, size=2).tolist()
+        square_3RR = self.square(sample)
+        return square_3RR[:, top : top + self._crop, left : left + self._crop]
+
+    def square(self, sample: int) -> NDArray[np.uint8]:
+        """``[3, resolution, resolution]``, the square that sample ``sample`` is cut from.
 
         Raises:
             DataError: too many pictures were rejected.

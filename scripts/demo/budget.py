@@ -25,7 +25,7 @@ class Budget:
 BUDGETS = {
     # Aims at ten minutes on two cores, of which pretraining takes the most.
     "default": Budget(
-        resolution=96,
+        resolution=64,
         train_scenes=6000,
         val_scenes=200,
         crops_per_photo=12,
@@ -37,7 +37,7 @@ BUDGETS = {
     ),
     # Walks every step and learns nothing: the smoke test's.
     "tiny": Budget(
-        resolution=96,
+        resolution=64,
         train_scenes=24,
         val_scenes=6,
         crops_per_photo=1,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from budget import BUDGETS, Budget
+from emu35.config import IBQConfig
+from emu35.config.io import read_config
 from steps import Runner, Step, Stopped, duration, say, write_json, write_text
 
 SEED = 7
@@ -72,6 +74,13 @@ class Demo:
     @property
     def release_folder(self) -> Path:
         return self.out / "release"
+
+    @property
+    def tokenizer_config(self) -> IBQConfig:
+        """That of the image tokenizer's run; what follows takes its numbers from there."""
+        model = read_config(self.tokenizer_run).model
+        assert isinstance(model, IBQConfig)
+        return model
 
     # ------------------------------------------------------------------ steps
 
@@ -136,10 +145,17 @@ class Demo:
             source,
             "--vision",
             _shown(self.vision),
+            "--codebook-size",
+            str(self._codebook_size()),
             "--area",
             str(self.budget.resolution**2),
             *options,
         )
+
+    def _codebook_size(self) -> int:
+        from emu35.config.io import read_config
+
+        return read_config(self.tokenizer_run).tokenizer.codebook_size
 
     def pretrain(self) -> None:
         """``stage=pretrain`` on the mixture."""
@@ -148,6 +164,8 @@ class Demo:
             "experiment=demo/pretrain",
             f"run_dir={_shown(self.pretrain_run)}",
             f"tokenizer.vision={_shown(self.vision)}",
+            f"tokenizer.codebook_size={self.tokenizer_config.n_embed}",
+            f"tokenizer.codebook_size={self._codebook_size()}",
             *(
                 f"data.sources.{name}.path={_shown(self.shards / folder)}"
                 for name, folder in (
@@ -165,13 +183,9 @@ class Demo:
 
     def generate(self) -> None:
         """One picture for each held-out caption, read back by the verifier."""
-        from emu35.config import IBQConfig
-        from emu35.config.io import read_config
         from evaluate import evaluate, find_pictures, read_lines
 
-        tokenizer = read_config(self.tokenizer_run).model
-        assert isinstance(tokenizer, IBQConfig)
-        side = self.budget.resolution // tokenizer.factor
+        side = self.budget.resolution // self.tokenizer_config.factor
         self.runner.emu35(
             "generate",
             "--run",

@@ -70,7 +70,7 @@ def make_config(pictures: Path, **stage: object) -> RunConfig:
                 "global_batch_size": 4,
                 "micro_batch_size": 2,
                 "validate_every": 0,
-                "quantizer_warmup": 2,
+                "quantizer_warmup": 0.34,  # 2 of 6 steps
                 **stage,
             }
         ),
@@ -203,17 +203,20 @@ def test_rejected_pictures_are_counted_and_named(pictures, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "05.png").write_bytes(b"GIF89a nothing")
     run_dir = tmp_path / "run"
-    run_in(run_dir, make_config(folder, steps=4, quantizer_warmup=0))
+    run_in(run_dir, make_config(folder, steps=4, quantizer_warmup=0.0))
     (row,) = [json.loads(line) for line in (run_dir / "rejects.jsonl").read_text().splitlines()]
     assert row["picture"] == str(folder / "05.png")
     assert rows_of(run_dir)[4]["rejected"] == 1
 
 
 def test_settings_that_cannot_work_are_refused(pictures):
-    config = make_config(pictures, quantizer_warmup=STEPS)
+    config = make_config(pictures, quantizer_warmup=1.0)
     config.parallel.zero1 = True
+    assert isinstance(config.data, ImageDataConfig)
+    config.data.crop = 18
     text = "\n".join(find_problems(config))
-    assert "quantizer_warmup=6 leaves none" in text
+    assert "stage.quantizer_warmup=1.0 must lie in [0, 1)" in text
+    assert "data.crop=18 is not a multiple" in text
     assert "zero1=false" in text
     validate(make_config(pictures))
 

@@ -13,9 +13,10 @@ import torch
 from tiny_task import TinyTask, tiny_config
 
 from emu35.config import RunConfig
+from emu35.config.io import run_identity
 from emu35.errors import CheckpointError, Emu35Error, Interrupted
 from emu35.log.jsonl import read_rows
-from emu35.train.trainer import FitResult, fit, identity
+from emu35.train.trainer import FitResult, fit
 
 SCRIPT = Path(__file__).with_name("tiny_task.py")
 TIMED = ("tokens_per_s",)
@@ -180,7 +181,7 @@ def test_what_may_change_between_attempts_and_what_may_not(tmp_path: Path) -> No
     free.stage.micro_batch_size = 4
     free.name = "renamed"
     free.log.every = 3
-    assert identity(free) == identity(tiny_config())
+    assert run_identity(free) == run_identity(tiny_config())
     assert train(tmp_path, config=free).steps[0] == 4
 
 

@@ -9,6 +9,7 @@ from emu35.config import IBQConfig
 from emu35.vision.ibq import calibrate as calibration
 from emu35.vision.ibq.calibrate import MATCH_LOGIT, calibrate, pictures_needed
 from emu35.vision.ibq.ema import AveragedIBQ
+from emu35.vision.ibq.init import initialize
 from emu35.vision.ibq.losses import IBQWeights, ibq_losses, quantization_loss
 from emu35.vision.ibq.model import IBQ, Reconstruction, Through
 from emu35.vision.ibq.quantizer import Quantized, nearest_codes, quantize_plain
@@ -180,6 +181,29 @@ def test_large_codebooks_start_from_a_sample(monkeypatch):
     calibrate([model], latents_ND=latents_ND, generator=torch.Generator().manual_seed(0))
     lengths_K = model.quantize.codebook_KD.norm(dim=1)
     torch.testing.assert_close(lengths_K, torch.full_like(lengths_K, MATCH_LOGIT**0.5))
+
+
+def test_fresh_network_passes_the_picture_through():
+    """Residual branches start silent, and latents neither vanish nor explode."""
+    model = tiny_model()
+    initialize(model, seed=3)
+    pixels_B3HW = torch.rand(2, 3, 16, 16) * 2 - 1
+    x_BCHW = torch.randn(2, 32, 8, 8)
+    assert torch.equal(model.encoder.mid.block_1(x_BCHW.repeat(1, 2, 1, 1))[:, :32], x_BCHW)
+    with torch.no_grad():
+        output = model(pixels_B3HW, through=Through.nothing).pixels_B3HW
+    assert 0.05 < output.std() < 2.0
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    first, second, other = tiny_model(), tiny_model(), tiny_model()
+    initialize(first, seed=1)
+    torch.manual_seed(99)
+    initialize(second, seed=1)
+    initialize(other, seed=2)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+    assert not torch.equal(first.quant_conv.weight, other.quant_conv.weight)
 
 
 def test_enough_pictures_are_asked_for():

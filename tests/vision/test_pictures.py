@@ -134,6 +134,23 @@ def test_square_pictures_are_used_whole_and_long_ones_cut(tmp_path):
     assert min(starts) >= 38  # of a 4:1 picture the middle 2:1 is kept
 
 
+def test_crops_lie_within_their_squares(tmp_path):
+    values = np.arange(RESOLUTION * RESOLUTION, dtype=np.uint32).reshape(RESOLUTION, RESOLUTION)
+    parts = [values % 256, values // 256, values * 0]
+    Image.fromarray(np.stack(parts, axis=2).astype(np.uint8)).save(tmp_path / "unique.png")
+    found = open_set([tmp_path], crop=16)
+    corners = set()
+    for sample in range(30):
+        crop, square = found.sample(sample), found.square(sample)
+        assert crop.shape == (3, 16, 16)
+        corner = int(crop[0, 0, 0]) + 256 * int(crop[1, 0, 0])
+        top, left = divmod(corner, RESOLUTION)
+        assert np.array_equal(crop, square[:, top : top + 16, left : left + 16])
+        corners.add((top, left))
+    assert len(corners) > 20
+    assert np.array_equal(found.sample(4), open_set([tmp_path], crop=16).sample(4))
+
+
 def test_long_sides_of_any_proportion_give_the_same_square(tmp_path):
     for index, size in enumerate([(33, 32), (100, 67), (31, 97), (5, 400), (640, 480), (16, 16)]):
         (tmp_path / f"{index}.png").write_bytes(png(50, size))

@@ -10,12 +10,11 @@ from torch.nn import functional
 
 from emu35.config import IBQConfig
 
-NORM_GROUPS = 32
 NORM_EPS = 1e-6
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+def _norm(channels: int, *, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
 
 
 def _conv(inputs: int, outputs: int, *, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -26,11 +25,11 @@ def _conv(inputs: int, outputs: int, *, kernel: int, stride: int = 1) -> nn.Conv
 class ResidualBlock(nn.Module):
     """Two times norm, swish, 3x3 convolution, around which the input is added."""
 
-    def __init__(self, inputs: int, *, outputs: int, dropout: float) -> None:
+    def __init__(self, inputs: int, *, outputs: int, dropout: float, groups: int) -> None:
         super().__init__()
-        self.norm1 = _norm(inputs)
+        self.norm1 = _norm(inputs, groups=groups)
         self.conv1 = _conv(inputs, outputs, kernel=3)
-        self.norm2 = _norm(outputs)
+        self.norm2 = _norm(outputs, groups=groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _conv(outputs, outputs, kernel=3)
         widens = inputs != outputs
@@ -45,9 +44,9 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions of the grid."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, groups: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, groups=groups)
         self.q = _conv(channels, channels, kernel=1)
         self.k = _conv(channels, channels, kernel=1)
         self.v = _conv(channels, channels, kernel=1)
@@ -93,17 +92,25 @@ class Level(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, *, outputs: int, blocks: int, attention: bool, dropout: float
+        self,
+        inputs: int,
+        *,
+        outputs: int,
+        blocks: int,
+        attention: bool,
+        dropout: float,
+        groups: int,
     ) -> None:
         super().__init__()
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
         widths = [inputs] + [outputs] * (blocks - 1)
         self.block = nn.ModuleList(
-            ResidualBlock(width, outputs=outputs, dropout=dropout) for width in widths
+            ResidualBlock(width, outputs=outputs, dropout=dropout, groups=groups)
+            for width in widths
         )
         self.attn = nn.ModuleList(
-            AttentionBlock(outputs) for _ in range(blocks if attention else 0)
+            AttentionBlock(outputs, groups=groups) for _ in range(blocks if attention else 0)
         )
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -117,11 +124,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, *, dropout: float) -> None:
+    def __init__(self, channels: int, *, dropout: float, groups: int) -> None:
         super().__init__()
-        self.block_1 = ResidualBlock(channels, outputs=channels, dropout=dropout)
-        self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResidualBlock(channels, outputs=channels, dropout=dropout)
+        self.block_1 = ResidualBlock(channels, outputs=channels, dropout=dropout, groups=groups)
+        self.attn_1 = AttentionBlock(channels, groups=groups)
+        self.block_2 = ResidualBlock(channels, outputs=channels, dropout=dropout, groups=groups)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         return self.block_2(self.attn_1(self.block_1(x_BCHW)))
@@ -143,13 +150,14 @@ class Encoder(nn.Module):
                 blocks=config.num_res_blocks,
                 attention=_has_attention(config, index),
                 dropout=config.dropout,
+                groups=config.norm_groups,
             )
             width = config.ch * multiple
             if index < last:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = Middle(width, dropout=config.dropout)
-        self.norm_out = _norm(width)
+        self.mid = Middle(width, dropout=config.dropout, groups=config.norm_groups)
+        self.norm_out = _norm(width, groups=config.norm_groups)
         self.conv_out = _conv(width, config.z_channels, kernel=3)
 
     def forward(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
@@ -172,7 +180,7 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.ch * config.ch_mult[-1]
         self.conv_in = _conv(config.z_channels, width, kernel=3)
-        self.mid = Middle(width, dropout=config.dropout)
+        self.mid = Middle(width, dropout=config.dropout, groups=config.norm_groups)
         levels: list[Level] = []
         for index in reversed(range(len(config.ch_mult))):
             outputs = config.ch * config.ch_mult[index]
@@ -182,13 +190,14 @@ class Decoder(nn.Module):
                 blocks=config.num_res_blocks + 1,
                 attention=_has_attention(config, index),
                 dropout=config.dropout,
+                groups=config.norm_groups,
             )
             width = outputs
             if index > 0:
                 level.upsample = Upsample(width)
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = _norm(width)
+        self.norm_out = _norm(width, groups=config.norm_groups)
         self.conv_out = _conv(width, config.out_ch, kernel=3)
 
     def forward(self, z_BCHW: torch.Tensor) -> torch.Tensor:

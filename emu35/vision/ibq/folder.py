@@ -37,6 +37,9 @@ DDCONFIG_FIELDS = (
 )
 FLAT_FIELDS = ("n_embed", "embed_dim")
 
+RELEASED_GROUPS = 32
+"""Groups of every normalisation in released tokenizers, a constant of the official code."""
+
 NAMED_KEYS = 3
 """How many missing or unexpected keys a message names before it counts the rest."""
 
@@ -111,7 +114,11 @@ def config_to_yaml(config: IBQConfig) -> dict[str, Any]:
         value = getattr(config, name)
         ddconfig[name] = list(value) if isinstance(value, list) else value
     flat = {name: getattr(config, name) for name in FLAT_FIELDS}
-    return {"ddconfig": ddconfig, **flat, "beta": 0.25, "use_entropy_loss": False}
+    values = {"ddconfig": ddconfig, **flat, "beta": 0.25, "use_entropy_loss": False}
+    if config.norm_groups != RELEASED_GROUPS:
+        # Outside what the official code reads: it would load the weights and compute otherwise.
+        values["norm_groups"] = config.norm_groups
+    return values
 
 
 def config_from_yaml(values: object, *, path: Path) -> IBQConfig:
@@ -130,7 +137,7 @@ def config_from_yaml(values: object, *, path: Path) -> IBQConfig:
             f"{path}: normalised codebooks are not supported; codes are plain dot products"
         )
     found = {name: ddconfig[name] for name in DDCONFIG_FIELDS if name in ddconfig}
-    found |= {name: values[name] for name in FLAT_FIELDS if name in values}
+    found |= {name: values[name] for name in (*FLAT_FIELDS, "norm_groups") if name in values}
     # Dropout alone does not shape the network, so an absent one means none.
     missing = [name for name in (*DDCONFIG_FIELDS, *FLAT_FIELDS) if name not in {*found, "dropout"}]
     if missing:
