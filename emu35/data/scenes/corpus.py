@@ -17,10 +17,10 @@ from emu35.data.scenes.captions import Detail, Language, caption
 from emu35.data.scenes.describe import Scene, Split, sample_scene
 from emu35.data.scenes.render import render
 
-BRIEF_SHARE = 0.15
+BRIEF_SHARE = 0.4
 """Share of training captions that leave size and place open."""
 
-CHINESE_SHARE = 0.3
+CHINESE_SHARE = 0.25
 
 
 def write_scenes(

@@ -173,7 +173,7 @@ def split_of(scene: Scene) -> Split:
 
 
 def sample_scene(
-    rng: random.Random, *, split: Split, count_weights: tuple[float, ...] = (0.6, 0.25, 0.15)
+    rng: random.Random, *, split: Split, count_weights: tuple[float, ...] = (0.7, 0.2, 0.1)
 ) -> Scene:
     """A random scene of ``split``; ``count_weights`` are the shares of 1, 2, 3 objects."""
     while True:
