@@ -34,10 +34,10 @@ class LMConfig(ModelConfig):
 
     kind: str = "lm"
     num_layers: int = 4
-    hidden_size: int = 256
-    ffn_hidden_size: int = 768
-    num_attention_heads: int = 8
-    num_kv_heads: int = 4
+    hidden_size: int = 128
+    ffn_hidden_size: int = 384
+    num_attention_heads: int = 4
+    num_kv_heads: int = 2
     head_dim: int = 32
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6

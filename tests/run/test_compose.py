@@ -104,7 +104,7 @@ def test_counts_may_be_written_as_powers_but_not_as_fractions():
         ("optim.betas=[0.9", "cannot read 'optim.betas=[0.9'; an override is key=value"),
         ("stage.steps", "cannot read 'stage.steps'; an override is key=value"),
         ("seed=${nowhere}", "seed='${nowhere}': Interpolation key 'nowhere' not found"),
-        ("parallel.tp=3 launch.nproc=3", "tp=3 does not divide num_kv_heads=4"),
+        ("parallel.tp=3 launch.nproc=3", "tp=3 does not divide num_kv_heads=2"),
     ],
 )
 def test_each_mistake_is_named_with_its_remedy(override: str, message: str):
