@@ -52,7 +52,7 @@ def wrap_and_optimize(
     optim: OptimConfig,
     parallel: ParallelConfig,
     precision: Precision,
-) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
+) -> tuple[list[GradientBuckets], MegatronOptimizer]:
     """Wrap the chunks for data parallelism (fp32 main gradients) and build AdamW over them.
 
     Norm weights get no weight decay. With ``parallel.zero1`` the optimizer state and the fp32

@@ -260,12 +260,12 @@ def test_two_ranks_equal_one_process(finished, pictures, tmp_path):
 
 def test_checkpoints_are_those_of_the_manager(finished, pictures):
     config = make_config(pictures)
-    from emu35.train.trainer import identity
+    from emu35.config.io import run_identity
 
     manager = CheckpointManager(
         root=finished / "checkpoints",
         config=config.checkpoint,
-        identity=identity(config),
+        identity=run_identity(config),
         message=print,
     )
     newest = manager.latest()

@@ -41,13 +41,15 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return train(tmp_path_factory.mktemp("reference") / "one.json")
 
 
-def assert_same(run: dict, reference: dict, *, loss: float = 1e-5) -> None:
+def assert_same(run: dict, reference: dict) -> None:
+    """The first loss is that of equal weights; from then on Adam, which divides each gradient by
+    its own size, also turns rounding of near-zero gradients into updates."""
     ours, theirs = run["metrics"], reference["metrics"]
     assert len(ours) == len(theirs) == 5
-    for a, b in zip(ours, theirs, strict=True):
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a["tokens"] == b["tokens"]
         for name in ("loss", "loss_text", "loss_visual"):
-            assert a[name] == pytest.approx(b[name], rel=loss), name
+            assert a[name] == pytest.approx(b[name], rel=1e-5 if step else 1e-6), name
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
@@ -85,7 +87,7 @@ def test_more_layouts_train_what_one_trains(layout: dict, reference: dict, tmp_p
 def test_micro_batches_and_packing_do_not_change_the_loss(
     split: dict, reference: dict, tmp_path: Path
 ) -> None:
-    assert_same(train(tmp_path / "run.json", **split), reference, loss=1e-6)
+    assert_same(train(tmp_path / "run.json", **split), reference)
 
 
 def test_bf16_trains_close_to_fp32(reference: dict, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_wrong_types_and_impossible_sizes_are_refused(folder):
         read_config(folder)
     values["n_embed"], values["ddconfig"]["ch"] = 64, 20
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ReleaseError, match="32 groups"):
+    with pytest.raises(ReleaseError, match="norm_groups=32"):
         read_config(folder)
 
 
