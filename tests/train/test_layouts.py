@@ -96,7 +96,7 @@ def test_bf16_trains_close_to_fp32(reference: dict, tmp_path: Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
 
 
-def test_resume_is_bitwise_with_dropout(tmp_path: Path) -> None:
+def test_resume_is_bitwise(tmp_path: Path) -> None:
     """The task's own state; the trainer adds the random states (see test_trainer)."""
     whole = train(tmp_path / "whole.json", steps=6)
     train(tmp_path / "first.json", steps=3, save=str(tmp_path / "checkpoint"))
