@@ -3,12 +3,14 @@
 Every subcommand's arguments are defined here or in :mod:`emu35.run.arguments`, and its body is
 imported when it is called: ``--help``, ``show`` and ``plan`` never import torch.
 
-Exit codes: 0 done; 2 bad configuration or input (one message, no traceback); 75 interrupted and
-saved, the same command resumes; 130 stopped by Ctrl-C before there was anything to save; 1 a bug,
-with its traceback.
+Exit codes: 0 done; 2 bad configuration or input, or a disk that is full (one message, no
+traceback); 75 interrupted and saved, the same command resumes; 130 stopped by Ctrl-C before there
+was anything to save; 1 a bug, with its traceback.
 """
 
 import argparse
+import contextlib
+import errno
 import io
 import json
 import os
@@ -25,6 +27,9 @@ _OVERRIDES = """\
 Overrides are key=value: experiment=demo/pretrain chooses an experiment, model=demo the option of a
 group, optim.lr=3e-4 a value, ~data.sources.text removes an entry."""
 
+_DEVICE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
+"""What a disk or a terminal reports, whoever was writing: never a bug of ours."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: that of the process); returns the exit code."""
@@ -33,26 +38,52 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A terminal without UTF-8 gets escapes instead of a traceback.
             stream.reconfigure(errors="backslashreplace")
     quiet_libraries()
+    code = 0
+    try:
+        code = _answer(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`).
+        _drop_output()
+    except OSError as error:
+        if error.errno not in _DEVICE_ERRORS:
+            raise
+        _drop_output()
+        where = f"to {error.filename}" if error.filename else "the output"
+        _say(f"emu35: cannot write {where}: {error.strerror}; free some space or write elsewhere")
+        return 2
+    return code
+
+
+def _answer(argv: Sequence[str] | None) -> int:
+    """The exit code of the command, its messages said."""
     try:
         arguments = _parse(argv)
-        code = arguments.handler(arguments)
-        sys.stdout.flush()
-        return code
+        return arguments.handler(arguments)
     except Emu35Error as error:
         _say(f"emu35: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         _say("emu35: stopped")
         return 130
-    except BrokenPipeError:
-        # The reader has seen enough (`| head`); the interpreter's last flush must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit:
+        # --help and usage errors: what argparse printed is still in the buffer.
+        sys.stdout.flush()
+        raise
 
 
 def _say(message: str) -> None:
-    sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+    # The output first, as a terminal shows both. Where one of the two cannot be written, the other
+    # still is, and the exit code tells the rest.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
+def _drop_output() -> None:
+    """Send what is left in the buffer nowhere, so that the interpreter's last flush succeeds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -18,6 +18,18 @@ def golden_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def table() -> Path:
+    """The released text table, fetched into the cache the way a user fetches it.
+
+    Without it and without a network a test fails with the message a user would see, rather than
+    pass by being skipped.
+    """
+    from emu35.tokens.fetch import fetch_table
+
+    return fetch_table()
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """The checkout's top folder."""
     return Path(__file__).parents[1]

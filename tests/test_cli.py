@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from enum import StrEnum
@@ -95,6 +96,32 @@ def test_a_closed_pipe_is_quiet():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stdout == "name: emu35_34b_pretrain_s1\n"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_full_disk_behind_the_output_is_one_line(unbuffered: bool):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1" if unbuffered else ""}
+    command = [sys.executable, "-m", "emu35", "show"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
+        wrong = subprocess.run(
+            [*command, "stage.stpes=1"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "emu35: cannot write the output: No space left on device; "
+        "free some space or write elsewhere\n"
+    )
+    assert wrong.returncode == 2
+    assert "Did you mean 'steps'?" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
 
 
 def test_ctrl_c_has_no_traceback():

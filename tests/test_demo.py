@@ -70,6 +70,10 @@ def test_every_step_in_two_attempts(tmp_path: Path, repository: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary)[: len(PROMISED)] == PROMISED
     assert summary["release_logits_equal"] is True
+    verification = json.loads((out / "verification.json").read_text())
+    assert verification["logits_equal"] is True
+    assert verification["tensors_compared"] > 0
+    assert "weights" in text, "the report of the verification is shown"
     assert 0 <= summary["colour_accuracy"] <= 1
     assert all(not isinstance(value, dict | list) for value in summary.values())
     times = [summary[f"seconds_{step}"] for step in STEPS]
@@ -104,3 +108,32 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, repository: Pa
     assert code == 2
     assert "is a file" in text
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, text = run(tmp_path / "file" / "out", repository=repository, cwd=tmp_path)
+    assert code == 2
+    (line,) = text.splitlines()
+    assert line.startswith("demo: ")
+    assert str(tmp_path / "file" / "out") in line
+    assert "Not a directory" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_the_summary_says_what_the_verification_found(
+    equal: bool, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(repository / "scripts" / "demo")
+    from summary import summarize
+
+    scores = {"colour": 0.5, "shape": 0.5, "place": 0.5, "size": 0.5, "count": 0.5}
+    summary = summarize(
+        {"accuracy": scores, "chance": scores, "prompts": []},
+        verification={"logits_equal": equal, "max_difference": 0.0 if equal else 0.25},
+        seconds={"corpus": 1.0},
+        budget="tiny",
+    )
+    assert list(summary)[: len(PROMISED)] == PROMISED
+    assert summary["release_logits_equal"] is equal

@@ -183,10 +183,17 @@ class CheckpointManager:
         return found
 
     def save(
-        self, step: int, *, write: Callable[[Path], object], extra: Mapping[str, Any]
+        self,
+        step: int,
+        *,
+        write: Callable[[Path], object],
+        extra: Mapping[str, Any],
+        write_alone: Callable[[Path], object] | None = None,
     ) -> Checkpoint:
         """Make the checkpoint of ``step``; ``write`` fills the folder it is given, on every rank.
 
+        What a rank writes without the others belongs into ``write_alone``: that must succeed
+        everywhere before ``write`` begins, whose collectives would wait for a rank that failed.
         A checkpoint of the same step is replaced. Rotation follows only after success, and trouble
         while rotating is a message, not a failure.
 
@@ -202,6 +209,8 @@ class CheckpointManager:
 
         try:
             on_all_ranks(lambda: self._prepare(temporary), blame=blame)
+            if write_alone is not None:
+                on_all_ranks(lambda: write_alone(temporary), blame=blame)
             on_all_ranks(lambda: write(temporary), blame=blame)
             names = on_all_ranks(lambda: _written_files(temporary), blame=blame)
             share = gather(names)[0][rank() :: world_size()]

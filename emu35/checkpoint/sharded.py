@@ -14,11 +14,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from emu35.checkpoint.agree import on_all_ranks
 from emu35.checkpoint.unpickle import refuse_code
 from emu35.errors import CheckpointError
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
-from emu35.parallel.collectives import barrier, is_main
+from emu35.parallel.collectives import is_main
 
 cpu.install()
 
@@ -51,11 +52,15 @@ LAYOUT_FILE = "layout.json"
 def save(folder: Path, *, chunks: list[Emu35Model], optimizer: MegatronOptimizer | None) -> None:
     """Write ``folder/state``; every rank calls it. Without an optimizer only weights are kept."""
     target = folder / STATE_FOLDER
-    if is_main():
-        target.mkdir()
-        layout = {"zero1": _is_zero1(optimizer)} if optimizer is not None else {}
-        (folder / LAYOUT_FILE).write_text(json.dumps(layout), encoding="utf-8")
-    barrier()
+
+    def prepare() -> None:
+        if is_main():
+            target.mkdir()
+            layout = {"zero1": _is_zero1(optimizer)} if optimizer is not None else {}
+            (folder / LAYOUT_FILE).write_text(json.dumps(layout), encoding="utf-8")
+
+    # Not left to the collective save below: it would wait for a rank 0 that failed here.
+    on_all_ranks(prepare, blame=lambda why: f"cannot write into {folder}: {why}")
     dist_checkpointing.save(
         _sharded_state(chunks, optimizer=optimizer, is_loading=False),
         str(target),

@@ -22,7 +22,11 @@ MAY_CHANGE = (
     "log.*",
     "checkpoint.*",
     "launch.*",
-    "parallel.*",
+    "parallel.tp",
+    "parallel.sp",
+    "parallel.pp",
+    "parallel.vpp",
+    "parallel.cp",
     "model.attention_backend",
     "data.prefetch_steps",
     "stage.micro_batch_size",
@@ -30,7 +34,8 @@ MAY_CHANGE = (
 )
 """Keys (patterns) that a resumed run may change: where it runs and how something is computed.
 
-What is computed may not change. ``stage.steps`` is absent on purpose: the cosine schedule depends
+What is computed may not change, nor may ``parallel.zero1``: the two optimizers keep their state in
+different forms. ``stage.steps`` is absent on purpose: the cosine schedule depends
 on it, so other steps are another run. The trainer holds checkpoints to the same rule.
 """
 

@@ -110,8 +110,17 @@ class IBQConfig(ModelConfig):
             embed_dim=self.embed_dim,
             norm_groups=self.norm_groups,
             n_embed=self.n_embed,
+            in_channels=self.in_channels,
+            out_ch=self.out_ch,
+            resolution=self.resolution,
         )
         yield from fraction("model", dropout=self.dropout)
+        if not self.ch_mult or min(self.ch_mult) < 1:
+            yield (
+                f"model.ch_mult={list(self.ch_mult)} must name at least one resolution level, each "
+                "a multiple of model.ch from 1"
+            )
+            return
         for mult in self.ch_mult:
             if self.norm_groups > 0 and (self.ch * mult) % self.norm_groups:
                 yield (

@@ -23,6 +23,8 @@ def validate(config: RunConfig) -> None:
 
 def find_problems(config: RunConfig) -> Iterator[str]:
     """All problems of ``config``, first within sections, then across them."""
+    if not 0 <= config.seed < 2**32:
+        yield f"seed={config.seed} must lie in 0..{2**32 - 1}, what every generator accepts"
     for section in (
         config.model,
         config.tokenizer,
@@ -130,3 +132,12 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"dp={dp} x stage.micro_batch_size={stage.micro_batch_size}; "
             f"use a multiple of {dp * stage.micro_batch_size}"
         )
+    elif parallel.vpp > 1:
+        micro_batches = stage.global_batch_size // (dp * stage.micro_batch_size)
+        if micro_batches % parallel.pp:
+            yield (
+                f"parallel.vpp={parallel.vpp} interleaves micro-batches in groups of "
+                f"pp={parallel.pp}, but a step has {micro_batches} of them; make "
+                f"stage.global_batch_size a multiple of "
+                f"{dp * stage.micro_batch_size * parallel.pp}"
+            )

@@ -20,7 +20,8 @@ class TokenizerConfig:
 
     ``table`` is the path of the Qwen tiktoken file; left empty, the cache folder is searched.
     ``vision`` is the folder of the image tokenizer (config.yaml, model.ckpt) that made the codes;
-    generation decodes with it and a release contains a copy of it.
+    generation decodes with it, a release contains a copy of it, and language models are trained
+    only on shards that it encoded.
     """
 
     kind: TokenizerKind = TokenizerKind.bytes

@@ -79,7 +79,7 @@ class TokenLoader:
                 )
                 self._sources.append(entry)
                 planned.append(plan_source(entry, ratio=config.ratio))
-        check_vision([entry.source for entry in self._sources])
+        check_vision(self.sources)
         self._planner = Planner(
             sources=planned,
             sequence_length=data.sequence_length,
@@ -95,6 +95,11 @@ class TokenLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def sources(self) -> list[Source]:
+        """Those with a positive ratio, by name."""
+        return [entry.source for entry in self._sources]
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global step.
@@ -182,6 +187,11 @@ class ValidationSet:
         rows: list[Sample | None] = [*samples]
         rows += [None] * (self._batches * micro_batch_size * dp_size - len(samples))
         self._rows = rows[dp_rank::dp_size]
+
+    @property
+    def source(self) -> Source:
+        """The folder that the documents are from."""
+        return self._entry.source
 
     def __len__(self) -> int:
         return self._batches

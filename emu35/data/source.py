@@ -3,6 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -182,11 +183,19 @@ class Items:
         return len(self.document)
 
 
-def check_vision(sources: Sequence[Source]) -> None:
-    """Refuse shards whose pictures were encoded by different image tokenizers.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedBy:
+    """SHA-256 of the weights of the image tokenizer that made the codes, and a shard of them."""
+
+    digest: str
+    shard: Path
+
+
+def check_vision(sources: Sequence[Source]) -> EncodedBy | None:
+    """The image tokenizer that encoded the pictures of all ``sources``; None if none is recorded.
 
     Raises:
-        DataError: naming two of them.
+        DataError: there are several; two of them are named.
     """
     found: dict[str, Path] = {}
     for source in sources:
@@ -199,6 +208,7 @@ def check_vision(sources: Sequence[Source]) -> None:
             f"shards {first} and {second} hold pictures encoded by different image tokenizers "
             f"(weights {one[:12]} and {other[:12]}); ingest them again with the same one"
         )
+    return next((EncodedBy(digest=one, shard=first) for one, first in found.items()), None)
 
 
 def _check_tokenizer(shard: ShardIndex, *, vocabulary: Vocabulary) -> None:

@@ -2,9 +2,10 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +32,8 @@ class ShardWriter:
     """Appends documents to ``<source>-NNNNNN.tar`` files of about ``shard_bytes`` each.
 
     A shard appears under its name only when complete, followed by its index. Used as a context
-    manager, an exception discards the shard being written and keeps the complete ones.
+    manager, an exception discards the shard being written and keeps the complete ones. Shards take
+    the lowest numbers that are not in ``taken``.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class ShardWriter:
         folder: Path,
         meta: ShardMeta,
         shard_bytes: int = 256 * 2**20,
-        first_shard: int = 0,
+        taken: Collection[int] = (),
     ) -> None:
         if not _SOURCE_NAME.fullmatch(meta.source):
             raise DataError(
@@ -52,7 +54,8 @@ class ShardWriter:
         self._meta = meta
         self._vocabulary = meta.vocabulary()
         self._shard_bytes = shard_bytes
-        self._number = first_shard
+        self._taken = taken
+        self._number = self._free(0)
         self._documents = 0
         self._open = contextlib.ExitStack()
         self._file: BinaryIO | None = None
@@ -118,6 +121,9 @@ class ShardWriter:
         self._open.__exit__(_Discard, _Discard(), None)
         self._file = None
 
+    def _free(self, number: int) -> int:
+        return next(n for n in itertools.count(number) if n not in self._taken)
+
     def _path(self) -> Path:
         return self._folder / f"{self._meta.source}-{self._number:06d}.tar"
 
@@ -150,7 +156,7 @@ class ShardWriter:
         self._open.close()
         build_index(path)
         self.paths.append(path)
-        self._number += 1
+        self._number = self._free(self._number + 1)
 
 
 class _Discard(Exception):

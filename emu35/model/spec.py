@@ -1,7 +1,7 @@
 """The only file that names megatron-core's layer classes.
 
-The local spec works on CPU and GPU alike: mcore's own parallel linears, our RMSNorm (mcore's
-refuses sequence parallelism) and our core attention.
+The local spec works on CPU and GPU alike: mcore's own parallel linears, our RMSNorm and SwiGLU, and
+our core attention.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from emu35.config import LMConfig, ParallelConfig, Precision
 from emu35.model.attention.core import CoreAttention
+from emu35.model.norm import RMSNorm
 from emu35.model.swiglu import SwiGLU
 from emu35.parallel import cpu
 
@@ -41,25 +42,6 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 
 # mcore's annotations ask for a module where its own specs put these.
 _BIAS_DROPOUT_ADD: Any = get_bias_dropout_add
-
-
-class RMSNorm(torch.nn.Module):
-    """RMSNorm as the released model computes it: in fp32, cast back, then times the weight."""
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        if torch.cuda.is_available():
-            self.weight.data = self.weight.data.to(torch.cuda.current_device())
-        # finalize_model_grads sums the gradients of parameters with this mark over TP ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(hidden.float(), (hidden.shape[-1],), None, self.eps)
-        return normed.to(hidden.dtype) * self.weight
 
 
 _NORM: Any = RMSNorm

@@ -10,6 +10,7 @@ the line of megatron-core it answers) whenever the pinned version moves.
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ def install() -> None:
     _patch_rng_tracker()
     _patch_pipeline_messages()
     _patch_distributed_optimizer()
+    _patch_gradient_norm()
+
+
+def without_shim() -> AbstractContextManager[object]:
+    """For code that asks for nothing a CPU lacks: torch's calls go straight through, as they do
+    with CUDA, instead of past :class:`_CudaMeansCpu` one by one."""
+    return torch._C.DisableTorchFunction() if _installed else nullcontext()
 
 
 def _is_cuda(device: object) -> bool:
@@ -230,3 +238,37 @@ def _patch_distributed_optimizer() -> None:
     patched.sharded_state_dict = sharded
     patched._set_main_param_and_optimizer_states = set_states
     patched.load_state_dict = load
+
+
+def _patch_gradient_norm() -> None:
+    """Without TE and Apex, optimizer/clip_grads.py:40 falls back to one small call a parameter and
+    copies every gradient to scale it; torch has both for whole lists."""
+    from megatron.core.optimizer import clip_grads
+
+    lists: Any = torch  # whose operations on lists have no public names
+
+    def norm(
+        chunk_size: int,
+        overflow: torch.Tensor,
+        tensor_lists: Sequence[Sequence[torch.Tensor]],
+        per_tensor: bool,
+    ) -> tuple[torch.Tensor, None]:
+        del chunk_size, overflow, per_tensor
+        tensors = [tensor for tensors in tensor_lists for tensor in tensors]
+        return torch.nn.utils.get_total_norm(tensors).view(1), None
+
+    def scale(
+        chunk_size: int,
+        overflow: torch.Tensor,
+        tensor_lists: Sequence[Sequence[torch.Tensor]],
+        factor: float,
+    ) -> None:
+        del chunk_size, overflow
+        sources, targets = tensor_lists
+        if any(source is not target for source, target in zip(sources, targets, strict=True)):
+            lists._foreach_copy_(targets, sources)
+        lists._foreach_mul_(targets, factor)
+
+    patched: Any = clip_grads
+    patched.l2_norm_impl = norm
+    patched.multi_tensor_scale_impl = scale

@@ -12,7 +12,9 @@ Each term is a formula of its own, so that a reader can check it:
   what lies between its two collectives; sequence parallelism divides the rest as well. A pipeline
   holds up to pp micro-batches, interleaved (1 + (pp - 1) / (pp vpp)) as many layers (same paper,
   appendix).
-- logits: one chunk of the loss, ``loss_chunk`` rows of fp32 logits and as many of their gradient.
+- logits: one chunk of the loss, ``loss_chunk`` rows of fp32 logits and as many of their gradient,
+  and the output layer's gradient, which the loss sums in fp32 over its chunks and hands on in the
+  weights' type.
 
 Not counted: kernels' workspaces, communication buffers, the allocator's fragmentation, and what
 unfused norms keep besides (on a CPU, where nothing is fused, a quarter more than said here).
@@ -83,7 +85,8 @@ def language_model_memory(
         gradients=held.total * GRADIENT_BYTES,
         optimizer=optimizer_bytes(held.total, precision=stage.precision, shards=shards),
         activations=round(per_layer * in_flight),
-        logits=2 * 4 * min(stage.loss_chunk, tokens) * rows,
+        logits=2 * 4 * min(stage.loss_chunk, tokens) * rows
+        + rows * model.hidden_size * (4 if element == 4 else 4 + element),
     )
 
 

@@ -9,7 +9,7 @@ names every mistake of the command line, and the rules between sections as well.
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -42,6 +42,8 @@ def compose(overrides: Iterable[str], *, configs: Path | None = None) -> RunConf
     Raises:
         ConfigError: naming every mistake in the overrides, in the values and between sections.
     """
+    if configs is not None and not configs.is_dir():
+        raise ConfigError(f"--configs {configs} is no folder; name one with groups or experiments")
     folders = [find_configs(), *([configs] if configs else [])]
     parsed = _parse(overrides, folders=folders)
     problems = list(parsed.problems)
@@ -156,7 +158,8 @@ def _choose(parsed: _Parsed, *, group: str, option: Plain, folders: list[Path]) 
         hint = did_you_mean(name, options)
         parsed.problems.append(f"unknown {group} '{name}'; available: {', '.join(options)}.{hint}")
         return
-    parsed.groups[group] = name
+    if option is not None:  # experiment=null is what the root file says already
+        parsed.groups[group] = name
 
 
 def _compose_groups(groups: Mapping[str, str], *, folders: list[Path]) -> dict[str, Plain]:
@@ -221,6 +224,9 @@ def _unknown_anywhere(key: str) -> str | None:
         return unknown_key(section, RunConfig)
     name = rest.split(".")[0]
     classes = _classes(section)
-    if not name or any(name in field_types(cls) for cls in classes):
+    if not name or any(is_dataclass(cls) and name in field_types(cls) for cls in classes):
         return None
-    return unknown_key(f"{section}.{name}", classes[0])
+    first: type = classes[0]
+    if not is_dataclass(first):
+        return f"{key}: {section} is a single value; use {section}=VALUE"
+    return unknown_key(f"{section}.{name}", first)

@@ -30,6 +30,8 @@ from emu35.errors import Emu35Error, Interrupted, LaunchError
 from emu35.run.worker import LAUNCHER_PID, threads_per_rank
 
 WORKER = "emu35.run.worker"
+SAVE_SECONDS = 110
+"""From SIGTERM to SIGKILL under torchrun, whose own 30 seconds are few for a large checkpoint."""
 LOGS = "logs"
 """Folder of the ranks' logs inside a run folder."""
 
@@ -240,6 +242,7 @@ def torchrun_command(
         f"--node-rank={node_rank}",
         f"--master-addr={host}",
         f"--master-port={port or 29500}",
+        f"--shutdown-timeout={SAVE_SECONDS}",
         "-m",
         WORKER,
         str(run_dir),
@@ -259,8 +262,8 @@ def slurm_script(config: RunConfig, *, run_dir: Path) -> str:
 #SBATCH --output={logs}/slurm-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# The ranks save and leave on SIGTERM; two minutes before the limit is time to write a checkpoint.
-#SBATCH --signal=TERM@120
+# The ranks save and leave on SIGTERM, for which torchrun gives them {SAVE_SECONDS} seconds.
+#SBATCH --signal=TERM@{SAVE_SECONDS + 10}
 
 set -euo pipefail
 export master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -275,9 +278,12 @@ def submit(config: RunConfig, *, run_dir: Path) -> str:
     Raises:
         LaunchError: sbatch is not on this host, or refuses the job.
     """
-    (run_dir / LOGS).mkdir(exist_ok=True)
     script = run_dir / "launch.sh"
-    script.write_text(slurm_script(config, run_dir=run_dir), encoding="utf-8")
+    try:
+        (run_dir / LOGS).mkdir(exist_ok=True)
+        script.write_text(slurm_script(config, run_dir=run_dir), encoding="utf-8")
+    except OSError as error:
+        raise LaunchError(f"{script} cannot be written: {error.strerror}; free space") from None
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise LaunchError(f"sbatch is not on this host; submit {script} where it is")

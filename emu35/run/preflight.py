@@ -14,27 +14,42 @@ def check_inputs(config: RunConfig) -> None:
     Raises:
         ConfigError: naming every missing input.
     """
-    problems = [*_data(config), *_start(config)]
+    problems = [*_unnamed(config), *_data(config), *_start(config)]
     if problems:
         raise ConfigError(problems)
+
+
+def check_named(config: RunConfig) -> None:
+    """Check that the run says what it reads; whether that exists is for the hosts that run it.
+
+    Raises:
+        ConfigError: it names no data.
+    """
+    problems = list(_unnamed(config))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _unnamed(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if isinstance(data, TokenDataConfig) and not data.sources:
+        yield (
+            "data.sources is empty; name token shards as in "
+            "data.sources.NAME.path=FOLDER (emu35 data ingest writes them)"
+        )
+    if isinstance(data, ImageDataConfig) and not data.paths:
+        yield "data.paths is empty; name tars or folders of pictures as in data.paths=[FOLDER]"
 
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if isinstance(data, TokenDataConfig):
-        if not data.sources:
-            yield (
-                "data.sources is empty; name token shards as in "
-                "data.sources.NAME.path=FOLDER (emu35 data ingest writes them)"
-            )
         for name, source in data.sources.items():
             if source.ratio > 0:
                 yield from _folder(f"data.sources.{name}.path", source.path)
         for name, validation in data.validation.items():
             yield from _folder(f"data.validation.{name}.path", validation.path)
     elif isinstance(data, ImageDataConfig):
-        if not data.paths:
-            yield "data.paths is empty; name tars or folders of pictures as in data.paths=[FOLDER]"
         for key, paths in (("paths", data.paths), ("validation_paths", data.validation_paths)):
             for path in paths:
                 # A pattern is expanded by the reader, which reports one that matches nothing.
@@ -44,7 +59,11 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 def _start(config: RunConfig) -> Iterator[str]:
     origin = config.stage.init_from
-    if origin is not None and not Path(origin).exists():
+    if origin is None or Path(origin).exists():
+        return
+    # A run that resumes has weights of its own; its parent may be gone by then.
+    checkpoints = Path(config.run_dir).expanduser() / "checkpoints"
+    if not any(checkpoints.glob("step_*")):
         yield f"stage.init_from={origin} does not exist"
 
 

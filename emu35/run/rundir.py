@@ -101,8 +101,11 @@ def _take(lock: int, *, path: Path) -> None:
             if error.errno in _NO_LOCKS_HERE:  # some network filesystems; nothing to hold then
                 return
             raise _unwritable(path, error) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode("ascii"), 0)
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode("ascii"), 0)
+    except OSError as error:
+        raise _unwritable(path, error) from None
 
 
 def _has_begun(path: Path) -> bool:

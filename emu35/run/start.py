@@ -11,7 +11,7 @@ from emu35.config.launch import LaunchKind
 from emu35.config.root import RunConfig
 from emu35.errors import ConfigError, LaunchError
 from emu35.run.launch import WORKER, run_ranks, slurm_script, submit, torchrun_command
-from emu35.run.preflight import check_inputs
+from emu35.run.preflight import check_inputs, check_named
 from emu35.run.rundir import OpenRun, open_run
 from emu35.run.worker import run_stage
 
@@ -60,6 +60,7 @@ def launch(config: RunConfig, *, node_rank: int, master: str | None, dry_run: bo
         if dry_run:
             print(slurm_script(config, run_dir=run_dir), end="")
             return 0
+        check_named(config)
         with open_run(config) as run:
             _announce(run)
             print(submit(config, run_dir=run.path))
@@ -68,6 +69,7 @@ def launch(config: RunConfig, *, node_rank: int, master: str | None, dry_run: bo
         if dry_run:
             print(shlex.join(command))
             return 0
+        check_named(config)
         if node_rank == 0:
             with open_run(config) as run:
                 _announce(run)

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 from PIL.Image import Image, Resampling
 
-from emu35.checkpoint.durable import file_sha256
 from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
 from emu35.data.index import build_index, find_shards, verify_index
 from emu35.data.ingest.ingest import ingest as ingest_files
@@ -26,8 +25,7 @@ from emu35.data.report import ShownDocument, ShownImage, show_documents, source_
 from emu35.data.source import Source
 from emu35.errors import ConfigError, DataError
 from emu35.tokens.text import build_text_tokenizer
-from emu35.vision.codec import ImageCodec, load_codec
-from emu35.vision.ibq.folder import WEIGHTS
+from emu35.vision.codec import ImageCodec, load_codec, weights_digest
 from emu35.vision.resize import RejectedImage, open_image, smart_resize, to_image, to_pixels
 
 
@@ -39,12 +37,7 @@ class VisionPictures:
 
     def __init__(self, *, folder: Path, area: int, codebook_size: int) -> None:
         """Raises: DataError if ``folder`` holds no image tokenizer."""
-        if not (folder / WEIGHTS).is_file():
-            raise DataError(
-                f"{folder} holds no image tokenizer ({WEIGHTS} is missing); give the "
-                "vision_tokenizer folder of a release or of a run of stage=ibq"
-            )
-        self.digest = file_sha256(folder / WEIGHTS)
+        self.digest = weights_digest(folder)
         self._folder = folder
         self._area = area
         self._codebook_size = codebook_size
@@ -54,6 +47,15 @@ class VisionPictures:
     @property
     def factor(self) -> int:
         return self._codec().factor
+
+    def check(self) -> None:
+        """Load the network now.
+
+        Raises:
+            ConfigError: if its codebook has another size than was asked for.
+            ReleaseError: if the folder is incomplete or damaged.
+        """
+        self._codec()
 
     def prepare(self, data: bytes | Path) -> Image:
         """Open, check and resize one picture.
@@ -98,7 +100,8 @@ def _file_errors() -> Generator[None, None, None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{error.filename or 'writing'}: {error.strerror}; "
+            # What libraries raise on their own has a text but neither a file nor an errno.
+            f"{error.filename or 'reading or writing'}: {error.strerror or error}; "
             "check the path, its permissions and the space left, then run the same command again"
         ) from error
 

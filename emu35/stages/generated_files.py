@@ -2,17 +2,17 @@
 
 import io
 import json
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from emu35.checkpoint.durable import write_atomically
-from emu35.errors import DataError
 from emu35.inference.request import Generated
+from emu35.stages.output import unwritable, write_output
 from emu35.tokens.document import Image, Special, Text
 from emu35.vision.codec import ImageCodec
 from emu35.vision.resize import to_image
@@ -24,7 +24,8 @@ class GeneratedFiles:
     """Writes answers below ``folder``: prompt, images and text of each, and ``results.jsonl``.
 
     Files that an earlier call listed in the same ``results.jsonl`` are removed first, so that
-    nothing of it survives between the new ones.
+    nothing of it survives between the new ones. That holds wherever the earlier call was killed:
+    an answer is listed before its files are written.
 
     Raises:
         DataError: (from every method) naming a path that cannot be written, and why.
@@ -44,32 +45,32 @@ class GeneratedFiles:
             folder.mkdir(parents=True, exist_ok=True)
             self._remove_earlier()
         except OSError as error:
-            raise _unwritable(folder, error) from error
+            raise unwritable(folder, error) from error
 
     def write(self, answers: Sequence[Generated]) -> None:
-        """Decode and write ``answers``."""
+        """List, decode and write ``answers``."""
+        rows = {answer.index: self._row(answer) for answer in answers}
+        self._append(rows.values())
+        self._rows |= rows
         grids = [(a.index, k, g) for a in answers for k, g in enumerate(a.document.images)]
         pictures = decode_images([codes_HW for _, _, codes_HW in grids], codec=self._codec)
         for (index, k, _), png in zip(grids, pictures, strict=True):
             self._put(self._image_name(index, k), content=png)
         for answer in answers:
-            self._write_words(answer)
+            self._put(f"{self._prefix(answer.index)}_prompt.txt", content=self._prompt(answer))
+            if text := _text(answer):
+                self._put(f"{self._prefix(answer.index)}_text.txt", content=text)
 
     def finish(self) -> None:
         """Write the rows of all answers so far, in order of their prompts."""
-        rows = [json.dumps(self._rows[index]) + "\n" for index in sorted(self._rows)]
-        self._put(RESULTS, content="".join(rows).encode("ascii"))
+        rows = [self._rows[index] for index in sorted(self._rows)]
+        self._put(RESULTS, content=_lines(rows))
 
-    def _write_words(self, answer: Generated) -> None:
+    def _row(self, answer: Generated) -> dict[str, Any]:
         prefix, document = self._prefix(answer.index), answer.document
-        files = [f"{prefix}_prompt.txt"]
-        self._put(files[0], content=self._prompts[answer.index].encode(errors="replace") + b"\n")
-        text = "\n\n".join(t.strip() for t in document.texts if t.strip())
-        if text:
-            files.append(f"{prefix}_text.txt")
-            self._put(files[1], content=text.encode() + b"\n")
         images = [self._image_name(answer.index, k) for k in range(len(document.images))]
-        self._rows[answer.index] = {
+        words = [f"{prefix}_prompt.txt", *([f"{prefix}_text.txt"] if _text(answer) else [])]
+        return {
             "index": answer.index,
             "prompt": self._prompts[answer.index],
             "seed": self._seed,
@@ -79,7 +80,7 @@ class GeneratedFiles:
             "sizes": [list(codes_HW.shape) for codes_HW in document.images],
             "parts": self._parts(answer),
             "problems": document.problems,
-            "files": files + images,
+            "files": words + images,
         }
 
     def _parts(self, answer: Generated) -> list[dict[str, str]]:
@@ -102,12 +103,25 @@ class GeneratedFiles:
     def _image_name(self, index: int, k: int) -> str:
         return f"{self._prefix(index)}_{k:02d}_image.png"
 
+    def _prompt(self, answer: Generated) -> bytes:
+        return self._prompts[answer.index].encode(errors="replace") + b"\n"
+
     def _put(self, name: str, *, content: bytes) -> None:
-        path = self.folder / name
+        write_output(self.folder / name, content=content)
+
+    def _append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add rows to the end of the results: writing them all anew each time would make the cost
+        grow with the square of the prompts. A line torn by a kill lists files not yet begun."""
+        path = self.folder / RESULTS
+        if not (content := _lines(rows)):
+            return
         try:
-            write_atomically(path, content=content)
+            with path.open("ab") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
     def _remove_earlier(self) -> None:
         results = self.folder / RESULTS
@@ -140,7 +154,11 @@ def decode_images(grids: Sequence[np.ndarray], *, codec: ImageCodec) -> list[byt
     return pictures
 
 
-def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(
-        f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-    )
+def _text(answer: Generated) -> bytes:
+    """The texts of an answer as a file; empty where there is none."""
+    text = "\n\n".join(part.strip() for part in answer.document.texts if part.strip())
+    return text.encode() + b"\n" if text else b""
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode("ascii")

@@ -7,7 +7,6 @@ The average of the weights is validated and released, in ``vision_tokenizer/`` o
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from emu35.config import (
     IBQConfig,
@@ -28,6 +26,7 @@ from emu35.config import (
 from emu35.errors import CheckpointError, ConfigError, DataError
 from emu35.parallel.collectives import is_main, rank, sum_over, world_size
 from emu35.parallel.mesh import init_mesh
+from emu35.stages.ibq_files import RECONSTRUCTIONS, REJECTS, write_grid, write_rejects
 from emu35.train.optim import learning_rate
 from emu35.train.trainer import FitResult, fit
 from emu35.vision.ibq.calibrate import calibrate, pictures_needed
@@ -43,11 +42,8 @@ from emu35.vision.pictures import (
     find_pictures,
     fingerprint,
 )
-from emu35.vision.resize import to_image
 
 TOKENIZER_FOLDER = "vision_tokenizer"
-RECONSTRUCTIONS = "reconstructions.png"
-REJECTS = "rejects.jsonl"
 STATE = "ibq.pt"
 
 GRID_PICTURES = 16
@@ -115,6 +111,24 @@ class IBQTask:
         self.batches.close()
 
     # ------------------------------------------------------------------ training
+
+    def start(self) -> None:
+        """The weights of the tokenizer that ``stage.init_from`` names, if it names one.
+
+        Raises:
+            ConfigError: it has another architecture.
+        """
+        origin = self.stage.init_from
+        if origin is None:
+            return
+        source = read_folder(Path(origin))
+        if source.config != self.config.model:
+            raise ConfigError(
+                f"stage.init_from={origin} holds {source.config}, "
+                f"but model is {self.config.model}; make them equal"
+            )
+        for model in (self.model, self.average.model):
+            model.load_state_dict(source.state_dict())
 
     def train_step(self, step: int) -> dict[str, float]:
         """One update on one global batch; ``tokens`` counts codes."""
@@ -211,7 +225,7 @@ class IBQTask:
         used_K = _over_ranks(used_K)
         pictures, error, psnr = _over_ranks(totals).tolist()
         if shown:
-            _write_grid(torch.cat(shown)[:GRID_PICTURES], path=self.run_dir / RECONSTRUCTIONS)
+            write_grid(torch.cat(shown)[:GRID_PICTURES], path=self.run_dir / RECONSTRUCTIONS)
         if not pictures:
             raise DataError("none of the validation pictures can be used; see " + REJECTS)
         return {
@@ -246,7 +260,7 @@ class IBQTask:
             dist.all_gather_object(gathered, dict(self.rejects.reasons))
             found = gathered
         if is_main():
-            self.rejects.write(self.run_dir / REJECTS, others=found)
+            write_rejects(self.run_dir / REJECTS, reasons=found)
 
     # -------------------------------------------------------------------- state
 
@@ -308,18 +322,10 @@ class IBQTask:
 
 
 def _build(config: RunConfig) -> IBQ:
-    """The network, alike on every rank: from ``stage.init_from``, else from the seed."""
+    """The network, drawn from the seed and so alike on every rank."""
     assert isinstance(config.model, IBQConfig)
-    if config.stage.init_from is None:
-        model = IBQ(config.model)
-        initialize(model, seed=config.seed)
-        return model
-    model = read_folder(Path(config.stage.init_from)).train().requires_grad_(True)
-    if model.config != config.model:
-        raise ConfigError(
-            f"stage.init_from={config.stage.init_from} holds {model.config}, "
-            f"but model is {config.model}; make them equal"
-        )
+    model = IBQ(config.model)
+    initialize(model, seed=config.seed)
     return model
 
 
@@ -383,18 +389,3 @@ def _picture_sums(decoded_B3HW: torch.Tensor, *, target_B3HW: torch.Tensor) -> t
     psnr_B = 10 * torch.log10(4 / mean_square_B)  # pixels span 2, from -1 to 1
     count = torch.tensor(float(len(psnr_B)), dtype=torch.float64, device=psnr_B.device)
     return torch.stack([count, difference_BE.abs().mean(dim=1).sum(), psnr_B.sum()])
-
-
-def _write_grid(pairs_B23HW: torch.Tensor, *, path: Path) -> None:
-    """Originals above reconstructions, in double rows of eight."""
-    columns = 8
-    height, width = pairs_B23HW.shape[-2:]
-    rows = 2 * math.ceil(len(pairs_B23HW) / columns)
-    canvas = Image.new("RGB", (min(columns, len(pairs_B23HW)) * width, rows * height), "white")
-    for index, pair_23HW in enumerate(pairs_B23HW.numpy()):
-        row, column = divmod(index, columns)
-        for below, pixels_3HW in enumerate(pair_23HW):
-            canvas.paste(to_image(pixels_3HW), (column * width, (2 * row + below) * height))
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    canvas.save(temporary)
-    os.replace(temporary, path)

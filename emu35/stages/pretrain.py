@@ -1,11 +1,15 @@
 """Pretraining: next-token prediction over packed multimodal documents (paper section 3.2)."""
 
+from functools import partial
 from pathlib import Path
 
 from emu35.checkpoint import sharded
+from emu35.checkpoint.agree import gather
 from emu35.checkpoint.source import describe_start
 from emu35.config import LMConfig, LMStageConfig, RunConfig, TokenDataConfig
 from emu35.data.loader import TokenLoader, ValidationSet
+from emu35.data.source import Source, check_vision
+from emu35.errors import DataError
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
 from emu35.model.transformer import Emu35Model
@@ -15,6 +19,7 @@ from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
 from emu35.train.objective import TokenWeights, validation_weights, weights_by_modality
 from emu35.train.step import LMTask
 from emu35.train.trainer import FitResult, fit
+from emu35.vision.codec import weights_digest
 
 
 def run(config: RunConfig, *, run_dir: Path) -> FitResult:
@@ -47,6 +52,9 @@ def train_language_model(
         dp_size=mesh.dp_size,
     )
     try:
+        validation = _validation(config, mesh=mesh, vocabulary=vocabulary)
+        held_out = [dataset.source for dataset, _ in validation.values()]
+        _check_image_tokenizer(config, sources=[*loader.sources, *held_out])
         chunks = build_chunks(
             model,
             vocabulary_size=vocabulary.size,
@@ -55,24 +63,22 @@ def train_language_model(
         )
         for chunk in chunks:
             initialize(chunk, seed=config.seed, pad_id=vocabulary.pad)
-        if stage.init_from is not None:
-            _start_from(config, chunks=chunks)
         task = LMTask(
             config=config,
             mesh=mesh,
             chunks=chunks,
             loader=loader,
-            validation=_validation(config, mesh=mesh, vocabulary=vocabulary),
+            validation=validation,
             token_weights=token_weights,
+            start_weights=partial(_start_from, config=config) if stage.init_from else None,
         )
         return fit(task, config=config, run_dir=run_dir)
     finally:
         loader.close()
 
 
-def _start_from(config: RunConfig, *, chunks: list[Emu35Model]) -> None:
-    """Weights of another run (or of ``emu35 convert import``), with a fresh optimizer. A run that
-    resumes replaces them with its own checkpoint right afterwards."""
+def _start_from(chunks: list[Emu35Model], *, config: RunConfig) -> None:
+    """Weights of another run (or of ``emu35 convert import``), with a fresh optimizer."""
     assert config.stage.init_from is not None
     assert isinstance(config.model, LMConfig)
     found = describe_start(
@@ -87,6 +93,33 @@ def _start_from(config: RunConfig, *, chunks: list[Emu35Model]) -> None:
 
 def _say_nothing(text: str) -> None:
     del text
+
+
+def _check_image_tokenizer(config: RunConfig, *, sources: list[Source]) -> None:
+    """One image tokenizer made all codes, and it is the one that a release would contain.
+
+    Collective: the weights are large, so rank 0 alone reads them.
+    """
+    encoded = check_vision(sources)
+    if encoded is None or config.tokenizer.vision is None:
+        return
+    folder = Path(config.tokenizer.vision).expanduser()
+    found: str | DataError = ""
+    if is_main():
+        try:
+            found = weights_digest(folder)
+        except DataError as error:
+            found = error
+    found = gather(found)[0]
+    if isinstance(found, DataError):
+        raise DataError(f"tokenizer.vision: {found}")
+    if found != encoded.digest:
+        raise DataError(
+            f"shard {encoded.shard} holds pictures encoded by an image tokenizer with weights "
+            f"{encoded.digest[:12]}, but tokenizer.vision={folder} has weights {found[:12]} and "
+            "would decode them to other pictures; set tokenizer.vision to the one that the shards "
+            "were made with, or ingest them again with this one"
+        )
 
 
 def _validation(

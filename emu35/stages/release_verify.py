@@ -5,9 +5,11 @@ compared bit for bit after rounding the reference to the type of the release; lo
 model filled twice, so that nothing but the weights can make a difference.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,11 +50,12 @@ class VerifyOptions:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Check:
-    """One line of the report."""
+    """One line of the report; ``measured`` has the figures behind ``detail``, for programs."""
 
     name: str
     passed: bool
     detail: str
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 def verify(options: VerifyOptions, *, message: Message = print) -> list[Check]:
@@ -60,6 +63,18 @@ def verify(options: VerifyOptions, *, message: Message = print) -> list[Check]:
 
     Raises:
         ReleaseError: some check failed (all are listed), or there is nothing to check.
+        CheckpointError: ``against`` cannot be opened.
+    """
+    checks = run_checks(options, message=message)
+    require_passed(checks, release=options.release)
+    return checks
+
+
+def run_checks(options: VerifyOptions, *, message: Message = print) -> list[Check]:
+    """Run every check, tell each result, and return them all, whether they passed or not.
+
+    Raises:
+        ReleaseError: there is nothing to check.
         CheckpointError: ``against`` cannot be opened.
     """
     found = describe(options.release, message=message)
@@ -72,11 +87,38 @@ def verify(options: VerifyOptions, *, message: Message = print) -> list[Check]:
     for check in _all_checks(found, reference=reference, options=options):
         message(f"{'ok  ' if check.passed else 'FAIL'}  {check.name:<12} {check.detail}")
         checks.append(check)
+    return checks
+
+
+def require_passed(checks: Sequence[Check], *, release: Path) -> None:
+    """Raise ReleaseError naming every check of ``release`` that failed."""
     failed = [check for check in checks if not check.passed]
     if failed:
         listed = "; ".join(f"{check.name}: {check.detail}" for check in failed)
-        raise ReleaseError(f"{options.release} failed {len(failed)} of {len(checks)}: {listed}")
-    return checks
+        raise ReleaseError(f"{release} failed {len(failed)} of {len(checks)}: {listed}")
+
+
+def verification_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """What ``--json`` prints: ``passed``, the figures, and every check.
+
+    A figure is None where it was not measured: without a reference, or without logits.
+    """
+    measured: dict[str, Any] = {
+        "tensors_compared": None,
+        "tensors_different": None,
+        "logits_compared": None,
+        "logits_equal": None,
+        "max_difference": None,
+    }
+    for check in checks:
+        measured |= check.measured
+    return {
+        "passed": all(check.passed for check in checks),
+        **measured,
+        "checks": [
+            {"name": check.name, "passed": check.passed, "detail": check.detail} for check in checks
+        ],
+    }
 
 
 def _all_checks(
@@ -234,18 +276,31 @@ def _values(found: Described, *, reference: Described, length: int) -> Iterator[
         if not torch.equal(found.weights[name].to(tensor.dtype), tensor.cpu())
     ]
     detail = f"{_few(different)} differ" if different else f"{len(rounded)} tensors bit-equal"
-    yield Check(name="weights", passed=not different, detail=detail)
+    measured = {"tensors_compared": len(rounded), "tensors_different": len(different)}
+    yield Check(name="weights", passed=not different, detail=detail, measured=measured)
     if not length:
         return
     model = _fp32_model(found, state=found.weights)
     ours_NV = _logits(model, length=length)
     fill(model, state=rounded)
-    theirs_NV = _logits(model, length=length)
-    if torch.equal(ours_NV, theirs_NV):
-        yield Check(name="logits", passed=True, detail=_shape_text(ours_NV, "exactly equal"))
-    else:
-        gap = (ours_NV - theirs_NV).abs().max().item()
-        yield Check(name="logits", passed=False, detail=f"differ by up to {gap:.3g}")
+    yield _compare_logits(ours_NV, _logits(model, length=length))
+
+
+def _compare_logits(ours_NV: torch.Tensor, theirs_NV: torch.Tensor) -> Check:
+    equal = torch.equal(ours_NV, theirs_NV)
+    gap = (ours_NV - theirs_NV).abs().max().item()
+    # NaN is no JSON; then all that is known is that they differ.
+    known = gap if math.isfinite(gap) else None
+    return Check(
+        name="logits",
+        passed=equal,
+        detail=_shape_text(ours_NV, "exactly equal") if equal else f"differ by up to {gap:.3g}",
+        measured={
+            "logits_compared": ours_NV.numel(),
+            "logits_equal": equal,
+            "max_difference": known,
+        },
+    )
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

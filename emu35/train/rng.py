@@ -69,24 +69,39 @@ def preserved() -> Iterator[None]:
 
 def save(folder: Path) -> None:
     """Write this rank's generators into ``folder``; every rank calls it."""
-    torch.save({"world_size": world_size(), **capture()}, folder / _file_name())
+    torch.save({"layout": _layout(), **capture()}, folder / _file_name())
 
 
 def load(folder: Path) -> bool:
     """Restore this rank's generators from ``folder``.
 
     Returns:
-        False, and nothing changed, where the file was written with another number of ranks: then
-        the streams of the old ranks belong to none of the new ones, and those seeded at start stay.
+        False, and nothing changed, where the file was written in another layout: then the streams
+        of the old ranks belong to none of the new ones (tensor-parallel ranks must share theirs,
+        replicas must not), and those seeded at start stay.
     """
     path = folder / _file_name()
     if not path.exists():
         return False
     state = torch.load(path, weights_only=True, map_location="cpu")
-    if state.pop("world_size") != world_size():
+    if state.pop("layout") != _layout():
         return False
     restore(state)
     return True
+
+
+def _layout() -> dict[str, int]:
+    """What decides which ranks share a stream."""
+    state = _megatron_groups()
+    if state is None:
+        return {"world": world_size(), "tp": 1, "pp": 1, "vpp": 1, "cp": 1}
+    return {
+        "world": world_size(),
+        "tp": state.get_tensor_model_parallel_world_size(),
+        "pp": state.get_pipeline_model_parallel_world_size(),
+        "vpp": state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "cp": state.get_context_parallel_world_size(),
+    }
 
 
 def _file_name() -> str:
@@ -95,8 +110,13 @@ def _file_name() -> str:
 
 def _megatron_tracker() -> Any:
     """megatron-core's tracker once its groups exist; never imports megatron by itself."""
-    state = sys.modules.get("megatron.core.parallel_state")
     tracker = sys.modules.get("megatron.core.tensor_parallel.random")
-    if state is None or tracker is None or not state.model_parallel_is_initialized():
+    if tracker is None or _megatron_groups() is None:
         return None
     return tracker.get_cuda_rng_tracker()
+
+
+def _megatron_groups() -> Any:
+    """megatron-core's ``parallel_state`` once it is initialised."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    return state if state is not None and state.model_parallel_is_initialized() else None

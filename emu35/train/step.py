@@ -7,7 +7,8 @@ and the result depends neither on the number of ranks or micro-batches nor on th
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from emu35.checkpoint import sharded
 from emu35.config import LMStageConfig, RunConfig
 from emu35.data.batch import Batch
 from emu35.data.loader import TokenLoader, ValidationSet
+from emu35.errors import DataError
 from emu35.model.context import AttentionContext
 from emu35.model.logits import weighted_cross_entropy
 from emu35.model.mask import AttentionMask
@@ -46,6 +48,8 @@ class LMTask:
         loader: the training data, already sliced to this data-parallel rank.
         validation: name -> (documents, weights of their labels).
         token_weights: weights of the training labels.
+        start_weights: puts other weights than the initial ones into ``chunks``; called when the
+            run begins, not when it resumes.
     """
 
     def __init__(
@@ -57,23 +61,38 @@ class LMTask:
         loader: TokenLoader,
         validation: dict[str, tuple[ValidationSet, TokenWeights]],
         token_weights: TokenWeights,
+        start_weights: Callable[[list[Emu35Model]], None] | None = None,
     ) -> None:
         assert isinstance(config.stage, LMStageConfig)
         self.config, self.stage, self.mesh = config, config.stage, mesh
         self.loader, self.validation, self.token_weights = loader, validation, token_weights
-        self.chunks = chunks
+        self.chunks, self.start_weights = chunks, start_weights
         self.wrapped, self.optimizer = wrap_and_optimize(
             chunks, optim=config.optim, parallel=config.parallel, precision=config.stage.precision
         )
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = _finalize_gradients
 
+    def start(self) -> None:
+        """The weights that ``stage.init_from`` names, if it names any."""
+        if self.start_weights is not None:
+            self.start_weights(self.chunks)
+            # The optimizer made its fp32 copies when it was built.
+            self.optimizer.reload_model_params()
+
     def train_step(self, step: int) -> dict[str, float]:
         """Forward, backward and update for one global batch; returns metrics of the whole world.
 
         ``tokens`` counts document tokens (no padding), ``loss`` is the weighted mean.
+
+        Raises:
+            DataError: no token of the global batch has a weight.
         """
-        micro_batches = self._normalise(self.loader.next_step(), token_weights=self.token_weights)
+        micro_batches, weight = self._normalise(
+            self.loader.next_step(), token_weights=self.token_weights
+        )
+        if weight == 0.0:
+            raise DataError(_explain_no_weight(step, stage=self.stage))
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -99,15 +118,13 @@ class LMTask:
         for chunk in self.wrapped:
             chunk.eval()
         for name, (documents, token_weights) in self.validation.items():
-            total, weight = 0.0, 0.0
-            for batch in documents:
-                micro_batch = self._normalise([batch], token_weights=token_weights)
-                local = micro_batch[0].weights_BS.sum()
-                count = sum_over(local.to(self.mesh.device), self.mesh.dp_group).item()
-                total += self._run(micro_batch, forward_only=True).weighted * count
-                weight += count
-            if weight:
-                metrics[f"{name}/loss"] = total / weight
+            total, total_weight = 0.0, 0.0
+            for batches in self._groups(documents):
+                micro_batches, weight = self._normalise(batches, token_weights=token_weights)
+                total += self._run(micro_batches, forward_only=True).weighted * weight
+                total_weight += weight
+            if total_weight:
+                metrics[f"{name}/loss"] = total / total_weight
         for chunk in self.wrapped:
             chunk.train()
         return metrics
@@ -128,13 +145,14 @@ class LMTask:
 
     def _normalise(
         self, batches: Iterable[Batch], *, token_weights: TokenWeights
-    ) -> list[MicroBatch]:
+    ) -> tuple[list[MicroBatch], float]:
+        """Micro-batches with weights that sum to 1 over all ranks, and what they summed to."""
         pairs = [(batch, token_weights(batch)) for batch in batches]
         total = torch.stack([weights_BS.double().sum() for _, weights_BS in pairs]).sum()
-        total = sum_over(total.to(self.mesh.device), self.mesh.dp_group)
-        scale = 1.0 / max(total.item(), 1e-30)
+        weight = sum_over(total.to(self.mesh.device), self.mesh.dp_group).item()
+        scale = 1.0 / max(weight, 1e-30)
         device = self.mesh.device
-        return [
+        micro_batches = [
             MicroBatch(
                 batch=batch.to(device),
                 weights_BS=weights_BS.to(device),
@@ -142,6 +160,22 @@ class LMTask:
             )
             for batch, weights_BS in pairs
         ]
+        return micro_batches, weight
+
+    def _groups(self, documents: ValidationSet) -> Iterator[list[Batch]]:
+        """Batches as the schedule takes them: one by one, or in groups of the pipeline's stages
+        where it interleaves them. A last group is filled up with rows without labels."""
+        size = self.mesh.pp_size if len(self.wrapped) > 1 else 1
+        group: list[Batch] = []
+        for batch in documents:
+            group.append(batch)
+            if len(group) == size:
+                yield group
+                group = []
+        if group:
+            last = group[-1]
+            empty = replace(last, label_valid=torch.zeros_like(last.label_valid))
+            yield group + [empty] * (size - len(group))
 
     def _run(self, micro_batches: list[MicroBatch], *, forward_only: bool) -> LossReport:
         """All micro-batches through mcore's schedule; the report is summed over the world."""
@@ -171,7 +205,8 @@ class LMTask:
         context = AttentionContext(
             positions_BS=batch.positions, mask=AttentionMask.causal(batch.document_start)
         )
-        hidden_SBH = chunk(batch.tokens, context=context)
+        with cpu.without_shim():
+            hidden_SBH = chunk(batch.tokens, context=context)
         return hidden_SBH, partial(self._loss, micro_batch=micro_batch)
 
     def _loss(
@@ -188,6 +223,16 @@ class LMTask:
         # mcore divides by this count at the end; the loss is already normalised.
         no_tokens = torch.zeros([], dtype=torch.int, device=loss.device)
         return loss, no_tokens, {"sums": sums}
+
+
+def _explain_no_weight(step: int, *, stage: LMStageConfig) -> str:
+    text = f"no token of step {step} has a loss weight, so there is nothing to learn from: "
+    if stage.kind == "sft":
+        return text + (
+            "stage=sft learns what follows the token that opens a response, and none of these "
+            "documents has one; use documents with responses, or stage=pretrain"
+        )
+    return text + "stage.loss_weights gives 0 to every modality in these documents; raise one"
 
 
 def _finalize_gradients(chunks: Any, num_tokens: object = None, **groups: Any) -> None:

@@ -56,8 +56,12 @@ class TrainTask(Protocol):
         """
         ...
 
+    def start(self) -> None:
+        """Prepare a run that begins at step 1; a resumed one gets :meth:`load` instead."""
+        ...
+
     def save(self, folder: Path) -> None:
-        """Write parameters, optimizer and data position into the existing, empty ``folder``."""
+        """Write parameters, optimizer and data position into the existing ``folder``."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -197,6 +201,7 @@ class _Loop:
     def _start(self) -> None:
         total = self.config.stage.steps
         if self.saved is None:
+            self.task.start()
             self.log.message(f"training {total} steps from the beginning")
             return
         with self.log.aside("loading"):
@@ -233,13 +238,12 @@ class _Loop:
         self.log.flush()  # rows up to this step must not be lost when the checkpoint is not
         with self.log.aside("saving"), rng.preserved():
             self.saved = self.manager.save(
-                self.progress.step, write=self._write, extra=self.progress.extra()
+                self.progress.step,
+                write=self.task.save,
+                write_alone=rng.save,
+                extra=self.progress.extra(),
             )
         return self.saved
-
-    def _write(self, folder: Path) -> None:
-        rng.save(folder)
-        self.task.save(folder)
 
     def _leave_if_asked(self, metrics: Mapping[str, float] | None = None) -> None:
         """Save and raise when some rank was asked to stop; raise when ``metrics`` are not finite.
@@ -285,8 +289,8 @@ def _load(task: TrainTask, *, checkpoint: Checkpoint, message: Callable[[str], N
     task.load(checkpoint.path)
     if not rng.load(checkpoint.path):
         message(
-            f"{checkpoint.path} was written by another number of ranks: data, parameters and "
-            "optimizer continue exactly, random numbers (dropout) start from the seed again"
+            f"{checkpoint.path} was written in another layout: data, parameters and optimizer "
+            "continue exactly, random numbers (dropout) start from the seed again"
         )
 
 

@@ -1,12 +1,14 @@
 """The one face that image tokenizers show to the rest of emu35."""
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from emu35.errors import DataError
 from emu35.vision.ibq.codec import IBQCodec
-from emu35.vision.ibq.folder import read_folder
+from emu35.vision.ibq.folder import WEIGHTS, read_folder
 
 
 class ImageCodec(Protocol):
@@ -25,7 +27,7 @@ class ImageCodec(Protocol):
         """Codes ``[B, H / factor, W / factor]`` int64 of float pixels in [-1, 1].
 
         Raises:
-            DataError: a side is not a positive multiple of ``factor``.
+            DataError: a side is not a positive multiple of ``factor``, or the tokenizer diverged.
         """
         ...
 
@@ -44,4 +46,25 @@ def load_codec(folder: Path, *, device: torch.device | None = None) -> ImageCode
     Raises:
         ReleaseError: the folder is incomplete, damaged, or not an IBQ tokenizer.
     """
-    return IBQCodec(read_folder(folder), device=device or torch.device("cpu"))
+    return IBQCodec(read_folder(folder), device=device or torch.device("cpu"), name=str(folder))
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the weights in ``folder``: how shards remember which tokenizer encoded them.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise DataError(
+            f"{folder} holds no image tokenizer ({WEIGHTS} is missing); give the "
+            "vision_tokenizer folder of a release or of a run of stage=ibq"
+        )
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); check its permissions, or copy it again"
+        ) from error

@@ -14,10 +14,8 @@ squares at random places within. Resized pictures stay in memory as bytes
 until ``CACHE_BYTES`` are full; what does not fit is decoded anew each time.
 """
 
-import json
-import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -80,33 +78,6 @@ class Rejects:
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def write(self, path: Path, *, others: Sequence[Mapping[str, str]] = ()) -> None:
-        """Write these and those of ``others`` (and those already in the file) as JSON lines,
-        sorted by name; no file where there is none to name."""
-        merged = dict(_read_rejects(path))
-        for reasons in (self.reasons, *others):
-            merged.update(reasons)
-        if not merged:
-            return
-        lines = [
-            json.dumps({"picture": name, "reason": merged[name]}, ensure_ascii=False)
-            for name in sorted(merged)
-        ]
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-def _read_rejects(path: Path) -> Iterator[tuple[str, str]]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        yield row["picture"], row["reason"]
-
 
 def find_pictures(paths: Sequence[str | Path], *, rejects: Rejects) -> list[PictureFile]:
     """Every picture under ``paths`` (folders, tars, picture files), by suffix, in a fixed order.
@@ -160,7 +131,9 @@ def fingerprint(files: Sequence[PictureFile]) -> str:
     """Hash of the names within their paths and of the sizes: equal where the order is equal."""
     digest = sha256()
     for file in files:
-        digest.update(f"{file.path.name}\0{file.member}\0{file.size}\n".encode())
+        entry = f"{file.path.name}\0{file.member}\0{file.size}\n"
+        # Names are bytes; those that are no UTF-8 reach Python as lone surrogates.
+        digest.update(entry.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

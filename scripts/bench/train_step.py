@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> int:
         seconds.append([duration for _, duration in timed])
         show_progress(done + 1, rounds)
     # Rounding grows from update to update; different work would be off by far more.
-    check_equal(last, tolerance=5e-3, when=f"after {warm_up + rounds - 1} updates")
+    check_equal(last, tolerance=1e-4, when=f"after {warm_up + rounds - 1} updates")
     report(seconds, first=first, last=last)
     return 0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from budget import BUDGETS, Budget
 from emu35.config import IBQConfig
 from emu35.config.io import read_config
+from emu35.errors import Emu35Error
 from steps import Runner, Step, Stopped, duration, say, write_json, write_text
 
 SEED = 7
@@ -74,6 +75,10 @@ class Demo:
     @property
     def release_folder(self) -> Path:
         return self.out / "release"
+
+    @property
+    def verification(self) -> Path:
+        return self.out / "verification.json"
 
     @property
     def tokenizer_config(self) -> IBQConfig:
@@ -146,16 +151,11 @@ class Demo:
             "--vision",
             _shown(self.vision),
             "--codebook-size",
-            str(self._codebook_size()),
+            str(self.tokenizer_config.n_embed),
             "--area",
             str(self.budget.resolution**2),
             *options,
         )
-
-    def _codebook_size(self) -> int:
-        from emu35.config.io import read_config
-
-        return read_config(self.tokenizer_run).tokenizer.codebook_size
 
     def pretrain(self) -> None:
         """``stage=pretrain`` on the mixture."""
@@ -165,7 +165,6 @@ class Demo:
             f"run_dir={_shown(self.pretrain_run)}",
             f"tokenizer.vision={_shown(self.vision)}",
             f"tokenizer.codebook_size={self.tokenizer_config.n_embed}",
-            f"tokenizer.codebook_size={self._codebook_size()}",
             *(
                 f"data.sources.{name}.path={_shown(self.shards / folder)}"
                 for name, folder in (
@@ -214,22 +213,34 @@ class Demo:
         """Export, then compare the release with the run: files, names, weights, logits."""
         import shutil
 
+        self.verification.unlink(missing_ok=True)
         if self.release_folder.exists():
             # Ours, from an attempt that was stopped between the two commands.
             shutil.rmtree(self.release_folder)
         run, release = _shown(self.pretrain_run), _shown(self.release_folder)
         self.runner.emu35("convert", "export", "--run", run, "--out", release)
-        self.runner.emu35("convert", "verify", "--release", release, "--against", run)
+        self._verify()
+
+    def _verify(self) -> None:
+        """What was compared and how far it differs, kept for the summary once all checks passed."""
+        run, release = _shown(self.pretrain_run), _shown(self.release_folder)
+        found = self.runner.emu35_json(
+            "convert", "verify", "--release", release, "--against", run, "--json"
+        )
+        write_json(self.verification, found)
 
     def report(self) -> None:
         """``summary.json`` and ``report.html``."""
         from report import Report
         from summary import reconstructions, summarize
 
+        if not self.verification.exists():
+            self._verify()
         evaluation = json.loads((self.out / "evaluation.json").read_text())
         names = [step.name for step in self.steps]
         summary = summarize(
             evaluation,
+            verification=json.loads(self.verification.read_text()),
             seconds={name: self.runner.seconds(name) for name in names},
             budget=self.budget_name,
         )
@@ -270,7 +281,8 @@ def _refuse(reason: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 wrong arguments, 75 or 130 stopped (the same command goes on)."""
+    """Exit codes: 0 done, 2 wrong arguments or nowhere to write, 75 or 130 stopped (the same
+    command goes on)."""
     parser = argparse.ArgumentParser(
         prog="demo.sh", description="From nothing to a trained, checked, released model."
     )
@@ -282,24 +294,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = options.out.absolute()
     if out.exists() and not out.is_dir():
         return _refuse(f"{options.out} is a file; name a folder")
-    runner = Runner(out=out)
-    budget = BUDGETS[options.budget]
-    settings = {"budget": options.budget, "settings": budget.to_json(), "seed": SEED}
-    if differing := runner.claim(settings):
-        what = "budget" if "budget" in differing else " and ".join(differing)
-        return _refuse(
-            f"{options.out} holds a demo with another {what}; "
-            "choose another folder or remove that one"
-        )
-    demo = Demo(out=out, budget=budget, budget_name=options.budget, runner=runner)
-    runner.catch_signals()
     try:
-        runner.run(demo.steps, until=options.until)
+        return _go(out, budget_name=options.budget, until=options.until)
     except Stopped as stop:
         if stop.code in (75, 130):
             say("stopped; the same command goes on from here")
         return stop.code
-    if options.until in (None, "report"):
+    except Emu35Error as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.strerror is None:
+            return _refuse(str(error))
+        return _refuse(
+            f"{error.filename or options.out}: {error.strerror}; "
+            "free some space or make it accessible, then run the same command again"
+        )
+
+
+def _go(out: Path, *, budget_name: str, until: str | None) -> int:
+    runner, budget = Runner(out=out), BUDGETS[budget_name]
+    settings = {"budget": budget_name, "settings": budget.to_json(), "seed": SEED}
+    if differing := runner.claim(settings):
+        what = "budget" if "budget" in differing else " and ".join(differing)
+        return _refuse(
+            f"{_shown(out)} holds a demo with another {what}; "
+            "choose another folder or remove that one"
+        )
+    demo = Demo(out=out, budget=budget, budget_name=budget_name, runner=runner)
+    runner.catch_signals()
+    runner.run(demo.steps, until=until)
+    if until in (None, "report"):
         summary = json.loads((out / "summary.json").read_text())
         say(
             f"\ndone in {duration(summary['seconds'])}: colour {summary['colour_accuracy']:.0%}, "

@@ -11,12 +11,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 HEARTBEAT_SECONDS = 2.0
 """How often the time spent is written down, so that even a kill loses little of it."""
@@ -139,6 +140,20 @@ class Runner:
         Raises:
             Stopped: with the command's exit code where that is not 0.
         """
+        self._run_emu35(arguments, output=None)
+
+    def emu35_json(self, *arguments: str) -> Any:
+        """:meth:`emu35` for a command that prints one JSON value, and its report on stderr.
+
+        Raises:
+            Stopped: with the command's exit code where that is not 0.
+        """
+        with tempfile.TemporaryFile() as output:
+            self._run_emu35(arguments, output=output)
+            output.seek(0)
+            return json.load(output)
+
+    def _run_emu35(self, arguments: Sequence[str], *, output: IO[bytes] | None) -> None:
         command = shlex.join(["emu35", *arguments])
         say(f"  $ {command}")
         if command not in self.commands:
@@ -147,6 +162,7 @@ class Runner:
         self._child = subprocess.Popen(
             [sys.executable, "-m", "emu35", *arguments],
             stdin=subprocess.DEVNULL,
+            stdout=output,
             start_new_session=True,
         )
         try:

@@ -18,9 +18,16 @@ SHOWN_SCENES, SHOWN_PHOTOS = 8, 8
 
 
 def summarize(
-    evaluation: dict[str, Any], *, seconds: Mapping[str, float], budget: str
+    evaluation: dict[str, Any],
+    *,
+    verification: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    budget: str,
 ) -> dict[str, Any]:
-    """``summary.json``: flat keys, the first six as documented in README."""
+    """``summary.json``: flat keys, the first six as documented in README.
+
+    ``verification`` is what ``emu35 convert verify --json`` printed.
+    """
     got, by_chance = evaluation["accuracy"], evaluation["chance"]
     return {
         "seconds": round(sum(seconds.values()), 1),
@@ -28,8 +35,7 @@ def summarize(
         "shape_accuracy": got["shape"],
         "colour_chance": by_chance["colour"],
         "shape_chance": by_chance["shape"],
-        # `emu35 convert verify` compares the logits and ends the demo where they differ.
-        "release_logits_equal": True,
+        "release_logits_equal": verification["logits_equal"],
         **{f"seconds_{name}": round(value, 1) for name, value in seconds.items()},
         "place_accuracy": got["place"],
         "size_accuracy": got["size"],

@@ -70,7 +70,8 @@ def test_the_difference_names_keys_and_both_values():
 
 def test_identity_leaves_out_what_may_change():
     base = ["experiment=demo/pretrain"]
-    same = [*base, "log.every=3", "run_dir=x", "name=y", "launch.nproc=2", "checkpoint.every=5"]
+    same = [*base, "log.every=3", "run_dir=x", "name=y", "checkpoint.every=5"]
+    same += ["launch.nproc=2", "parallel.tp=2"]
     assert run_identity(compose(base)) == run_identity(compose(same))
     assert run_identity(compose(base)) != run_identity(compose([*base, "seed=2"]))
 

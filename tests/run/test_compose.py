@@ -137,6 +137,44 @@ def test_beside_a_misspelt_option_certain_mistakes_are_still_named():
     assert "stage.stpes" in problems[1]
 
 
+def test_no_experiment_can_be_said_aloud():
+    assert compose(["experiment=null", "model=tiny"]) == compose(["model=tiny"])
+
+
+def test_what_is_no_section_has_no_fields():
+    problems = problems_of("model=bogus", "seed.foo=1")
+    assert problems[1] == "seed.foo: seed is a single value; use seed=VALUE"
+
+
+def test_a_folder_of_configurations_must_exist(tmp_path: Path):
+    (problem,) = problems_of("model=tiny", configs=tmp_path / "nowhere")
+    assert problem.startswith(f"--configs {tmp_path}/nowhere is no folder")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.ch_mult=[]", "model.ch_mult=[] must name at least one resolution level"),
+        ("model.ch_mult=[1,0]", "model.ch_mult=[1, 0] must name at least one resolution level"),
+        ("model.in_channels=0", "model.in_channels=0 "),
+        (
+            "seed=999999999999999999999999",
+            "seed=999999999999999999999999 must lie in 0..4294967295",
+        ),
+        ("seed=-1", "seed=-1 must lie in 0.."),
+    ],
+)
+def test_numbers_that_no_run_could_use(override: str, message: str):
+    assert any(text.startswith(message) for text in problems_of("experiment=demo/ibq", override))
+
+
+def test_interleaved_stages_need_whole_groups_of_micro_batches():
+    layout = ("model=demo", "parallel.pp=2", "parallel.vpp=2", "launch.nproc=2")
+    (problem,) = problems_of(*layout, "stage.global_batch_size=3")
+    assert problem.startswith("parallel.vpp=2 interleaves micro-batches in groups of pp=2")
+    assert compose([*layout, "stage.global_batch_size=4"]).parallel.vpp == 2
+
+
 def test_a_group_is_chosen_once():
     assert problems_of("model=demo", "model=tiny") == ["model is chosen twice: demo and tiny"]
 

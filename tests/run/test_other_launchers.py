@@ -33,6 +33,8 @@ def test_torchrun_command_of_a_node(capsys):
     words = text.split()
     assert {"--nnodes=2", "--nproc-per-node=8", "--node-rank=1"} < set(words)
     assert {"--master-addr=host0", "--master-port=1234"} < set(words)
+    # torchrun's own 30 seconds from SIGTERM to SIGKILL would cut a large checkpoint off.
+    assert "--shutdown-timeout=110" in words
     assert words[-2:] == ["emu35.run.worker", "/shared/run"]
 
 
@@ -78,7 +80,7 @@ def test_slurm_submission_prepares_the_folder(capsys, tmp_path: Path, monkeypatc
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     run = tmp_path / "run"
-    text = out_of(capsys, "launch=slurm", f"run_dir={run}")
+    text = out_of(capsys, "launch=slurm", f"run_dir={run}", "data.sources.x.path=/shared/x")
     assert f"Submitted {run}/launch.sh" in text
     assert read_config(run).launch.kind == "slurm"
 

@@ -1,5 +1,7 @@
 """The run folder: created, resumed, refused, and owned by one process."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +88,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         open_run(compose([f"run_dir={tmp_path}/file/run"])).__enter__()
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(ConfigError, match="cannot be written: No space left on device; free space"),
+        open_run(compose([f"run_dir={tmp_path}"])),
+    ):
+        pass

@@ -25,6 +25,7 @@ from emu35.inference.grammar import GridSize
 from emu35.model.build import build_model
 from emu35.model.init import initialize
 from emu35.parallel.mesh import single_process_mesh
+from emu35.stages import generated_files
 from emu35.stages.generate import (
     GenerateOptions,
     SamplingOverride,
@@ -160,6 +161,49 @@ def test_a_second_call_leaves_nothing_of_the_first(run: Path, tmp_path: Path) ->
         "mine.txt",
         "results.jsonl",
     ]
+
+
+@pytest.mark.parametrize("written", [0, 1, 4])
+def test_nothing_of_a_killed_call_survives_the_next(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """Killed as by SIGKILL, after so many files: no clean-up runs."""
+    out, files = tmp_path / "out", []
+
+    class Killed(BaseException):
+        pass
+
+    def put(path: Path, *, content: bytes) -> None:
+        if len(files) == written:
+            raise Killed
+        files.append(path)
+        path.write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generated_files, "write_output", put)
+        patch.setattr(generated_files.GeneratedFiles, "finish", lambda _: None)
+        with pytest.raises(Killed):
+            generate(options(run, out, batch_size=1))
+    assert len(files) == written
+    # A story has no file of the name that every picture of the killed call has.
+    story = options(
+        run, out, prompts=["tell"], task=Task.story, template=PromptTemplate.official,
+        size=None, max_new_tokens=5,
+    )  # fmt: skip
+    generate(story)
+    (row,) = rows(out)
+    assert {path.name for path in out.iterdir()} == {*row["files"], "results.jsonl"}
+    assert row["images"] == []
+
+
+def test_rows_are_there_before_the_call_ends(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generated_files.GeneratedFiles, "finish", lambda _: None)
+    generate(options(run, tmp_path / "out", batch_size=2))
+    assert sorted(row["index"] for row in rows(tmp_path / "out")) == [0, 1, 2]
+    for row in rows(tmp_path / "out"):
+        assert all((tmp_path / "out" / name).exists() for name in row["files"])
 
 
 def test_text_tasks_write_text_and_name_what_was_cut(run: Path, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_other_pictures_cannot_continue_a_run(finished, pictures, tmp_path):
 def test_init_from_starts_from_the_weights(finished, pictures, tmp_path):
     config = make_config(pictures, init_from=str(finished / "vision_tokenizer"))
     task = ibq.IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
+    task.start()
     released = read_folder(finished / "vision_tokenizer").state_dict()
     for name, tensor in task.model.state_dict().items():
         assert torch.equal(tensor, released[name])
@@ -192,8 +193,10 @@ def test_init_from_starts_from_the_weights(finished, pictures, tmp_path):
     task.close()
     assert isinstance(config.model, IBQConfig)
     config.model.ch_mult = [1, 1, 2]
+    task = ibq.IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="init_from"):
-        ibq.IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
+        task.start()
+    task.close()
 
 
 def test_rejected_pictures_are_counted_and_named(pictures, tmp_path):
@@ -207,6 +210,24 @@ def test_rejected_pictures_are_counted_and_named(pictures, tmp_path):
     (row,) = [json.loads(line) for line in (run_dir / "rejects.jsonl").read_text().splitlines()]
     assert row["picture"] == str(folder / "05.png")
     assert rows_of(run_dir)[4]["rejected"] == 1
+
+
+def test_file_names_that_are_no_utf8_end_no_run(pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in pictures.iterdir():
+        (folder / os.fsdecode(b"\xff" + path.name.encode())).write_bytes(path.read_bytes())
+    broken = [os.fsdecode(b"\xfebroken.png"), "broken\u2028.png"]
+    for name in broken:
+        (folder / name).write_bytes(b"GIF89a nothing")
+    run_dir = tmp_path / "run"
+    config = make_config(folder, steps=4, quantizer_warmup=0.0, validate_every=2)
+    run_in(run_dir, config)
+    assert (run_dir / "checkpoints" / "step_00000004" / "ibq.pt").exists()
+    rows = [json.loads(line) for line in (run_dir / "rejects.jsonl").read_bytes().splitlines()]
+    assert [row["picture"] for row in rows] == sorted(str(folder / name) for name in broken)
+    # The same command again reads both back: the pictures of the checkpoint, and the rejects.
+    run_in(run_dir, config)
 
 
 def test_settings_that_cannot_work_are_refused(pictures):

@@ -16,6 +16,7 @@ from emu35.checkpoint import sharded
 from emu35.checkpoint.manager import CheckpointManager
 from emu35.checkpoint.safetensor_files import INDEX, SafetensorFolder
 from emu35.checkpoint.source import describe_start, open_source
+from emu35.cli import main
 from emu35.config import (
     CheckpointConfig,
     LMConfig,
@@ -40,7 +41,6 @@ from emu35.stages.release import (
     import_,
     verify,
 )
-from emu35.tokens.table import table_path
 from emu35.tokens.template import PromptTemplate
 from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
 
@@ -204,6 +204,34 @@ def test_a_certain_step_can_be_released(run: Path, released: Path, tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 4 .*3, 6"):
         export(ExportOptions(run=run, out=tmp_path / "none", step=4), message=silent)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rel"]
+
+
+def test_verification_for_programs_says_what_was_compared(
+    run: Path, released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", "verify", "--against", str(run), "--json", "--release"]
+    assert main([*command, str(released)]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["passed"] is True
+    assert found["logits_equal"] is True
+    assert found["max_difference"] == 0
+    shapes = hf_shapes(MODEL, vocabulary_size=vocabulary_of(TOKENIZER).size)
+    assert (found["tensors_compared"], found["tensors_different"]) == (len(shapes), 0)
+    assert found["logits_compared"] == 2 * 64 * vocabulary_of(TOKENIZER).size
+    assert "exactly equal" in captured.err
+
+    other = export(ExportOptions(run=run, out=tmp_path / "rel", step=3), message=silent)
+    assert main([*command, str(other)]) == 2
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert (found["passed"], found["logits_equal"]) == (False, False)
+    assert found["max_difference"] > 0
+    assert found["tensors_different"] > 0
+    assert "logits: differ by up to" in captured.err
+
+    assert main([*command, str(released), "--probe-tokens", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["logits_equal"] is None
 
 
 @pytest.mark.parametrize("precision", Precision)
@@ -442,6 +470,7 @@ def qwen3_folder(folder: Path, *, tied: bool = False, rows: int = 151_936) -> Pa
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.usefixtures("table")
 def test_qwen3_is_extended(tmp_path: Path, tied: bool) -> None:
     source = qwen3_folder(tmp_path / "qwen", tied=tied)
     tokenizer = TokenizerConfig(kind=TokenizerKind.emu35, codebook_size=100)
@@ -451,8 +480,6 @@ def test_qwen3_is_extended(tmp_path: Path, tied: bool) -> None:
     assert "151,643 text rows taken over" in lines[0]
     assert "311 rows drawn from N(0, 0.02)" in lines[0]
     assert "(211 specials, 100 visual codes" in lines[0]
-    if not table_path().exists():
-        pytest.skip("the text table is not in the cache folder: scripts/fetch_tokenizer.py")
     parameters = dict(open_source(run, message=silent).model.named_parameters())
     old = SafetensorFolder(source)
     vocabulary = Vocabulary(n_text=151_643, codebook_size=100)

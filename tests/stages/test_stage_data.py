@@ -11,7 +11,7 @@ from PIL import Image as Pictures
 
 from emu35.config.model import IBQConfig
 from emu35.config.tokenizer import TokenizerConfig
-from emu35.data.ingest.options import IngestOptions, PairOrder
+from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
 from emu35.data.source import Source
 from emu35.errors import ConfigError, DataError
 from emu35.stages import data
@@ -116,6 +116,32 @@ def test_text_needs_no_network(
 def test_a_codebook_of_another_size_is_refused(photos: Path, vision: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"codebook_size=99, but .* use --codebook-size 64"):
         data.ingest(options_of([photos], tmp_path / "out", vision=vision, codebook=99))
+
+
+def test_replacing_with_a_codebook_of_another_size_keeps_the_earlier_shards(
+    photos: Path, vision: Path, tmp_path: Path
+) -> None:
+    out, text = tmp_path / "out", tmp_path / "x.txt"
+    data.ingest(options_of([photos], out, vision=vision))
+    before = {path.name: path.read_bytes() for path in out.glob("photos-*")}
+    text.write_text("fine without pictures", encoding="utf-8")
+    options = options_of([text, photos], out, vision=vision, codebook=99)
+    options.existing = Existing.replace
+    with pytest.raises(ConfigError, match="use --codebook-size 64"):
+        data.ingest(options)
+    assert {path.name: path.read_bytes() for path in out.glob("photos-*")} == before
+    assert data.ingest(options_of([photos], out, vision=vision)).skipped == 1
+
+
+def test_an_error_without_a_file_or_number_still_says_what_was_wrong(
+    photos: Path, vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("unexpected end of stream")
+
+    monkeypatch.setattr(data, "ingest_files", fail)
+    with pytest.raises(DataError, match="unexpected end of stream"):
+        data.ingest(options_of([photos], tmp_path / "out", vision=vision))
 
 
 def test_a_folder_without_tokenizer_is_refused(photos: Path, tmp_path: Path) -> None:

@@ -1,8 +1,4 @@
-"""Both kinds of tokenizer, and the golden values.
-
-The real table is fetched the way a user fetches it; without it and without a network the golden
-tests fail with the message a user would see, rather than pass by being skipped.
-"""
+"""Both kinds of tokenizer, and the golden values."""
 
 import json
 from pathlib import Path
@@ -11,15 +7,9 @@ from typing import Any
 import pytest
 
 from emu35.config import TokenizerConfig, TokenizerKind
-from emu35.tokens.fetch import fetch_table
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-@pytest.fixture(scope="session")
-def table() -> Path:
-    return fetch_table()
 
 
 @pytest.fixture(scope="session")

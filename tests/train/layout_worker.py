@@ -5,6 +5,7 @@ Usage: layout_worker.py RESULT.json '{"tp": 2, "steps": 5, ...}'
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -61,6 +62,18 @@ class DrawnDocuments:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
+
+
+class HeldOut:
+    """Three validation batches, a number that no pipeline divides, alike in every layout."""
+
+    def __init__(self, *, mesh: Mesh) -> None:
+        documents = DrawnDocuments(mesh=mesh, micro_batch_size=ROWS // mesh.dp_size, packed=True)
+        documents.step = 1000
+        self.batches = [documents.next_step()[0] for _ in range(3)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
 
 
 def lay_out(rows: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> Batch:
@@ -135,13 +148,14 @@ def main(result: Path, spec: dict) -> None:
         mesh=mesh,
         chunks=chunks,
         loader=documents,  # type: ignore[arg-type]
-        validation={},
+        validation={"held_out": (HeldOut(mesh=mesh), weights_by_modality(stage.loss_weights))},  # type: ignore[dict-item]
         token_weights=weights_by_modality(stage.loss_weights),
     )
     if "load" in spec:
         task.load(Path(spec["load"]))
     first = documents.step + 1
     metrics = [dict(task.train_step(first + i)) for i in range(spec.get("steps", 5))]
+    validation = task.validate()
     if "save" in spec:
         folder = Path(spec["save"])
         if is_main():
@@ -154,7 +168,9 @@ def main(result: Path, spec: dict) -> None:
             for chunk in chunks
             for name, parameter in chunk.named_parameters()
         }
-        result.write_text(json.dumps({"metrics": metrics, "weights": weights}))
+        result.write_text(
+            json.dumps({"metrics": metrics, "validation": validation, "weights": weights})
+        )
     leave()
 
 

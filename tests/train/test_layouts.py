@@ -51,6 +51,7 @@ def assert_same(run: dict, reference: dict) -> None:
         for name in ("loss", "loss_text", "loss_visual"):
             assert a[name] == pytest.approx(b[name], rel=1e-5 if step else 1e-6), name
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert run["validation"] == pytest.approx(reference["validation"], rel=1e-5)
 
 
 LAYOUTS = {

@@ -45,7 +45,7 @@ def test_generators_of_another_number_of_ranks_are_refused(tmp_path: Path) -> No
     rng.save(tmp_path)
     (file,) = tmp_path.iterdir()
     state = torch.load(file, weights_only=True)
-    torch.save({**state, "world_size": 2}, file)
+    torch.save({**state, "layout": {**state["layout"], "world": 2}}, file)
     before = rng.capture()["torch"]
     assert not rng.load(tmp_path)
     assert torch.equal(rng.capture()["torch"], before)
@@ -70,3 +70,16 @@ def test_megatron_dropout_tracker_is_part_of_the_state(tmp_path: Path) -> None:
     assert not torch.equal(*expected)
     assert rng.load(tmp_path)
     assert all(torch.equal(drop(), number) for number in expected)
+
+
+def test_generators_of_another_layout_of_as_many_ranks_are_refused(tmp_path: Path) -> None:
+    """Two replicas drop different units; as two tensor-parallel ranks they must drop the same."""
+    init_mesh(ParallelConfig(), seed=3)
+    rng.save(tmp_path)
+    (file,) = tmp_path.iterdir()
+    state = torch.load(file, weights_only=True)
+    assert state["layout"]["tp"] == 1
+    torch.save({**state, "layout": {**state["layout"], "tp": 2}}, file)
+    before = rng.capture()["torch"]
+    assert not rng.load(tmp_path)
+    assert torch.equal(rng.capture()["torch"], before)

@@ -176,8 +176,12 @@ def test_what_may_change_between_attempts_and_what_may_not(tmp_path: Path) -> No
     other.optim.lr = 0.5
     with pytest.raises(CheckpointError, match=r"optim\.lr"):
         train(tmp_path, config=other)
+    sharded = tiny_config()
+    sharded.parallel.zero1 = True
+    with pytest.raises(CheckpointError, match=r"parallel\.zero1"):
+        train(tmp_path, config=sharded)
     free = tiny_config(checkpoint_every=2)
-    free.parallel.zero1 = True
+    free.parallel.sp = True
     free.stage.micro_batch_size = 4
     free.name = "renamed"
     free.log.every = 3
@@ -238,7 +242,7 @@ def test_sigterm_to_a_process_exits_75_and_the_same_command_finishes(tmp_path: P
 
 def test_kill_9_costs_the_steps_since_the_checkpoint_and_no_more(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = spawn(run_dir, "--steps", "30", "--pause", "0.05")
+    process = spawn(run_dir, "--steps", "30", "--pause", "0.2")
     wait_for_step(run_dir, step=13, process=process)
     process.kill()
     finish(process, code=-signal.SIGKILL)

@@ -59,6 +59,9 @@ class TinyTask:
         self.model.train()
         return {"fit": loss}
 
+    def start(self) -> None:
+        return None
+
     def save(self, folder: Path) -> None:
         torch.rand(1)  # saving must not disturb training either
         if not dist.is_initialized() or dist.get_rank() == 0:

@@ -68,6 +68,15 @@ def test_pictures_that_do_not_fit_the_grid_are_refused(folder, shape):
         load_codec(folder).encode(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("name", ["quant_conv.bias", "quantize.embedding.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_tokenizer_gives_no_codes(folder, name, value):
+    """Every comparison with NaN is false, so the nearest code would always be the first."""
+    edit_weights(folder, lambda state: state[name].view(-1)[-1:].fill_(value))
+    with pytest.raises(DataError, match=r"vision_tokenizer diverged: its (latents|codebook) must"):
+        load_codec(folder).encode(torch.rand(1, 3, 8, 8) * 2 - 1)
+
+
 def test_codes_of_another_tokenizer_are_refused(folder):
     with pytest.raises(DataError, match="64 entries"):
         load_codec(folder).decode(torch.tensor([[[0, 64]]]))

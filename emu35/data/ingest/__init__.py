@@ -4,7 +4,10 @@ Each input file (or folder read as a whole) is one unit of work. Its shards are 
 staging folder and moved into place together when the input is finished; only then does the
 manifest name the input as done. Running the same command again skips inputs that are done and
 starts the one that was interrupted from its beginning. The manifest also keeps the options, and a
-rerun with others is refused rather than mixed in.
+rerun with others is refused rather than mixed in. A rerun also looks at the shards of inputs that
+are done, and does an input again if one of its shards is gone or damaged.
+
+Starting over (``--replace``) leaves the earlier shards in place until the first new ones are ready.
 
 A record that cannot be used is written to ``rejects.jsonl`` with its reason and counted. An input
 of which more than ``max_rejects`` was rejected is not committed: the run goes on with the other

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from emu35.data.ingest.manifest import DoneInput, Manifest, lock_folder, open_books
-from emu35.data.ingest.options import IngestOptions, IngestSummary, PairOrder
+from emu35.data.ingest.options import Existing, IngestOptions, IngestSummary, PairOrder
 from emu35.data.ingest.pictures import EncodedRecord, PictureEncoder, PictureStage
 from emu35.data.ingest.progress import Progress
 from emu35.data.readers.discover import InputFile, find_inputs
@@ -21,6 +22,7 @@ from emu35.data.readers.records import Reason, RecordForm, Reject
 from emu35.data.shards import ShardMeta, atomic_file
 from emu35.data.writer import ShardWriter
 from emu35.errors import DataError
+from emu35.log.console import Console
 from emu35.tokens.document import Document, Image, Part
 from emu35.tokens.serialize import Modality, serialize
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
@@ -43,7 +45,10 @@ def ingest(options: IngestOptions, *, encoder: PictureEncoder | None) -> IngestS
     begin = time.monotonic()
     options.validate()
     inputs = find_inputs(options.inputs, text_unit=options.text_unit)
+    _require_encoder(inputs, encoder=encoder)
     tokenizer = build_text_tokenizer(options.tokenizer)
+    if encoder is not None and options.existing is Existing.replace:
+        encoder.check()
     with lock_folder(options.out):
         manifest = open_books(
             out=options.out,
@@ -51,21 +56,40 @@ def ingest(options: IngestOptions, *, encoder: PictureEncoder | None) -> IngestS
             identity=_identity(options, encoder=encoder),
             existing=options.existing,
         )
+        # Changed inputs are refused before anything is dropped for being damaged.
+        for source in inputs:
+            manifest.find(source)
+        console = Console(stream=sys.stderr)
+        for line in manifest.drop_damaged(inputs):
+            console.line(line)
         todo = [source for source in inputs if manifest.find(source) is None]
         job = _Job(options=options, tokenizer=tokenizer, encoder=encoder, manifest=manifest)
         failures = job.run(todo, skipped_bytes=sum(s.size for s in inputs if s not in todo))
         _join_rejects(manifest, failed=[source for source, _ in failures])
     summary = _summary(manifest, inputs=len(inputs), todo=len(todo), begin=begin)
     rejects = options.out / REJECTS
+    kept = ". The earlier shards were kept" if manifest.retired else ""
     if failures:
         raise DataError(
             "; ".join(message for _, message in failures)
             + f". Reasons are in {rejects}; the other inputs are done. "
-            "Mend the input, or raise --max-rejects"
+            f"Mend the input, or raise --max-rejects{kept}"
         )
     if summary.documents == 0:
-        raise DataError(f"{len(inputs)} inputs gave no document at all; reasons are in {rejects}")
+        raise DataError(
+            f"{len(inputs)} inputs gave no document at all; reasons are in {rejects}{kept}"
+        )
     return summary
+
+
+def _require_encoder(inputs: Sequence[InputFile], *, encoder: PictureEncoder | None) -> None:
+    """Raises: DataError if there is no encoder and an input is bound to need one."""
+    pictures = next((source for source in inputs if source.is_of_pictures), None)
+    if encoder is None and pictures is not None:
+        raise DataError(
+            f"input {pictures.path} holds pictures, but no image tokenizer was given; "
+            "name its folder with --vision (tokenizer.vision)"
+        )
 
 
 _FOLDERS = {
@@ -193,7 +217,7 @@ class _Job:
             folder=self.manifest.staging / folder,
             meta=meta,
             shard_bytes=self.options.shard_bytes,
-            first_shard=self.manifest.next_shard(folder),
+            taken=self.manifest.shard_numbers(folder),
         )
         order = self.options.order if folder == "." else PairOrder(folder)
         return _Output(folder=folder, order=order, writer=stack.enter_context(writer))
@@ -238,8 +262,13 @@ def _identity(options: IngestOptions, *, encoder: PictureEncoder | None) -> dict
 
 
 def _rejects_path(manifest: Manifest, *, path: Path) -> Path:
-    """Where the rejects of one input are kept; the name depends on the input alone."""
-    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    """Where the rejects of one input are kept.
+
+    The options are part of the name, so that a replacement that comes to nothing leaves the rejects
+    of the earlier ingestion alone.
+    """
+    options = json.dumps(manifest.identity, sort_keys=True).encode()
+    name = hashlib.sha256(os.fsencode(path) + b"\0" + options).hexdigest()[:16]
     folder = manifest.books / "rejects"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}.jsonl"

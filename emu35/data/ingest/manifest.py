@@ -1,21 +1,26 @@
 """What an output folder already holds: the ``.ingest`` folder beside the shards.
 
-``manifest.json`` names the options, and every input that is done with its shards and counts;
-``rejects/NNNNNN.jsonl`` holds the rejects of one input; ``staging/`` the shards of the input being
-worked on; ``lock`` keeps two runs out of one folder.
+``manifest.json`` names the options, every input that is done with its shards and counts, and the
+shards that are coming or going; ``rejects/`` holds a file of rejects for each input; ``staging/``
+the shards of the input being worked on; ``lock`` keeps two runs out of one folder.
+
+The manifest is written before shards are put in place or removed, and names them as unsettled, not
+as done. A run that finds unsettled shards removes whatever is left of them; any other shard that
+the manifest does not know is someone else's, and is never touched.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emu35.data.index import index_path
+from emu35.data.index import index_path, read_index
 from emu35.data.ingest.options import Existing
 from emu35.data.readers.discover import InputFile
 from emu35.data.shards import atomic_file, sync_folder
@@ -23,6 +28,8 @@ from emu35.errors import DataError
 
 _BOOKS = ".ingest"
 _FORMAT = 1
+# How many files a message names before it counts the rest.
+_NAMED = 6
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,31 +49,36 @@ class DoneInput:
 class Manifest:
     """The books of one output folder.
 
-    ``folders`` are the shard folders relative to ``out``: ``["."]``, or one for each order.
+    Attributes:
+        folders: shard folders relative to ``out``: ``["."]``, or one for each order.
+        unsettled: shards that may be in place and are not done: about to be published or removed.
+        retired: whole shards of an earlier ingestion, which the first ones committed will replace.
+            Until then the manifest on disk is the earlier one, and nothing here is written to it.
     """
 
     out: Path
     folders: list[str]
     identity: dict[str, Any]
     done: list[DoneInput] = field(default_factory=list[DoneInput])
+    unsettled: list[str] = field(default_factory=list[str])
+    retired: list[str] = field(default_factory=list[str])
 
     @property
     def books(self) -> Path:
         return self.out / _BOOKS
 
     @property
+    def path(self) -> Path:
+        return self.books / "manifest.json"
+
+    @property
     def staging(self) -> Path:
         return self.books / "staging"
 
-    def next_shard(self, folder: str) -> int:
-        """Number of the next shard in ``folder``."""
-        prefix = "" if folder == "." else f"{folder}/"
-        return sum(
-            "/" not in shard.removeprefix(prefix)
-            for entry in self.done
-            for shard in entry.shards
-            if shard.startswith(prefix)
-        )
+    def shard_numbers(self, folder: str) -> set[int]:
+        """Numbers of the shards in ``folder`` that are done."""
+        names = (Path(shard) for entry in self.done for shard in entry.shards)
+        return {int(name.stem.rpartition("-")[2]) for name in names if name.parent == Path(folder)}
 
     def find(self, source: InputFile) -> DoneInput | None:
         """The entry of an input that is done.
@@ -91,59 +103,153 @@ class Manifest:
     def commit(self, entry: DoneInput) -> None:
         """Move the staged shards of an input into place, then name it as done.
 
-        An interruption in between leaves shards that the manifest does not know; :func:`open_books`
-        removes those and the input is done again.
+        The first shards to be committed also replace the retired ones.
+
+        Raises:
+            DataError: if a shard of another origin took one of the names.
         """
+        if self.retired and not entry.shards:
+            # Nothing yet that could replace the earlier shards.
+            self.done.append(entry)
+            self.clear_staging()
+            return
+        self.refuse_strangers()
+        retired, self.retired = self.retired, []
+        self.unsettled = retired + entry.shards
+        self.save()
+        self._remove(retired)
         for name in entry.shards:
             staged, final = self.staging / name, self.out / name
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(staged, final)
             os.replace(index_path(staged), index_path(final))
-        for folder in self.folders:
-            if (self.out / folder).is_dir():
-                sync_folder(self.out / folder)
+        self._sync_folders(entry.shards)
         self.done.append(entry)
+        self.unsettled = []
         self.save()
         self.clear_staging()
+
+    def settle(self) -> None:
+        """Remove what is left of shards that were coming or going when a run was killed."""
+        if self.unsettled:
+            self._remove(self.unsettled)
+            self.unsettled = []
+            self.save()
+
+    def drop_damaged(self, inputs: Sequence[InputFile]) -> list[str]:
+        """Forget inputs of which a shard is gone or damaged, with all their shards.
+
+        Returns:
+            A line for each, naming the input and the shard.
+
+        Raises:
+            DataError: if such an input is not among ``inputs``, so that it could not be done again;
+                then nothing is removed.
+        """
+        problems = [(entry, problem) for entry in self.done if (problem := self._damage(entry))]
+        given = {str(source.path) for source in inputs}
+        lost = [f"{problem} (from {entry.path})" for entry, problem in problems]
+        if any(entry.path not in given for entry, _ in problems):
+            raise DataError(
+                "; ".join(lost) + ". Give these inputs, too, and they are ingested again; "
+                "or restore the shards"
+            )
+        if problems:
+            dropped = [entry for entry, _ in problems]
+            self.done = [entry for entry in self.done if entry not in dropped]
+            self.unsettled = [name for entry in dropped for name in entry.shards]
+            self.save()
+            self.settle()
+        return [f"{entry.path} is ingested again: {problem}" for entry, problem in problems]
+
+    def refuse_strangers(self) -> None:
+        """Check that all shards of this source's name are its own.
+
+        Raises:
+            DataError: naming those that are not.
+        """
+        names = [name for entry in self.done for name in entry.shards] + self.retired
+        own = {self.out / name for name in names}
+        own |= {index_path(path) for path in own}
+        # Anything under another name is the user's own business.
+        pattern = re.compile(re.escape(self.identity["source"]) + r"-\d+\.(tar|idx)")
+        strangers = [
+            path.relative_to(self.out).as_posix()
+            for folder in self.folders
+            for path in _shards(self.out / folder)
+            if path not in own and pattern.fullmatch(path.name)
+        ]
+        if strangers:
+            rest = len(strangers) - _NAMED
+            named = ", ".join(strangers[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+            raise DataError(
+                f"{self.out} holds shards that this ingestion did not write but whose names it may "
+                f"need: {named}. Move them to a folder of their own (another source "
+                "of the mixture), rename them, or delete them, and run the same command again"
+            )
 
     def save(self) -> None:
         body = {
             "format": _FORMAT,
             "identity": self.identity,
             "done": [asdict(entry) for entry in self.done],
+            "unsettled": self.unsettled,
         }
-        with atomic_file(self.books / "manifest.json") as file:
+        with atomic_file(self.path) as file:
             file.write(json.dumps(body, indent=1).encode())
+
+    def _damage(self, entry: DoneInput) -> str | None:
+        """What the cheap check finds wrong with the shards of an input that is done."""
+        for name in entry.shards:
+            try:
+                read_index(self.out / name)
+            except DataError as error:
+                if isinstance(error.__cause__, OSError):
+                    # The disk or the permissions failed; the shard may be sound.
+                    raise
+                return str(error)
+        return None
+
+    def _remove(self, names: Sequence[str]) -> None:
+        for name in names:
+            (self.out / name).unlink(missing_ok=True)
+            index_path(self.out / name).unlink(missing_ok=True)
+        self._sync_folders(names)
+
+    def _sync_folders(self, names: Sequence[str]) -> None:
+        # The output folder itself, too: a folder below it may be new.
+        for folder in {self.out, *((self.out / name).parent for name in names)}:
+            if folder.is_dir():
+                sync_folder(folder)
 
 
 def open_books(
     *, out: Path, folders: Sequence[str], identity: dict[str, Any], existing: Existing
 ) -> Manifest:
-    """Read the books of ``out``, or begin new ones; remove what no finished input accounts for.
+    """Read the books of ``out``, or begin new ones; remove what a killed run left behind.
+
+    With ``Existing.replace`` the earlier shards stay, and stay done, until new ones are committed.
 
     Raises:
         DataError: if the folder holds shards of unknown origin, or was ingested with other options.
     """
     manifest = Manifest(out=out, folders=list(folders), identity=identity)
-    path = manifest.books / "manifest.json"
-    if existing is Existing.replace and path.is_file():
-        _remove_shards(_read(path)["done"], out=out)
-        path.unlink()
-    if path.is_file():
-        body = _read(path)
-        changes = [
-            f"{name} was {body['identity'].get(name)} and is {value}"
-            for name, value in identity.items()
-            # Options may change as long as nothing was made with them.
-            if body["done"] and body["identity"].get(name) != value
-        ]
-        if changes:
-            raise DataError(
-                f"{out} was ingested with other options: " + "; ".join(changes) + ". "
-                "Use them again, choose another folder, or start over with --replace"
-            )
-        manifest.done = [DoneInput(**entry) for entry in body["done"]]
-        _remove_strays(manifest)
+    if manifest.path.is_file():
+        body = _read(manifest.path)
+        earlier = Manifest(
+            out=out,
+            folders=list(folders),
+            identity=body["identity"],
+            done=[DoneInput(**entry) for entry in body["done"]],
+            unsettled=body.get("unsettled", []),
+        )
+        earlier.settle()
+        if existing is Existing.replace:
+            manifest.retired = [name for entry in earlier.done for name in entry.shards]
+        else:
+            _refuse_changes(manifest, earlier=earlier)
+            manifest.done = earlier.done
+        manifest.refuse_strangers()
     else:
         strays = [path for folder in folders for path in _shards(out / folder)]
         if strays:
@@ -155,9 +261,24 @@ def open_books(
         manifest.save()
     manifest.clear_staging()
     for folder in (out, manifest.books, manifest.books / "rejects"):
-        for temporary in folder.glob(".*.jsonl.*.tmp"):
+        for temporary in folder.glob(".*.json*.tmp"):
             temporary.unlink()
     return manifest
+
+
+def _refuse_changes(manifest: Manifest, *, earlier: Manifest) -> None:
+    """Raises: DataError if shards are there that were made with other options."""
+    changes = [
+        f"{name} was {earlier.identity.get(name)} and is {value}"
+        for name, value in manifest.identity.items()
+        # Options may change as long as nothing was made with them.
+        if earlier.done and earlier.identity.get(name) != value
+    ]
+    if changes:
+        raise DataError(
+            f"{manifest.out} was ingested with other options: " + "; ".join(changes) + ". "
+            "Use them again, choose another folder, or start over with --replace"
+        )
 
 
 @contextlib.contextmanager
@@ -195,22 +316,3 @@ def _shards(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.suffix in (".tar", ".idx"))
-
-
-def _remove_shards(done: Sequence[dict[str, Any]], *, out: Path) -> None:
-    for entry in done:
-        for name in entry["shards"]:
-            (out / name).unlink(missing_ok=True)
-            index_path(out / name).unlink(missing_ok=True)
-
-
-def _remove_strays(manifest: Manifest) -> None:
-    """Remove shards that were moved into place but never named as done."""
-    known = {manifest.out / name for entry in manifest.done for name in entry.shards}
-    known |= {index_path(path) for path in known}
-    source = manifest.identity["source"]
-    for folder in manifest.folders:
-        for path in _shards(manifest.out / folder):
-            # Anything under another name is the user's own business.
-            if path not in known and path.name.startswith(f"{source}-"):
-                path.unlink()

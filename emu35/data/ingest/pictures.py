@@ -47,6 +47,14 @@ class PictureEncoder(Protocol):
     @property
     def factor(self) -> int: ...
 
+    def check(self) -> None:
+        """Load what encoding needs, so that a wrong option shows before anything is replaced.
+
+        Raises:
+            Emu35Error: if pictures could not be encoded as asked.
+        """
+        ...
+
     def prepare(self, data: bytes | Path) -> Picture:
         """Open and resize; both sides become multiples of the factor. Called from threads.
 

@@ -18,7 +18,7 @@ from emu35.data.readers.folder import (
     read_text_lines,
 )
 from emu35.data.readers.jsonl import read_jsonl
-from emu35.data.readers.parquet import read_parquet
+from emu35.data.readers.parquet import load_pyarrow, read_parquet
 from emu35.data.readers.records import RawRecord, Reject
 from emu35.data.readers.webdataset import PICTURES, read_webdataset
 from emu35.errors import DataError
@@ -49,6 +49,11 @@ class InputFile:
     fingerprint: str
     reader: Callable[[Path], Iterator[RawRecord | Reject]]
 
+    @property
+    def is_of_pictures(self) -> bool:
+        """Whether records of this form always hold a picture; other forms may."""
+        return self.reader in (read_webdataset, read_picture_folder)
+
     def read(self) -> Iterator[RawRecord | Reject]:
         """All records, in order."""
         return self.reader(self.path)
@@ -62,7 +67,8 @@ def find_inputs(paths: Sequence[Path], *, text_unit: TextUnit) -> list[InputFile
     else for the pictures below it, else for the text files below it.
 
     Raises:
-        DataError: if a path does not exist, is of no known kind, or is given twice.
+        DataError: if a path does not exist, is of no known kind, is given twice, or is a parquet
+            file where pyarrow is not installed.
     """
     found: list[InputFile] = []
     for path in paths:
@@ -88,6 +94,7 @@ def _from_file(path: Path, *, text_unit: TextUnit) -> InputFile:
     elif name.endswith(_JSON_LINES):
         reader = read_jsonl
     elif name.endswith(_PARQUET):
+        load_pyarrow(path)
         reader = read_parquet
     elif extension(path) in TEXTS:
         reader = read_text_lines if lines else read_text_file

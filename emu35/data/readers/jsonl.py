@@ -4,7 +4,9 @@
     {"image": "path", "caption": "..."}                     a pair ("text" serves as "caption")
     {"text": "..."}                                         plain text
 
-``"id"`` is optional. A relative picture path starts at the folder of the file.
+``"id"`` is optional. A relative picture path starts at the folder of the file. Other keys are left
+unread, unless they look like pictures in another form (``images``, ``image_url``): such a line is a
+reject, since without its pictures it would be another document.
 """
 
 import json
@@ -51,40 +53,93 @@ def _read_line(line: bytes, *, id: str, folder: Path, offset: int) -> RawRecord 
     given = record.get("id")
     if isinstance(given, str | int):
         id = f"{id} {given}"
-    text = record.get("caption", record.get("text"))
+    try:
+        return _read_record(record, id=id, folder=folder, offset=offset)
+    except _WrongForm as error:
+        detail = f"{error}; {_FORMS}"
+        return Reject(id=id, reason=Reason.bad_record, detail=detail, offset=offset)
+
+
+_FORMS = (
+    'a line is {"parts": [{"text": "..."}, {"image": "path"}, ...]}, '
+    '{"image": "path", "caption": "..."} or {"text": "..."}'
+)
+_PICTURE_KEYS = ("image", "img", "picture", "photo")
+
+
+class _WrongForm(Exception):
+    """What in a line is not of the known forms."""
+
+
+def _read_record(
+    record: dict[str, Any], *, id: str, folder: Path, offset: int
+) -> RawRecord | Reject:
+    """Raises: _WrongForm."""
+    _refuse_other_pictures(record, where="it")
     if "parts" in record:
+        beside = [key for key in ("image", "text", "caption") if key in record]
+        if beside:
+            raise _WrongForm(f"it has 'parts' and beside them {beside}")
         return _read_parts(record["parts"], id=id, folder=folder, offset=offset)
-    if isinstance(record.get("image"), str):
-        picture = folder / record["image"]
+    caption, text = record.get("caption"), record.get("text")
+    if "image" in record:
+        picture = _picture(record["image"], folder=folder, where="'image'")
         if not is_readable(picture):
             detail = str(record["image"])
             return Reject(id=id, reason=Reason.missing_file, detail=detail, offset=offset)
-        caption = text if isinstance(text, str) else None
-        return pair_record(id=id, caption=caption, picture=picture, offset=offset)
+        words = text if caption is None else caption
+        words = words if isinstance(words, str) else None
+        return pair_record(id=id, caption=words, picture=picture, offset=offset)
+    if isinstance(caption, str):
+        return pair_record(id=id, caption=caption, picture=None, offset=offset)
     if isinstance(text, str):
         return text_record(id=id, data=text, offset=offset)
-    detail = f"needs 'parts', 'text' or 'image'; has {sorted(record)}"
-    return Reject(id=id, reason=Reason.bad_record, detail=detail, offset=offset)
+    raise _WrongForm(f"it has {sorted(record)}")
 
 
 def _read_parts(value: Any, *, id: str, folder: Path, offset: int) -> RawRecord | Reject:
+    """Raises: _WrongForm."""
     if not isinstance(value, list):
-        detail = "'parts' is not a list"
-        return Reject(id=id, reason=Reason.bad_record, detail=detail, offset=offset)
+        raise _WrongForm("'parts' is not a list")
     parts: list[RawPart] = []
     for number, entry in enumerate(cast(list[Any], value)):
         part = cast(dict[str, Any], entry) if isinstance(entry, dict) else {}
-        if isinstance(part.get("text"), str):
-            parts.append(RawText(part["text"]))
-        elif isinstance(part.get("image"), str):
-            picture = folder / part["image"]
+        where = f"part {number}"
+        _refuse_other_pictures(part, where=where)
+        if ("text" in part) == ("image" in part):
+            found = "both" if "text" in part else "neither"
+            raise _WrongForm(f"{where} must have a text or an image, and has {found}")
+        if "image" in part:
+            picture = _picture(part["image"], folder=folder, where=f"{where}: 'image'")
             if not is_readable(picture):
-                detail = f"part {number}: {part['image']}"
+                detail = f"{where}: {part['image']}"
                 return Reject(id=id, reason=Reason.missing_file, detail=detail, offset=offset)
             parts.append(RawImage(picture))
+        elif isinstance(part["text"], str):
+            parts.append(RawText(part["text"]))
         else:
-            detail = f"part {number} is neither a text nor an image"
-            return Reject(id=id, reason=Reason.bad_record, detail=detail, offset=offset)
+            raise _WrongForm(f"{where}: 'text' is not a string")
     if not any(isinstance(part, RawImage) or part.text.strip() for part in parts):
         return Reject(id=id, reason=Reason.empty, offset=offset)
     return RawRecord(id=id, parts=parts, form=RecordForm.sequence, offset=offset)
+
+
+def _picture(value: Any, *, folder: Path, where: str) -> Path:
+    """The path of a picture. Raises: _WrongForm if ``value`` is none."""
+    if isinstance(value, str):
+        return folder / value
+    if isinstance(value, list):
+        raise _WrongForm(f"{where} is a list; several pictures need the form 'parts'")
+    raise _WrongForm(f"{where} is {'null' if value is None else 'no string'}, not a path")
+
+
+def _refuse_other_pictures(fields: dict[str, Any], *, where: str) -> None:
+    """Raises: _WrongForm for a key that seems to hold pictures and is not read."""
+    # Beside pictures that are read, image_url and the like say where they came from.
+    suspects = "images" if "image" in fields or "parts" in fields else _PICTURE_KEYS
+    for key, value in fields.items():
+        if key == "image" or not key.lower().startswith(suspects):
+            continue
+        # Numbers and empty values, such as image_count or an empty list, name no picture.
+        if value and isinstance(value, str | list | dict):
+            raise _WrongForm(f"{where} has pictures under {key!r}, which is not read")

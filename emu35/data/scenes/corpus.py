@@ -6,7 +6,6 @@ field is the exact description. Contents depend on the arguments alone, byte for
 
 import io
 import json
-import os
 import random
 import tarfile
 from collections.abc import Callable
@@ -16,11 +15,12 @@ from typing import Any, BinaryIO
 from emu35.data.scenes.captions import Detail, Language, caption
 from emu35.data.scenes.describe import Scene, Split, sample_scene
 from emu35.data.scenes.render import render
+from emu35.data.shards import atomic_file
 
-BRIEF_SHARE = 0.4
+BRIEF_SHARE = 0.5
 """Share of training captions that leave size and place open."""
 
-CHINESE_SHARE = 0.25
+CHINESE_SHARE = 0.2
 
 
 def write_scenes(
@@ -36,11 +36,13 @@ def write_scenes(
 
     Held-out captions are always full (see :mod:`emu35.data.scenes.captions`). ``progress`` is
     called with the number of pictures written so far.
+
+    Raises:
+        DataError: the disk is full.
     """
     rng = random.Random(f"{seed}-{split}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
+    with atomic_file(path) as stream:
         _fill_tar(
             stream,
             rng=rng,
@@ -49,9 +51,6 @@ def write_scenes(
             resolution=resolution,
             progress=progress or (lambda done: None),
         )
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
 
 
 def _fill_tar(

@@ -85,7 +85,7 @@ BACKGROUND_RGB: Mapping[Background, tuple[int, int, int]] = {
     Background.white: (255, 255, 255),
     Background.black: (0, 0, 0),
 }
-DIAMETERS: Mapping[Size, float] = {Size.small: 0.22, Size.medium: 0.31, Size.large: 0.42}
+DIAMETERS: Mapping[Size, float] = {Size.small: 0.27, Size.medium: 0.34, Size.large: 0.42}
 """Side of a square, diameter of a circle and so on, as a fraction of the picture's side."""
 
 GRID = (0.25, 0.5, 0.75)
@@ -173,7 +173,7 @@ def split_of(scene: Scene) -> Split:
 
 
 def sample_scene(
-    rng: random.Random, *, split: Split, count_weights: tuple[float, ...] = (0.7, 0.2, 0.1)
+    rng: random.Random, *, split: Split, count_weights: tuple[float, ...] = (0.6, 0.25, 0.15)
 ) -> Scene:
     """A random scene of ``split``; ``count_weights`` are the shares of 1, 2, 3 objects."""
     while True:

@@ -1,6 +1,8 @@
 """``emu35 convert export|import|verify``: between a run and the official release formats."""
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 from emu35.errors import ReleaseError
@@ -80,6 +82,9 @@ def _add_verify(actions: "Commands[argparse.ArgumentParser]") -> None:
         action="store_true",
         help="also compare with what the transformers library builds, if it is installed",
     )
+    command.add_argument(
+        "--json", action="store_true", help="one JSON object; the report goes to stderr"
+    )
     command.set_defaults(handler=_verify)
 
 
@@ -135,15 +140,29 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from emu35.stages.release import VerifyOptions, verify
-
-    verify(
-        VerifyOptions(
-            release=arguments.release,
-            against=arguments.against,
-            step=arguments.step,
-            probe_tokens=arguments.probe_tokens,
-            transformers=arguments.transformers,
-        )
+    from emu35.stages.release_verify import (
+        VerifyOptions,
+        require_passed,
+        run_checks,
+        verification_json,
+        verify,
     )
+
+    options = VerifyOptions(
+        release=arguments.release,
+        against=arguments.against,
+        step=arguments.step,
+        probe_tokens=arguments.probe_tokens,
+        transformers=arguments.transformers,
+    )
+    if not arguments.json:
+        verify(options)
+        return 0
+    checks = run_checks(options, message=_report)
+    print(json.dumps(verification_json(checks)), flush=True)
+    require_passed(checks, release=options.release)
     return 0
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

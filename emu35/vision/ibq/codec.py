@@ -16,10 +16,13 @@ class IBQCodec:
     """Encoding and decoding in fp32 without TF32, because lower precision flips codes.
 
     ``encode`` and ``decode`` accept tensors on any device and answer on the same one; the work is
-    done on ``device``.
+    done on ``device``. ``name`` is what messages call the tokenizer.
     """
 
-    def __init__(self, model: IBQ, *, device: torch.device) -> None:
+    def __init__(
+        self, model: IBQ, *, device: torch.device, name: str = "the image tokenizer"
+    ) -> None:
+        self._name = name
         self._model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
         self._device = device
 
@@ -35,7 +38,8 @@ class IBQCodec:
         """Codes ``[B, H / factor, W / factor]`` int64 of pixels in [-1, 1].
 
         Raises:
-            DataError: the pixels are not ``[B, 3, H, W]``, or a side is no multiple of ``factor``.
+            DataError: the pixels are not ``[B, 3, H, W]``, a side is no multiple of ``factor``, or
+                the tokenizer diverged, so that there is no nearest code.
         """
         shape, factor = tuple(pixels_B3HW.shape), self.factor
         if len(shape) != 4 or shape[1] != 3:
@@ -48,8 +52,19 @@ class IBQCodec:
             )
         parts = pixels_B3HW.split(max(1, BATCH_PIXELS // (height * width)))
         with _exact(self._device):
-            codes = [self._model.encode(part.to(self._device, torch.float32)) for part in parts]
+            codes = [self._codes(part.to(self._device, torch.float32)) for part in parts]
         return torch.cat(codes).to(pixels_B3HW.device)
+
+    def _codes(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        z_BDHW = self._model.latents(pixels_B3HW)
+        # No comparison with NaN holds, so the search would answer 0 everywhere, as if it were sure.
+        for what, values in (("latents", z_BDHW), ("codebook", self._model.quantize.codebook_KD)):
+            if not bool(values.isfinite().all()):
+                raise DataError(
+                    f"{self._name} diverged: its {what} must be finite numbers, but hold NaN or "
+                    "infinity; train it again with a lower optim.lr, or use another tokenizer"
+                )
+        return self._model.codes(z_BDHW)
 
     def decode(self, codes_BHW: torch.Tensor) -> torch.Tensor:
         """Pixels ``[B, 3, H * factor, W * factor]``, clamped to [-1, 1].

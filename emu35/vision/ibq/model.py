@@ -62,7 +62,11 @@ class IBQ(nn.Module):
     @torch.no_grad()
     def encode(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         """Codes ``[B, H / factor, W / factor]`` int64; H and W must be multiples of the factor."""
-        z_BDHW = self.latents(pixels_B3HW)
+        return self.codes(self.latents(pixels_B3HW))
+
+    @torch.no_grad()
+    def codes(self, z_BDHW: torch.Tensor) -> torch.Tensor:
+        """Codes ``[B, H / factor, W / factor]`` int64 of :meth:`latents`."""
         z_BHWD = z_BDHW.permute(0, 2, 3, 1)
         codes_N = nearest_codes(z_BHWD.flatten(0, 2), codebook_KD=self.quantize.codebook_KD)
         return codes_N.view(z_BHWD.shape[:3])

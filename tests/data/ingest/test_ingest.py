@@ -2,115 +2,30 @@
 
 import io
 import json
-import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as arrow
 import pytest
+from ingest_inputs import (
+    GreyLevels,
+    documents_of,
+    files_of,
+    options_of,
+    png,
+    rejects_of,
+    write_pairs,
+)
 from PIL import Image as Pictures
+from pyarrow import parquet
 
-from emu35.config.tokenizer import TokenizerConfig
 from emu35.data.ingest.ingest import ingest
-from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
-from emu35.data.ingest.pictures import UnusablePicture
+from emu35.data.ingest.options import Existing, PairOrder
 from emu35.data.ingest.progress import Progress
 from emu35.data.readers.discover import TextUnit
-from emu35.data.source import Source
 from emu35.errors import ConfigError, DataError
 from emu35.tokens.document import Image, Special, Text
-from emu35.tokens.serialize import deserialize
-from emu35.tokens.text import build_text_tokenizer
-from emu35.vision.resize import RejectedImage, open_image
-
-TOKENIZER = TokenizerConfig(codebook_size=64)
-FACTOR = 8
-
-
-class GreyLevels:
-    """One code for each 8x8 block: its mean grey, in 64 levels. Counts what it encodes."""
-
-    digest = "grey" * 16
-    factor = FACTOR
-
-    def __init__(self, *, stop_after: int | None = None) -> None:
-        self.calls: list[int] = []
-        self.stop_after = stop_after
-
-    def prepare(self, data: bytes | Path) -> Pictures.Image:
-        try:
-            picture = open_image(data)
-        except RejectedImage as error:
-            raise UnusablePicture(reason=error.reason.value, detail=error.detail) from error
-        sides = [max(1, side // FACTOR) * FACTOR for side in picture.size]
-        return picture.resize((sides[0], sides[1]))
-
-    def encode(self, pictures: Sequence[Pictures.Image]) -> list[npt.NDArray[np.integer[Any]]]:
-        if self.stop_after is not None and sum(self.calls) >= self.stop_after:
-            raise KeyboardInterrupt
-        self.calls.append(len(pictures))
-        assert len({picture.size for picture in pictures}) == 1
-        return [codes_of(picture) for picture in pictures]
-
-
-def codes_of(picture: Pictures.Image) -> npt.NDArray[np.integer[Any]]:
-    grey = np.asarray(picture.convert("L")).astype(int)
-    height, width = grey.shape
-    blocks = grey.reshape(height // FACTOR, FACTOR, width // FACTOR, FACTOR)
-    return blocks.mean(axis=(1, 3)).astype(int) // 4
-
-
-def png(*, width: int, height: int, grey: int) -> bytes:
-    buffer = io.BytesIO()
-    Pictures.new("RGB", (width, height), (grey, grey, grey)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_pairs(path: Path, *, count: int, first: int = 0, bad: int = 0) -> Path:
-    """A tar of captioned pictures of three sizes; the first ``bad`` hold no picture."""
-    with tarfile.open(path, "w") as tar:
-        for number in range(first, first + count):
-            size = [(32, 32), (48, 24), (24, 40)][number % 3]
-            picture = png(width=size[0], height=size[1], grey=number * 5 % 256)
-            if number - first < bad:
-                picture = b"<html>not found</html>"
-            caption = f"caption {number}".encode()
-            for kind, data in (("png", picture), ("txt", caption)):
-                info = tarfile.TarInfo(f"{number:05d}.{kind}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def options_of(inputs: list[Path], out: Path, **changes: Any) -> IngestOptions:
-    settings: dict[str, Any] = {"source": "demo", "tokenizer": TOKENIZER, **changes}
-    return IngestOptions(inputs=inputs, out=out, **settings)
-
-
-def documents_of(folder: Path) -> list[tuple[str, list[Any]]]:
-    tokenizer = build_text_tokenizer(TOKENIZER)
-    source = Source(name="demo", path=folder, vocabulary=tokenizer.vocabulary)
-    return [
-        (
-            json.loads(source.facts(number))["id"],
-            deserialize(source.words(number)[0].tolist(), tokenizer).parts,
-        )
-        for number in range(len(source))
-    ]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in (".tar", ".idx")
-    }
-
-
-def rejects_of(out: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
 
 
 def test_pairs_become_documents_in_their_order(tmp_path: Path) -> None:
@@ -221,18 +136,6 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, stop_aft
     assert again.calls == []
 
 
-def test_shards_moved_but_never_named_as_done_are_removed(tmp_path: Path) -> None:
-    inputs = [write_pairs(tmp_path / "a.tar", count=4), write_pairs(tmp_path / "b.tar", count=4)]
-    out = tmp_path / "out"
-    ingest(options_of(inputs[:1], out), encoder=GreyLevels())
-    for kind in ("tar", "idx"):  # what a kill between moving and naming leaves
-        (out / f"demo-000001.{kind}").write_bytes(b"from a killed run")
-    (out / ".ingest" / "rejects" / ".0123.jsonl.77.tmp").write_bytes(b"{")
-    ingest(options_of(inputs, out), encoder=GreyLevels())
-    assert len(documents_of(out)) == 8
-    assert list(out.rglob("*.tmp")) == []
-
-
 def test_an_input_with_too_many_rejects_is_left_out_and_retried(tmp_path: Path) -> None:
     good = write_pairs(tmp_path / "good.tar", count=6)
     bad = write_pairs(tmp_path / "bad.tar", count=6, first=6, bad=4)
@@ -315,3 +218,22 @@ def test_progress_in_a_log_is_plain_lines_with_rate_and_time_left(
     progress.close()
     line = stream.getvalue()
     assert line == "ingest x  50%  40 documents  2 documents/s  0:40 left\n"
+
+
+def test_a_damaged_parquet_file_does_not_stop_the_other_inputs(tmp_path: Path) -> None:
+    inputs = [tmp_path / f"{name}.parquet" for name in ("torn", "other", "good")]
+    texts = [np.random.default_rng(n).bytes(100).hex() for n in range(20)]
+    for path in inputs:
+        column = "words" if path.stem == "other" else "text"
+        parquet.write_table(arrow.table({column: texts}), path, use_dictionary=False)
+    data = bytearray(inputs[0].read_bytes())
+    data[4:40] = bytes(36)  # the header of the only page
+    inputs[0].write_bytes(data)
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"torn\.parquet had 1 of 1 .*other\.parquet had 1 of 1"):
+        ingest(options_of(inputs, out), encoder=None)
+    assert [parts for _, parts in documents_of(out)] == [[Text(text)] for text in texts]
+    assert [(row["id"], row["reason"]) for row in rejects_of(out)] == [
+        ("torn.parquet:1-20", "damaged input file"),
+        ("other.parquet", "not a record of a known form"),
+    ]

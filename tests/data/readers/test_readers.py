@@ -8,7 +8,10 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as arrow
 import pytest
+from pyarrow import parquet
 
 from emu35.data.readers.discover import TextUnit, find_inputs
 from emu35.data.readers.records import RawImage, RawRecord, RawText, RecordForm, Reject
@@ -189,6 +192,51 @@ def test_json_lines_give_documents_in_reading_order(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"image": ["p.png"], "text": "x"}, "'image' is a list"),
+        ({"images": ["p.png"], "text": "x"}, "pictures under 'images'"),
+        ({"image_url": "http://x/p.png", "text": "x"}, "pictures under 'image_url'"),
+        ({"image": None, "caption": "x"}, "'image' is null"),
+        ({"image": None, "text": "x"}, "'image' is null"),
+        ({"image": {"bytes": "AA=="}, "text": "x"}, "'image' is no string"),
+        ({"image": "p.png", "images": ["p.png"], "text": "x"}, "pictures under 'images'"),
+        ({"parts": [{"text": "x", "image": "p.png"}]}, "part 0 must have a text or an image"),
+        ({"parts": [{"text": "x"}, {"text": "y", "images": ["p.png"]}]}, "part 1 has pictures"),
+        ({"parts": [{"text": "x"}, {"image": None}]}, "part 1: 'image' is null"),
+        ({"parts": [{"text": "x"}], "image": "p.png"}, "'parts' and beside them ['image']"),
+    ],
+)
+def test_json_lines_never_lose_a_picture_in_silence(
+    tmp_path: Path, record: dict[str, object], problem: str
+) -> None:
+    (tmp_path / "p.png").write_bytes(b"x")
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(record))
+    (reject,) = read(path)
+    assert isinstance(reject, Reject)
+    assert str(reject.reason) == "not a record of a known form"
+    assert problem in reject.detail
+    assert '"parts": [{"text": "..."}, {"image": "path"}, ...]' in reject.detail
+
+
+def test_json_lines_leave_keys_unread_that_hold_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(b"x")
+    lines = [
+        {"text": "plain", "url": "http://x", "images": [], "image_count": 3, "video_id": "a"},
+        {"image": "p.png", "caption": "pair", "image_url": "http://x/p.png", "image_id": "7"},
+        {"image": "p.png", "caption": None, "text": "serves"},
+        {"parts": [{"type": "text", "text": "part"}], "image_urls": ["http://x/p.png"]},
+        {"caption": "of nothing"},
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    found = read(path)
+    assert list(captions(found).values()) == ["plain", "pair", "serves", "part"]
+    assert reasons(found) == {"x.jsonl:5": "caption without a picture"}
+
+
 def test_text_is_a_document_a_file_or_a_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\n")
     (tmp_path / "b.md").write_bytes(b"three")
@@ -217,23 +265,104 @@ def test_an_img2dataset_folder_stands_for_its_tars(tmp_path: Path) -> None:
     ]
 
 
-def test_parquet_without_pyarrow_names_the_remedy(
+def test_parquet_without_pyarrow_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="pip install pyarrow"):
-        read(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"needs pyarrow.*pip install 'emu35\[parquet\]'"):
+        find_inputs([tmp_path / "x.parquet"], text_unit=TextUnit.file)
 
 
 def test_parquet_text(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "x.parquet"
     parquet.write_table(arrow.table({"text": ["one", None, "two"], "n": [1, 2, 3]}), path)
     found = read(path)
     assert captions(found) == {"x.parquet:1": "one", "x.parquet:3": "two"}
     assert reasons(found) == {"x.parquet:2": "empty text"}
+
+
+@pytest.mark.parametrize(
+    "kind", ["large_string", "string_view", "binary", "large_binary", "dictionary"]
+)
+def test_parquet_text_may_be_stored_in_any_way(tmp_path: Path, kind: str) -> None:
+    column = arrow.array(["one", None, "zwei \u00e4"])
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    else:
+        column = column.cast(getattr(arrow, kind)())
+    path = tmp_path / "x.parquet"
+    parquet.write_table(arrow.table({"text": column}), path)
+    found = read(path)
+    assert captions(found) == {"x.parquet:1": "one", "x.parquet:3": "zwei \u00e4"}
+    assert list(reasons(found)) == ["x.parquet:2"]
+
+
+def test_a_parquet_text_that_is_not_utf8_is_one_reject(tmp_path: Path) -> None:
+    raw = arrow.array([b"one", b"caf\xe9", b"two"], arrow.binary())
+    # The type alone says that these are UTF-8; nothing looks at the bytes until they are decoded.
+    column = arrow.StringArray.from_buffers(len(raw), *raw.buffers()[1:])
+    path = tmp_path / "x.parquet"
+    parquet.write_table(arrow.table({"text": column}), path)
+    found = read(path)
+    assert captions(found) == {"x.parquet:1": "one", "x.parquet:3": "two"}
+    assert reasons(found) == {"x.parquet:2": "text is not UTF-8"}
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd"])
+@pytest.mark.parametrize("harm", ["header", "page"])
+def test_a_damaged_parquet_page_loses_its_rows_and_no_others(
+    tmp_path: Path, compression: str, harm: str
+) -> None:
+    path = tmp_path / "x.parquet"
+    rng = np.random.default_rng(0)
+    parquet.write_table(
+        arrow.table({"text": [rng.bytes(200).hex() for _ in range(30)]}),
+        path,
+        row_group_size=10,
+        compression=compression,
+        use_dictionary=False,
+        write_page_checksum=True,
+    )
+    with parquet.ParquetFile(path) as file:
+        chunk = file.metadata.row_group(1).column(0)
+        first = chunk.data_page_offset
+        place = first if harm == "header" else first + chunk.total_compressed_size // 2
+    data = bytearray(path.read_bytes())
+    data[place : place + 20] = bytes(byte ^ 0xFF for byte in data[place : place + 20])
+    path.write_bytes(data)
+    found = read(path)
+    rows = [*range(1, 11), *range(21, 31)]
+    assert list(captions(found)) == [f"x.parquet:{row}" for row in rows]
+    assert reasons(found) == {"x.parquet:11-20": "damaged input file"}
+    (reject,) = (entry for entry in found if isinstance(entry, Reject))
+    assert reject.detail.startswith("these 10 rows cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("columns", "detail"),
+    [
+        ({"content": ["words"]}, "needs one column 'text', has the columns ['content']"),
+        ({"text": [1, 2]}, "column 'text' holds int64, not text"),
+        ({"text": [["a", "b"]]}, "not text; write it as strings"),
+    ],
+)
+def test_parquet_without_a_column_of_text_is_a_named_reject(
+    tmp_path: Path, columns: dict[str, list[object]], detail: str
+) -> None:
+    path = tmp_path / "x.parquet"
+    parquet.write_table(arrow.table(columns), path)
+    (reject,) = read(path)
+    assert isinstance(reject, Reject)
+    assert (reject.id, str(reject.reason)) == ("x.parquet", "not a record of a known form")
+    assert detail in reject.detail
+
+
+def test_a_file_that_is_no_parquet_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"PAR1" + b"hello" * 100)
+    assert reasons(read(path)) == {"x.parquet": "damaged input file"}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The corpus on disk: img2dataset's layout, the same bytes every time, whole or absent."""
 
+import errno
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu35.data.scenes import corpus
 from emu35.data.scenes.corpus import sample_prompts, write_scenes
 from emu35.data.scenes.describe import Scene, Split, split_of
 from emu35.data.scenes.verify import read_scene, score
+from emu35.errors import DataError
 
 
 def write(path: Path, *, split: Split = Split.train, seed: int = 1) -> Path:
@@ -53,14 +55,16 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert write(tmp_path / "c.tar", seed=2).read_bytes() != first
 
 
-def test_a_failure_leaves_no_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> Image.Image:
-        raise OSError("no space left")
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(corpus, "render", fail)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"no space left to write .*a\.tar.*Free some space"):
         write(tmp_path / "a.tar")
-    assert not (tmp_path / "a.tar").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prompts_are_held_out_distinct_and_half_of_them_single() -> None:

@@ -1,0 +1,154 @@
+"""Whole runs of the language-model stages, from text on disk to checkpoints, in this process."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from emu35.config import (
+    CheckpointConfig,
+    LMConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+    SFTConfig,
+    TokenDataConfig,
+)
+from emu35.config.data import SourceConfig
+from emu35.config.io import write_config
+from emu35.data.ingest.options import IngestOptions
+from emu35.data.readers.discover import TextUnit
+from emu35.errors import CheckpointError, DataError
+from emu35.run.preflight import check_inputs
+from emu35.stages import pretrain, sft
+from emu35.stages.data import ingest
+
+STEPS, STOP = 6, 3
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    lines = (f"{i} apples and {i * i} pears are {i + i * i} pieces of fruit" for i in range(40))
+    (folder / "fruit.txt").write_text("\n".join(lines) + "\n")
+    ingest(
+        IngestOptions(
+            inputs=[folder / "fruit.txt"],
+            out=folder / "shards",
+            source="fruit",
+            text_unit=TextUnit.lines,
+        )
+    )
+    return folder / "shards"
+
+
+def config(run_dir: Path, *, shards: Path, stage: Any = None, **model: Any) -> RunConfig:
+    config = RunConfig(
+        run_dir=str(run_dir),
+        model=LMConfig(
+            num_layers=2,
+            hidden_size=32,
+            ffn_hidden_size=48,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            max_position_embeddings=128,
+            **model,
+        ),
+        data=TokenDataConfig(
+            sequence_length=128, sources={"fruit": SourceConfig(path=str(shards))}
+        ),
+        stage=stage or PretrainConfig(steps=STEPS, global_batch_size=4, validate_every=0),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        checkpoint=CheckpointConfig(every=STOP, keep_last=5),
+    )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_config(config, run_dir)
+    return config
+
+
+def train(run_dir: Path, **options: Any) -> None:
+    pretrain.run(config(run_dir, **options), run_dir=run_dir)
+
+
+def state(run_dir: Path, *, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights, fp32 copies, moments."""
+    reader = FileSystemReader(run_dir / "checkpoints" / f"step_{step:08d}" / "state")
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp_load(found, storage_reader=reader)
+    return found
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    kept = ("step", "loss", "loss_text", "grad_norm", "lr", "tokens")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{key: row[key] for key in kept if key in row} for row in map(json.loads, lines)]
+
+
+def test_resume_with_dropout_is_bitwise(tmp_path: Path, shards: Path) -> None:
+    options: dict[str, Any] = {"shards": shards, "hidden_dropout": 0.2, "attention_dropout": 0.1}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(whole, **options)
+    train(halves, **options)
+    for step in range(STOP + 1, STEPS + 1):
+        shutil.rmtree(halves / "checkpoints" / f"step_{step:08d}", ignore_errors=True)
+    train(halves, **options)
+
+    assert rows(halves) == rows(whole)
+    ours, theirs = state(halves, step=STEPS), state(whole, step=STEPS)
+    assert len(ours) > 20
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    cursors = [
+        (folder / "checkpoints" / f"step_{STEPS:08d}" / "loader.json").read_text()
+        for folder in (halves, whole)
+    ]
+    assert cursors[0] == cursors[1]
+
+    # And dropout does something: without it the same steps have other losses.
+    plain = tmp_path / "plain"
+    train(plain, shards=shards)
+    assert rows(plain)[0]["loss"] != rows(whole)[0]["loss"]
+
+
+def test_a_run_from_another_starts_with_its_weights_and_outlives_it(
+    tmp_path: Path, shards: Path
+) -> None:
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    train(parent, shards=shards)
+    stage = PretrainConfig(
+        steps=STEPS, global_batch_size=4, validate_every=0, init_from=str(parent)
+    )
+    child_config = config(child, shards=shards, stage=stage)
+    pretrain.run(child_config, run_dir=child)
+    assert rows(child)[0]["loss"] < rows(parent)[0]["loss"] - 0.5
+    before = rows(child)
+
+    shutil.rmtree(child / "checkpoints" / f"step_{STEPS:08d}")
+    parent.rename(tmp_path / "moved")
+    check_inputs(child_config)
+    pretrain.run(child_config, run_dir=child)
+    assert rows(child) == before
+
+    fresh = config(tmp_path / "fresh", shards=shards, stage=stage)
+    with pytest.raises(CheckpointError, match="parent"):
+        pretrain.run(fresh, run_dir=tmp_path / "fresh")
+
+
+def test_fine_tuning_on_documents_without_responses_is_refused(
+    tmp_path: Path, shards: Path
+) -> None:
+    stage = SFTConfig(steps=STEPS, global_batch_size=4, validate_every=0)
+    with pytest.raises(DataError, match=r"no token of step 1 has a loss weight.*response"):
+        sft.run(config(tmp_path, shards=shards, stage=stage), run_dir=tmp_path)
+    assert not (tmp_path / "checkpoints").exists()

@@ -1,0 +1,54 @@
+import torch
+
+from emu35.config import LossWeights
+from emu35.data.batch import Batch
+from emu35.tokens.serialize import Modality
+from emu35.tokens.vocabulary import Vocabulary
+from emu35.train.objective import response_weights, weights_by_modality
+
+VOCABULARY = Vocabulary(n_text=256, codebook_size=16)
+T, V, C = Modality.TEXT, Modality.VISUAL, Modality.CONTROL
+
+
+def packed(*documents: list[tuple[int, Modality]], columns: int) -> Batch:
+    """One row holding ``documents`` of (id, modality of the id), padded to ``columns``."""
+    pad = VOCABULARY.pad
+    tokens = torch.full((1, columns), pad)
+    labels, modality = tokens.clone(), torch.zeros(1, columns, dtype=torch.uint8)
+    valid, start = torch.zeros(1, columns, dtype=torch.bool), torch.full((1, columns), columns)
+    first = 0
+    for document in documents:
+        for offset, (id, _) in enumerate(document):
+            column = first + offset
+            tokens[0, column], start[0, column] = id, first
+            if offset + 1 < len(document):
+                labels[0, column], modality[0, column] = document[offset + 1]
+                valid[0, column] = True
+        first += len(document)
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        label_modality=modality,
+        label_valid=valid,
+        positions=torch.zeros_like(tokens),
+        document_start=start,
+        sample_ids=[0],
+    )
+
+
+def test_only_what_follows_bss_in_the_same_document_is_learned() -> None:
+    bss, ess, eos = VOCABULARY.bss, VOCABULARY.ess, VOCABULARY.eos
+    code = VOCABULARY.visual(3)
+    asked = [(VOCABULARY.bos, C), (70, T), (71, T), (bss, C), (72, T), (code, V), (ess, C)]
+    plain = [(VOCABULARY.bos, C), (80, T), (81, T), (eos, C)]
+    batch = packed(asked, plain, [(bss, C), (90, T)], columns=15)
+    weights = LossWeights(text=1.0, visual=0.5, layout=0.25, control=0.125)
+
+    response = response_weights(weights, vocabulary=VOCABULARY)(batch)[0].tolist()
+
+    # A column holds the weight of the token after it: nothing up to and with BSS itself.
+    assert response[:7] == [0, 0, 0, 1.0, 0.5, 0.125, 0]
+    assert response[7:11] == [0, 0, 0, 0], "a document without a response teaches nothing"
+    assert response[11:] == [1.0, 0, 0, 0], "a response that opens its document, then padding"
+    everything = weights_by_modality(weights)(batch)[0].tolist()
+    assert everything[:7] == [1.0, 1.0, 0.125, 1.0, 0.5, 0.125, 0]
