@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "parallel.pp",
     "parallel.vpp",
     "parallel.cp",
+    "parallel.cp_comm_type",
     "model.attention_backend",
     "data.prefetch_steps",
     "stage.micro_batch_size",

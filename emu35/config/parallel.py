@@ -2,20 +2,31 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 
 from emu35.config.check import at_least
+
+
+class CPCommType(StrEnum):
+    """How context-parallel ranks exchange, in megatron-core's words: all keys and values to all
+    ranks, or rows of all heads against all rows of some heads (DeepSpeed-Ulysses)."""
+
+    all_gather = "all_gather"
+    a2a = "a2a"
 
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """Tensor (``tp``, with sequence parallelism ``sp``), pipeline (``pp``, ``vpp`` virtual stages
-    a rank), context (``cp``) and ZeRO-1 data parallelism. dp = world size / (tp * pp * cp)."""
+    a rank), context (``cp``, exchanging by ``cp_comm_type``) and ZeRO-1 data parallelism.
+    dp = world size / (tp * pp * cp)."""
 
     tp: int = 1
     sp: bool = False
     pp: int = 1
     vpp: int = 1
     cp: int = 1
+    cp_comm_type: CPCommType = CPCommType.all_gather
     zero1: bool = False
 
     @property

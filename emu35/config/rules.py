@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from emu35.config.check import divisors
 from emu35.config.data import ImageDataConfig, TokenDataConfig
 from emu35.config.model import IBQConfig, LMConfig
+from emu35.config.parallel import CPCommType, ParallelConfig
 from emu35.config.root import RunConfig
 from emu35.config.stage import IBQStageConfig, LMStageConfig
 from emu35.errors import ConfigError
@@ -95,6 +96,7 @@ def _layout(config: RunConfig) -> Iterator[str]:
         if size > 0 and size % parallel.tp:
             usable = ", ".join(map(str, divisors(model.num_kv_heads)))
             yield f"tp={parallel.tp} does not divide {name}={size}; use tp in {{{usable}}}"
+    yield from _exchanged_heads(parallel, model=model)
     stages = parallel.pp * parallel.vpp
     if model.num_layers > 0 and model.num_layers % stages:
         usable = ", ".join(map(str, divisors(model.num_layers)))
@@ -111,6 +113,18 @@ def _layout(config: RunConfig) -> Iterator[str]:
                 f"data.sequence_length={length} is not a multiple of {cut}, "
                 f"which cp={parallel.cp} and sp={parallel.sp} (tp={parallel.tp}) need"
             )
+
+
+def _exchanged_heads(parallel: ParallelConfig, *, model: LMConfig) -> Iterator[str]:
+    if parallel.cp == 1 or parallel.cp_comm_type is not CPCommType.a2a:
+        return
+    heads, groups = model.num_attention_heads // parallel.tp, model.num_kv_heads // parallel.tp
+    if heads % parallel.cp or (groups and groups % parallel.cp and parallel.cp % groups):
+        yield (
+            f"parallel.cp_comm_type=a2a deals the {heads} query and {groups} key-value heads of a "
+            f"tensor-parallel rank out to cp={parallel.cp} ranks, which does not come out even; "
+            "use another cp, or cp_comm_type=all_gather"
+        )
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

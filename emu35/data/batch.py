@@ -38,6 +38,15 @@ class Batch:
     document_start: torch.Tensor
     sample_ids: list[int]
 
+    def take(self, columns_S: torch.Tensor) -> "Batch":
+        """The same rows with some of their columns; ``document_start`` keeps its numbers."""
+        chosen = {
+            field.name: getattr(self, field.name).index_select(1, columns_S)
+            for field in fields(self)
+            if field.name != "sample_ids"
+        }
+        return Batch(**chosen, sample_ids=self.sample_ids)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on ``device``."""
         moved = {

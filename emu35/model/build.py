@@ -3,7 +3,6 @@
 import torch
 
 from emu35.config import LMConfig, ParallelConfig, Precision
-from emu35.errors import ConfigError
 from emu35.model.spec import layer_specs, mark_partitions, transformer_config
 from emu35.model.transformer import Emu35Model, padded_vocabulary
 from emu35.parallel import cpu
@@ -26,17 +25,8 @@ def build_model(
     vp_stage: int | None = None,
 ) -> Emu35Model:
     """One model chunk of this rank, uninitialised (see ``emu35.model.init``). The mesh must be
-    laid out first.
-
-    Raises:
-        ConfigError: if the layout is one that the core attention cannot run.
-    """
+    laid out first."""
     parallel = parallel or ParallelConfig()
-    if parallel.cp > 1:
-        raise ConfigError(
-            f"parallel.cp={parallel.cp}: the attention backend {config.attention_backend.value!r} "
-            "does not split sequences over ranks; set parallel.cp=1"
-        )
     mcore_config = transformer_config(config, parallel=parallel, precision=precision)
     offset = get_transformer_layer_offset(mcore_config, vp_stage=vp_stage)
     specs = layer_specs(

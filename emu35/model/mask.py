@@ -34,6 +34,20 @@ class AttentionMask:
             end2_BS=empty_BS,
         )
 
+    def take(self, rows_S: torch.Tensor) -> "AttentionMask":
+        """The same mask for some of the rows; keys keep their numbers."""
+        return AttentionMask(
+            start1_BS=self.start1_BS.index_select(1, rows_S),
+            end1_BS=self.end1_BS.index_select(1, rows_S),
+            start2_BS=self.start2_BS.index_select(1, rows_S),
+            end2_BS=self.end2_BS.index_select(1, rows_S),
+        )
+
+    def visible_keys(self) -> torch.Tensor:
+        """How many keys each row sees, int64 [B, S]."""
+        first_BS = (self.end1_BS - self.start1_BS).clamp(min=0)
+        return first_BS + (self.end2_BS - self.start2_BS).clamp(min=0)
+
     def dense(self, num_keys: int) -> torch.Tensor:
         """The boolean matrix, shape [B, S, num_keys]; True where the query sees the key."""
         keys_K = torch.arange(num_keys, device=self.start1_BS.device)

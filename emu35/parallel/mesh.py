@@ -19,7 +19,8 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Mesh:
-    """Where this rank stands. Ranks of one data-parallel index read the same samples."""
+    """Where this rank stands. Ranks of one data-parallel index read the same samples, of which each
+    context-parallel rank works on some of the tokens."""
 
     tp_rank: int
     tp_size: int
@@ -32,7 +33,9 @@ class Mesh:
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
 
 
 def init_mesh(parallel: ParallelConfig, *, seed: int, timeout: int = 600) -> Mesh:
@@ -62,10 +65,12 @@ def init_mesh(parallel: ParallelConfig, *, seed: int, timeout: int = 600) -> Mes
         distributed_timeout_minutes=max(1, timeout // 60),
     )
     mesh = current_mesh()
-    # Weights do not depend on this seed (see emu35.model.init), only dropout does: replicas must
-    # differ, tensor-parallel ranks must agree outside mcore's tracker and differ inside it.
+    # Weights do not depend on this seed (see emu35.model.init), only dropout does: replicas and
+    # parts of a sequence must differ, tensor-parallel ranks must agree outside mcore's tracker and
+    # differ inside it.
+    replica = mesh.dp_rank * mesh.cp_size + mesh.cp_rank
     tensor_parallel.model_parallel_cuda_manual_seed(
-        seed + 100 * mesh.pp_rank + 1_000_003 * mesh.dp_rank, force_reset_rng=True
+        seed + 100 * mesh.pp_rank + 1_000_003 * replica, force_reset_rng=True
     )
     return mesh
 
@@ -96,7 +101,9 @@ def current_mesh() -> Mesh:
         device=local_device(),
         tp_group=_one(parallel_state.get_tensor_model_parallel_group()),
         pp_group=_one(parallel_state.get_pipeline_model_parallel_group()),
+        cp_group=_one(parallel_state.get_context_parallel_group()),
         dp_group=_one(parallel_state.get_data_parallel_group()),
+        dp_cp_group=_one(parallel_state.get_data_parallel_group(with_context_parallel=True)),
     )
 
 

@@ -71,6 +71,14 @@ class MicroBatch:
     weights_BS: torch.Tensor
     normalised_BS: torch.Tensor
 
+    def take(self, columns_S: torch.Tensor) -> "MicroBatch":
+        """Some of its columns."""
+        return MicroBatch(
+            batch=self.batch.take(columns_S),
+            weights_BS=self.weights_BS.index_select(1, columns_S),
+            normalised_BS=self.normalised_BS.index_select(1, columns_S),
+        )
+
 
 @dataclass(kw_only=True, slots=True)
 class LossReport:

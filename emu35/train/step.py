@@ -21,6 +21,7 @@ from emu35.data.batch import Batch
 from emu35.data.loader import TokenLoader, ValidationSet
 from emu35.errors import DataError
 from emu35.model.context import AttentionContext
+from emu35.model.context_parallel import split_sequence
 from emu35.model.logits import weighted_cross_entropy
 from emu35.model.mask import AttentionMask
 from emu35.model.transformer import Emu35Model
@@ -195,16 +196,19 @@ class LMTask:
         zero = torch.zeros(5, dtype=torch.float64, device=self.mesh.device)
         vector = torch.stack([item["sums"] for item in reports]).sum(0) if reports else zero
         # Only the last pipeline stage has a loss; the sum over stages hands it to the others.
-        sum_over(vector, self.mesh.dp_group)
+        sum_over(vector, self.mesh.dp_cp_group)
         sum_over(vector, self.mesh.pp_group)
         return LossReport.from_vector(vector)
 
     def _forward(self, iterator: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
         micro_batch = next(iterator)
+        mask, split = AttentionMask.causal(micro_batch.batch.document_start), None
+        if self.mesh.cp_size > 1:
+            kind = self.config.parallel.cp_comm_type
+            split = split_sequence(mask, kind=kind, group=self.mesh.cp_group)
+            micro_batch, mask = micro_batch.take(split.rows_S), split.local_mask(mask)
         batch = micro_batch.batch
-        context = AttentionContext(
-            positions_BS=batch.positions, mask=AttentionMask.causal(batch.document_start)
-        )
+        context = AttentionContext(positions_BS=batch.positions, mask=mask, split=split)
         with cpu.without_shim():
             hidden_SBH = chunk(batch.tokens, context=context)
         return hidden_SBH, partial(self._loss, micro_batch=micro_batch)

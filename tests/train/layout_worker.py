@@ -19,6 +19,7 @@ from emu35.config import (
     RunConfig,
     TokenDataConfig,
 )
+from emu35.config.parallel import CPCommType
 from emu35.data.batch import Batch
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
@@ -105,8 +106,10 @@ def lay_out(rows: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> Batch:
 
 def main(result: Path, spec: dict) -> None:
     torch.set_num_threads(1)
+    layout = ("tp", "sp", "pp", "vpp", "cp", "zero1")
     parallel = ParallelConfig(
-        **{name: spec[name] for name in ("tp", "sp", "pp", "vpp", "zero1") if name in spec}
+        **{name: spec[name] for name in layout if name in spec},
+        cp_comm_type=CPCommType(spec.get("cp_comm_type", "all_gather")),
     )
     model = LMConfig(
         num_layers=4,

@@ -1,4 +1,4 @@
-"""The core attention module of every transformer layer: rotary, cache, backend."""
+"""The core attention module of every transformer layer: rotary, exchange or cache, backend."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from emu35.config import AttentionBackend
+from emu35.config.parallel import CPCommType
 from emu35.model.attention import dense, segment
 from emu35.model.context import AttentionContext
 from emu35.model.rotary import rotary_tables, rotate
@@ -41,8 +42,9 @@ BACKENDS: Mapping[AttentionBackend, Attend] = {
 
 
 class CoreAttention(MegatronModule):
-    """Takes queries and keys after QK-norm, rotates them by the context's positions, appends them
-    to the cache if there is one, and attends. Instantiated by mcore's SelfAttention."""
+    """Takes queries and keys after QK-norm, rotates them by the context's positions, fetches what
+    other context-parallel ranks or the cache hold, and attends. Instantiated by mcore's
+    SelfAttention."""
 
     def __init__(
         self,
@@ -86,6 +88,11 @@ class CoreAttention(MegatronModule):
         query_SBHD = rotate(query, cos_SB1D=cos_SB1D, sin_SB1D=sin_SB1D)
         key_SBGD = rotate(key, cos_SB1D=cos_SB1D, sin_SB1D=sin_SB1D)
         attend: Callable[..., torch.Tensor] = self.attend
+        split = context.split
+        if split is not None and split.kind is CPCommType.a2a:
+            query_SBHD, key_SBGD, value = map(split.scatter_heads, (query_SBHD, key_SBGD, value))
+        elif split is not None:
+            key_SBGD, value = split.gather_keys(key_SBGD, value)
         if context.cache is None:
             key_BGKD, value_BGKD = key_SBGD.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         else:
@@ -102,8 +109,11 @@ class CoreAttention(MegatronModule):
                 context=context,
                 dropout=dropout,
             )
+        output_SBHD = output_BHSD.permute(2, 0, 1, 3)
+        if split is not None and split.kind is CPCommType.a2a:
+            output_SBHD = split.gather_heads(output_SBHD)
         steps, batch = query.shape[:2]
-        return output_BHSD.permute(2, 0, 1, 3).reshape(steps, batch, -1)
+        return output_SBHD.reshape(steps, batch, -1)
 
     def _dropout_rng(self, dropout: float) -> Any:
         """Heads are split over tensor-parallel ranks, so each rank draws its own dropout."""
