@@ -1,6 +1,6 @@
 """The language model on megatron-core, and everything between token ids and a loss.
 
-Read in this order: ``mask`` (what a token may see, as data), ``context_parallel`` (one sequence over
+Read in this order: ``mask`` (what a token may see, as data), ``context_parallel`` (one sequence on
 several ranks), ``context`` (what travels through the layers), ``attention`` (the backends),
 ``norm``, ``rotary`` and ``swiglu`` (with gradients written out), ``spec`` and ``transformer``
 (mcore's GPTModel, ours where mcore is wrong for packed multimodal streams), ``logits`` (the chunked

@@ -19,8 +19,8 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Mesh:
-    """Where this rank stands. Ranks of one data-parallel index read the same samples, of which each
-    context-parallel rank works on some of the tokens."""
+    """Where this rank stands. Ranks of one data-parallel index read the same samples; each
+    context-parallel rank works on some of their tokens."""
 
     tp_rank: int
     tp_size: int
