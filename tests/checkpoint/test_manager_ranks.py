@@ -1,5 +1,6 @@
 """Several real ranks: a save succeeds everywhere or fails everywhere."""
 
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def saves_and_fails(rank: int, folder: str) -> None:
     # The rank with the bug keeps its traceback, the other is told where to look.
     with pytest.raises(KeyError if rank == 1 else CheckpointError, match="a bug"):
         manager.save(20, write=bug_on_rank_1, extra={})
+
+    def write_together(place: Path) -> None:
+        dist.barrier()
+        write(place)
+
+    # A rank that fails in its own part does not leave the other in the collective that follows.
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"rank 1: .*No space left"):
+        manager.save(20, write=write_together, write_alone=fail_on_rank_1, extra={})
+    assert time.monotonic() - began < 30
     manager.save(30, write=write, extra={"cursor": 6})
     if rank == 0:
         (root / "step_00000030" / "rank1_2.bin").write_bytes(b"")
