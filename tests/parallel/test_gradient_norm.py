@@ -38,7 +38,9 @@ def test_norm_and_scaling_are_those_of_megatron_core() -> None:
 
 def test_clipping_brings_the_norm_to_the_limit() -> None:
     single_process_mesh()
-    parameters = [torch.nn.Parameter(torch.zeros_like(tensor)) for tensor in gradients()]
+    parameters: list[torch.Tensor] = [
+        torch.nn.Parameter(torch.zeros_like(tensor)) for tensor in gradients()
+    ]
     for parameter, gradient in zip(parameters, gradients(), strict=True):
         parameter.grad = gradient
     norm = float(clip_grads.get_grad_norm_fp32(gradients()))
