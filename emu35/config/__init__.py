@@ -19,6 +19,14 @@ from emu35.config.data import (
     TokenDataConfig,
     ValidationConfig,
 )
+from emu35.config.engine import (
+    FP8,
+    EngineConfig,
+    FP8Recipe,
+    LayerSpec,
+    Recompute,
+    RecomputeModule,
+)
 from emu35.config.launch import LaunchConfig, LaunchKind
 from emu35.config.log import LogConfig, WandbMode
 from emu35.config.model import AttentionBackend, IBQConfig, LMConfig, ModelConfig
@@ -37,10 +45,13 @@ from emu35.config.stage import (
 from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
 
 __all__ = [
+    "FP8",
     "KINDS",
     "AttentionBackend",
     "CheckpointConfig",
     "DataConfig",
+    "EngineConfig",
+    "FP8Recipe",
     "IBQConfig",
     "IBQStageConfig",
     "ImageDataConfig",
@@ -48,6 +59,7 @@ __all__ = [
     "LMStageConfig",
     "LaunchConfig",
     "LaunchKind",
+    "LayerSpec",
     "LogConfig",
     "LossWeights",
     "ModelConfig",
@@ -55,6 +67,8 @@ __all__ = [
     "ParallelConfig",
     "Precision",
     "PretrainConfig",
+    "Recompute",
+    "RecomputeModule",
     "RunConfig",
     "SFTConfig",
     "Schedule",

@@ -23,12 +23,17 @@ from emu35.errors import DataError
 from emu35.model.context import AttentionContext
 from emu35.model.context_parallel import split_sequence
 from emu35.model.logits import weighted_cross_entropy
-from emu35.model.mask import AttentionMask
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
 from emu35.parallel.collectives import barrier, is_main, sum_over
 from emu35.parallel.mesh import Mesh
-from emu35.train.objective import LossReport, MicroBatch, TokenWeights
+from emu35.train.objective import (
+    BatchMask,
+    LossReport,
+    MicroBatch,
+    TokenWeights,
+    causal_mask,
+)
 from emu35.train.optim import learning_rate, set_learning_rate, wrap_and_optimize
 
 cpu.install()
@@ -49,6 +54,7 @@ class LMTask:
         loader: the training data, already sliced to this data-parallel rank.
         validation: name -> (documents, weights of their labels).
         token_weights: weights of the training labels.
+        batch_mask: which keys the rows of a batch see.
         start_weights: puts other weights than the initial ones into ``chunks``; called when the
             run begins, not when it resumes.
     """
@@ -62,14 +68,19 @@ class LMTask:
         loader: TokenLoader,
         validation: dict[str, tuple[ValidationSet, TokenWeights]],
         token_weights: TokenWeights,
+        batch_mask: BatchMask = causal_mask,
         start_weights: Callable[[list[Emu35Model]], None] | None = None,
     ) -> None:
         assert isinstance(config.stage, LMStageConfig)
         self.config, self.stage, self.mesh = config, config.stage, mesh
         self.loader, self.validation, self.token_weights = loader, validation, token_weights
-        self.chunks, self.start_weights = chunks, start_weights
+        self.chunks, self.start_weights, self.batch_mask = chunks, start_weights, batch_mask
         self.wrapped, self.optimizer = wrap_and_optimize(
-            chunks, optim=config.optim, parallel=config.parallel, precision=config.stage.precision
+            chunks,
+            optim=config.optim,
+            parallel=config.parallel,
+            engine=config.engine,
+            precision=config.stage.precision,
         )
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = _finalize_gradients
@@ -89,9 +100,8 @@ class LMTask:
         Raises:
             DataError: no token of the global batch has a weight.
         """
-        micro_batches, weight = self._normalise(
-            self.loader.next_step(), token_weights=self.token_weights
-        )
+        batches = self.loader.next_step()
+        micro_batches, weight = self._normalise(batches, token_weights=self.token_weights)
         if weight == 0.0:
             raise DataError(_explain_no_weight(step, stage=self.stage))
         for chunk in self.wrapped:
@@ -102,9 +112,9 @@ class LMTask:
         set_learning_rate(self.optimizer, rate)
         outcome: Any = self.optimizer.step()  # (success, gradient norm, zeros); mcore omits types
         grad_norm = outcome[1]
-        starts = [item.batch.document_start for item in micro_batches]
+        starts = [batch.document_start for batch in batches]
         tokens = torch.stack([(start_BS < start_BS.shape[1]).sum() for start_BS in starts]).sum()
-        sum_over(tokens, self.mesh.dp_group)
+        tokens = sum_over(tokens.to(self.mesh.device), self.mesh.dp_group)
         return {
             **report.metrics(),
             "lr": rate,
@@ -117,6 +127,7 @@ class LMTask:
         """Mean cross-entropy (nats a token) of every validation set over its own modality."""
         metrics: dict[str, float] = {}
         for chunk in self.wrapped:
+            chunk.gather_parameters()
             chunk.eval()
         for name, (documents, token_weights) in self.validation.items():
             total, total_weight = 0.0, 0.0
@@ -132,6 +143,8 @@ class LMTask:
 
     def save(self, folder: Path) -> None:
         """Model, optimizer and data position, on every rank."""
+        for chunk in self.wrapped:
+            chunk.gather_parameters()
         sharded.save(folder, chunks=self.chunks, optimizer=self.optimizer)
         if is_main():
             state = self.loader.state_dict()
@@ -152,16 +165,25 @@ class LMTask:
         total = torch.stack([weights_BS.double().sum() for _, weights_BS in pairs]).sum()
         weight = sum_over(total.to(self.mesh.device), self.mesh.dp_group).item()
         scale = 1.0 / max(weight, 1e-30)
-        device = self.mesh.device
-        micro_batches = [
-            MicroBatch(
-                batch=batch.to(device),
-                weights_BS=weights_BS.to(device),
-                normalised_BS=(weights_BS * scale).to(device),
-            )
-            for batch, weights_BS in pairs
-        ]
-        return micro_batches, weight
+        return [self._own_share(batch, weights, scale=scale) for batch, weights in pairs], weight
+
+    def _own_share(self, batch: Batch, weights_BS: torch.Tensor, *, scale: float) -> MicroBatch:
+        """The columns of ``batch`` that this rank works on. Dealt out here, once a micro-batch,
+        and not in the forward that every virtual pipeline stage calls."""
+        mask, split = self.batch_mask(batch), None
+        if self.mesh.cp_size > 1:
+            kind = self.config.parallel.cp_comm_type
+            group, device = self.mesh.cp_group, self.mesh.device
+            split = split_sequence(mask, kind=kind, group=group, device=device)
+            batch, mask = batch.take(split.rows_S), split.local_mask(mask)
+            weights_BS = weights_BS.index_select(1, split.rows_S)
+        return MicroBatch(
+            batch=batch,
+            weights_BS=weights_BS,
+            normalised_BS=weights_BS * scale,
+            mask=mask,
+            split=split,
+        ).on(self.mesh.device)
 
     def _groups(self, documents: ValidationSet) -> Iterator[list[Batch]]:
         """Batches as the schedule takes them: one by one, or in groups of the pipeline's stages
@@ -180,7 +202,8 @@ class LMTask:
 
     def _run(self, micro_batches: list[MicroBatch], *, forward_only: bool) -> LossReport:
         """All micro-batches through mcore's schedule; the report is summed over the world."""
-        sequence_length = micro_batches[0].batch.tokens.shape[1]
+        first = micro_batches[0]
+        sequence_length = first.batch.tokens.shape[1] * self.mesh.cp_size
         iterators: list[Iterator[MicroBatch]] = [iter(micro_batches) for _ in self.wrapped]
         interleaved = len(self.wrapped) > 1
         model: Any = self.wrapped if interleaved else self.wrapped[0]
@@ -190,7 +213,7 @@ class LMTask:
             model=model,
             num_microbatches=len(micro_batches),
             seq_length=sequence_length,
-            micro_batch_size=micro_batches[0].batch.tokens.shape[0],
+            micro_batch_size=first.batch.tokens.shape[0],
             forward_only=forward_only,
         )
         zero = torch.zeros(5, dtype=torch.float64, device=self.mesh.device)
@@ -202,15 +225,13 @@ class LMTask:
 
     def _forward(self, iterator: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
         micro_batch = next(iterator)
-        mask, split = AttentionMask.causal(micro_batch.batch.document_start), None
-        if self.mesh.cp_size > 1:
-            kind = self.config.parallel.cp_comm_type
-            split = split_sequence(mask, kind=kind, group=self.mesh.cp_group)
-            micro_batch, mask = micro_batch.take(split.rows_S), split.local_mask(mask)
-        batch = micro_batch.batch
-        context = AttentionContext(positions_BS=batch.positions, mask=mask, split=split)
+        batch, split = micro_batch.batch, micro_batch.split
+        context = AttentionContext(positions_BS=batch.positions, mask=micro_batch.mask, split=split)
         with cpu.without_shim():
             hidden_SBH = chunk(batch.tokens, context=context)
+        if chunk.module.post_process:
+            # The loss multiplies by it without going through its module.
+            chunk.wait_for(chunk.module.output_layer.weight)
         return hidden_SBH, partial(self._loss, micro_batch=micro_batch)
 
     def _loss(
