@@ -6,17 +6,23 @@ or, as a rank of a pool that trains one layout after the other: layout_worker.py
 a specification a line; rank 0 answers with a line each.
 """
 
+import ctypes
 import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from emu35.config import (
+    FP8,
     EngineConfig,
+    FP8Recipe,
+    LayerSpec,
     LMConfig,
     OptimConfig,
     ParallelConfig,
@@ -39,6 +45,7 @@ from emu35.train.objective import causal_mask, weights_by_modality
 from emu35.train.step import LMTask
 
 LENGTH, ROWS, VOCABULARY = 48, 8, 301
+PR_SET_PDEATHSIG = 1
 
 
 Document = tuple[torch.Tensor, torch.Tensor]
@@ -175,14 +182,16 @@ def configure(spec: dict) -> RunConfig:
     )
 
 
-def engine(**options: object) -> EngineConfig:
-    if "recompute" in options:
-        options["recompute"] = Recompute(options["recompute"])
+ENUMS = {"recompute": Recompute, "layers": LayerSpec, "fp8": FP8, "fp8_recipe": FP8Recipe}
+
+
+def engine(**options: Any) -> EngineConfig:
+    options |= {name: kind(options[name]) for name, kind in ENUMS.items() if name in options}
     if "recompute_modules" in options:
-        modules = options["recompute_modules"]
-        assert isinstance(modules, list)
-        options["recompute_modules"] = [RecomputeModule(name) for name in modules]
-    return EngineConfig(**options)  # type: ignore[arg-type]
+        options["recompute_modules"] = [
+            RecomputeModule(name) for name in options["recompute_modules"]
+        ]
+    return EngineConfig(**options)
 
 
 def train(spec: dict) -> dict:
@@ -240,7 +249,10 @@ def train(spec: dict) -> dict:
 
 
 def serve() -> None:
-    """One rank of a pool: train what each line of standard input says."""
+    """One rank of a pool: train what each line of standard input says. It ends with the test run,
+    however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for line in sys.stdin:
         outcome = train(json.loads(line))
         gc.collect()

@@ -65,16 +65,17 @@ def block_mask(mask: AttentionMask, *, num_keys: int, device: torch.device) -> B
     fields = (mask.start1_BS, mask.end1_BS, mask.start2_BS, mask.end2_BS)
     intervals_4BS = torch.stack([F.pad(field, (0, extra)) for field in fields])
     partial, full = count_blocks(intervals_4BS.cpu().numpy(), num_blocks=bucket(num_keys) // BLOCK)
-    partial_count, partial_index = _ordered(partial, device=device)
-    full_count, full_index = _ordered(full, device=device)
-    return BlockMask.from_kv_blocks(
-        partial_count,
-        partial_index,
-        full_count,
-        full_index,
-        BLOCK_SIZE=BLOCK,
+    # The transposed lists, which backward walks, are ordered here as well: torch would first turn
+    # the lists into matrices again.
+    partial_rows, full_rows = partial.transpose(0, 2, 1), full.transpose(0, 2, 1)
+    return BlockMask(
+        (rows, bucket(num_keys)),
+        *_ordered(partial, device=device),
+        *_ordered(full, device=device),
+        *_ordered(partial_rows, device=device),
+        *_ordered(full_rows, device=device),
+        BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=_inside(intervals_4BS.to(device, dtype=torch.int32)),
-        seq_lengths=(rows, bucket(num_keys)),
     )
 
 
