@@ -19,6 +19,7 @@ from emu35.config.data import (
     TokenDataConfig,
     ValidationConfig,
 )
+from emu35.config.guard import GuardConfig
 from emu35.config.launch import LaunchConfig, LaunchKind
 from emu35.config.log import LogConfig, WandbMode
 from emu35.config.model import AttentionBackend, IBQConfig, LMConfig, ModelConfig
@@ -41,6 +42,7 @@ __all__ = [
     "AttentionBackend",
     "CheckpointConfig",
     "DataConfig",
+    "GuardConfig",
     "IBQConfig",
     "IBQStageConfig",
     "ImageDataConfig",

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from emu35.config.checkpoint import CheckpointConfig
 from emu35.config.data import DataConfig, ImageDataConfig, TokenDataConfig
+from emu35.config.guard import GuardConfig
 from emu35.config.launch import LaunchConfig
 from emu35.config.log import LogConfig
 from emu35.config.model import IBQConfig, LMConfig, ModelConfig
@@ -29,17 +30,20 @@ KINDS: Mapping[str, Mapping[str, type]] = MappingProxyType(
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """Everything that decides a run. ``run_dir`` is where it happens and is not part of the
-    identity that a resumed run is compared with."""
+    identity that a resumed run is compared with. ``deterministic`` makes two runs in one layout
+    equal bit by bit on GPUs too, at some cost in speed; on a CPU they are anyway."""
 
     name: str = "run"
     run_dir: str = "runs/${name}"
     seed: int = 1234
+    deterministic: bool = False
     model: ModelConfig = field(default_factory=LMConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=TokenDataConfig)
     stage: StageConfig = field(default_factory=PretrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -33,6 +33,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         config.stage,
         config.parallel,
         config.optim,
+        config.guard,
         config.checkpoint,
         config.log,
         config.launch,

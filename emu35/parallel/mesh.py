@@ -17,6 +17,11 @@ cpu.install()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
 
+LATER_SECONDS = 60
+"""How long a collective waits beyond the timeout: the watchdog of training comes first, because it
+can name the rank that everybody waits for."""
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Mesh:
     """Where this rank stands. Ranks of one data-parallel index read the same samples; each
@@ -62,7 +67,7 @@ def init_mesh(parallel: ParallelConfig, *, seed: int, timeout: int = 600) -> Mes
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
-        distributed_timeout_minutes=max(1, timeout // 60),
+        distributed_timeout_minutes=(timeout + LATER_SECONDS) // 60 + 1,
     )
     mesh = current_mesh()
     # Weights do not depend on this seed (see emu35.model.init), only dropout does: replicas and
@@ -128,7 +133,7 @@ def join_process_group(*, timeout: int = 600) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout + LATER_SECONDS)
     if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         try:
             dist.init_process_group(backend, timeout=limit)

@@ -1,6 +1,7 @@
 """AdamW through megatron-core (plain or ZeRO-1) and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -16,6 +17,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
 
 
@@ -35,6 +37,27 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     """Give every parameter group the same rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def update(optimizer: MegatronOptimizer, *, accepts: Callable[[float], bool]) -> float:
+    """mcore's ``optimizer.step()`` with a decision between the gradient norm and the update.
+
+    ``accepts`` gets the norm before clipping. Where it refuses, parameters and optimizer stay as
+    they are: clipping by a norm that is not a number would spoil the gradients, and the moments
+    with them. Returns the norm.
+    """
+    overflow = optimizer.prepare_grads()
+    assert not overflow, "only fp16 scales its loss"
+    norm = float(optimizer.get_grad_norm())
+    if not accepts(norm):
+        return norm
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not part.is_stub_optimizer and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm
+            )
+    optimizer.step_with_ready_grads()
+    return norm
 
 
 class GradientBuckets(DistributedDataParallel):

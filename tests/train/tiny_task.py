@@ -17,13 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from emu35.config import CheckpointConfig, LogConfig, PretrainConfig, RunConfig
+from emu35.config import CheckpointConfig, GuardConfig, LogConfig, PretrainConfig, RunConfig
 from emu35.errors import Emu35Error
+from emu35.train.clock import Phase, StepClock
+from emu35.train.guard import Guard
 from emu35.train.trainer import fit
 
 
 class TinyTask:
-    def __init__(self, *, seed: int = 0, pause: float = 0.0, nan_at: int = 0) -> None:
+    def __init__(self, *, seed: int = 0, pause: float = 0.0, nan_at: tuple[int, ...] = ()) -> None:
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
@@ -31,6 +33,7 @@ class TinyTask:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.cursor = 0
         self.pause, self.nan_at = pause, nan_at
+        self.guard, self.clock = Guard(GuardConfig(max_skipped=2)), StepClock()
         self.steps: list[int] = []
         self.validations = 0
 
@@ -44,8 +47,10 @@ class TinyTask:
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        value = math.nan if step == self.nan_at else loss.item()
+        value = math.nan if step in self.nan_at else loss.item()
+        if self.guard.accepts(loss=value, grad_norm=norm.item()):
+            with self.clock.marked(Phase.optimizer):
+                self.optimizer.step()
         return {"loss": value, "lr": 1e-2, "grad_norm": norm.item(), "tokens": 32.0}
 
     def validate(self) -> dict[str, float]:
