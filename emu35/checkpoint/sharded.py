@@ -178,9 +178,10 @@ def _is_zero1(optimizer: MegatronOptimizer) -> bool:
 
 def _separate_steps(optimizer: MegatronOptimizer) -> None:
     """Give every parameter its own step counter: torch's AdamW adds one to a parameter's counter
-    at each update, and loading leaves one tensor shared by all of them."""
+    at each update, and loading leaves one tensor shared by all of them, or none at all where every
+    step before the checkpoint was skipped."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
         for state in inner.state.values():
-            if "step" in state:
-                state["step"] = torch.as_tensor(state["step"]).detach().clone().float()
+            if "step" in state or isinstance(inner, torch.optim.AdamW):
+                state["step"] = torch.as_tensor(state.get("step", 0)).detach().clone().float()

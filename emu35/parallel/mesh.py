@@ -16,7 +16,6 @@ cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
-
 LATER_SECONDS = 60
 """How long a collective waits beyond the timeout: the watchdog of training comes first, because it
 can name the rank that everybody waits for."""

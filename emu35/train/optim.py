@@ -19,6 +19,7 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate  # noqa: E402
 
 
 def learning_rate(config: OptimConfig, *, step: int, steps: int) -> float:
@@ -48,16 +49,32 @@ def update(optimizer: MegatronOptimizer, *, accepts: Callable[[float], bool]) ->
     """
     overflow = optimizer.prepare_grads()
     assert not overflow, "only fp16 scales its loss"
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
     norm = float(optimizer.get_grad_norm())
+    if not all(_copies_are_finite(part) for part in parts):
+        norm = math.nan
     if not accepts(norm):
         return norm
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts:
         if not part.is_stub_optimizer and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(
                 parameters, max_norm=part.config.clip_grad, total_norm=norm
             )
     optimizer.step_with_ready_grads()
     return norm
+
+
+def _copies_are_finite(part: MegatronOptimizer) -> bool:
+    """Whether the gradients of weights that tensor-parallel ranks hold alike (those of norms) are
+    finite here: the norm counts those of the first rank only."""
+    copies = [
+        parameter.grad
+        for parameter in part.get_parameters()
+        if parameter.grad is not None and not param_is_not_tensor_parallel_duplicate(parameter)
+    ]
+    if not copies:
+        return True
+    return bool(torch.stack([copy.sum() for copy in copies]).isfinite().all().item())
 
 
 class GradientBuckets(DistributedDataParallel):

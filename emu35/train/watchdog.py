@@ -217,10 +217,11 @@ class Watchdog:
         record = self._folder / f"rank{self._rank}.flight.pickle"
         report = (
             f"rank {self._rank} made no progress for {self._still():.0f} s (launch.timeout="
-            f"{self._timeout:g}) {self._place()}. {self._lost() or self._behind()} Stacks are in {dump}, torch's "
-            f"flight recorder in {record}. The same command resumes from the newest checkpoint"
+            f"{self._timeout:g}) {self._place()}. {self._lost() or self._behind()} "
+            f"Stacks are in {dump}, torch's flight recorder in {record}. "
+            "The same command resumes from the newest checkpoint"
         )
-        if self._done.is_set():  # it moved in the very last moment
+        if self._done.is_set():  # the loop ended in the very last moment
             return
         _say(report)
         with suppress(OSError):  # neither may keep this rank from leaving
@@ -232,7 +233,7 @@ class Watchdog:
 
 
 def collective_of(frames: Sequence[FrameType]) -> str:
-    """"in all_reduce, called by any_rank (emu35/parallel/collectives.py:51)", from the innermost
+    """ "in all_reduce, called by any_rank (emu35/parallel/collectives.py:51)", from the innermost
     frame outwards; empty outside torch.distributed."""
     inside = ""
     for frame in frames:
