@@ -84,6 +84,8 @@ def load(folder: Path, *, chunks: list[Emu35Model], optimizer: MegatronOptimizer
         )
     state = _read(folder, _sharded_state(chunks, optimizer=optimizer, is_loading=True))
     _load_chunks(state, chunks=chunks)
+    if not here:
+        _count_from_zero(state["optimizer"], optimizer=optimizer)
     optimizer.load_state_dict(state["optimizer"])
     _separate_steps(optimizer)
 
@@ -176,12 +178,19 @@ def _is_zero1(optimizer: MegatronOptimizer) -> bool:
     return any(isinstance(part, DistributedOptimizer) for part in parts)
 
 
+def _count_from_zero(state: dict[str, Any], *, optimizer: MegatronOptimizer) -> None:
+    """mcore writes no step count of zero, which is that of a run whose steps were all skipped so
+    far, and torch's AdamW does not load without one."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    if all(isinstance(part.optimizer, torch.optim.AdamW) for part in parts):
+        state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
+
+
 def _separate_steps(optimizer: MegatronOptimizer) -> None:
     """Give every parameter its own step counter: torch's AdamW adds one to a parameter's counter
-    at each update, and loading leaves one tensor shared by all of them, or none at all where every
-    step before the checkpoint was skipped."""
+    at each update, and loading leaves one tensor shared by all of them."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
         for state in inner.state.values():
-            if "step" in state or isinstance(inner, torch.optim.AdamW):
-                state["step"] = torch.as_tensor(state.get("step", 0)).detach().clone().float()
+            if "step" in state:
+                state["step"] = torch.as_tensor(state["step"]).detach().clone().float()

@@ -54,6 +54,8 @@ def update(optimizer: MegatronOptimizer, *, accepts: Callable[[float], bool]) ->
     if not all(_copies_are_finite(part) for part in parts):
         norm = math.nan
     if not accepts(norm):
+        for part in parts:
+            _begin_state(part)
         return norm
     for part in parts:
         if not part.is_stub_optimizer and (parameters := part.get_parameters()):
@@ -62,6 +64,20 @@ def update(optimizer: MegatronOptimizer, *, accepts: Callable[[float], bool]) ->
             )
     optimizer.step_with_ready_grads()
     return norm
+
+
+def _begin_state(part: MegatronOptimizer) -> None:
+    """Give an optimizer that has never stepped the state it would have made: a checkpoint may come
+    before the first accepted step, and one without moments does not load."""
+    inner = part.optimizer
+    if part.is_stub_optimizer or inner.state:
+        return
+    part.init_state_fn(inner, part.config)
+    if isinstance(inner, torch.optim.AdamW):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                device = parameter.device if group["fused"] else None
+                inner.state[parameter]["step"] = torch.tensor(0.0, device=device)
 
 
 def _copies_are_finite(part: MegatronOptimizer) -> bool:

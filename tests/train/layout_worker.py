@@ -116,7 +116,7 @@ def digest(chunks: list[Emu35Model]) -> int:
     code = 0
     for chunk in chunks:
         for parameter in chunk.parameters():
-            code = zlib.crc32(parameter.detach().view(torch.uint8).numpy(), code)
+            code = zlib.crc32(parameter.detach().view(torch.uint8).numpy().tobytes(), code)
     return code
 
 
