@@ -4,19 +4,14 @@ Usage: layout_worker.py RESULT.json '{"tp": 2, "steps": 5, ...}'
 """
 
 import json
-import math
 import sys
-import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from emu35.checkpoint.agree import gather
 from emu35.config import (
     LMConfig,
-    LogConfig,
     OptimConfig,
     ParallelConfig,
     Precision,
@@ -28,10 +23,8 @@ from emu35.config.parallel import CPCommType
 from emu35.data.batch import Batch
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
-from emu35.model.transformer import Emu35Model
-from emu35.parallel.collectives import barrier, is_main, numbers_of_ranks, rank, world_size
+from emu35.parallel.collectives import barrier, is_main
 from emu35.parallel.mesh import Mesh, init_mesh, leave
-from emu35.train.measure import Meter
 from emu35.train.objective import weights_by_modality
 from emu35.train.step import LMTask
 
@@ -111,34 +104,6 @@ def lay_out(rows: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> Batch:
     )
 
 
-def digest(chunks: list[Emu35Model]) -> int:
-    """A checksum of every bit of this rank's parameters."""
-    code = 0
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            code = zlib.crc32(parameter.detach().view(torch.uint8).numpy().tobytes(), code)
-    return code
-
-
-def spoil(task: LMTask, *, bad: dict[str, str]) -> None:
-    """Make a gradient or the loss of some steps NaN: ``bad`` maps step to which of them. Only the
-    last rank is hit, so the others can know it through it alone."""
-    if rank() != world_size() - 1:
-        return
-
-    def kind() -> str | None:
-        return bad.get(str(task.clock.step))
-
-    def spoil_gradient(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * math.nan if kind() == "gradient" else gradient
-
-    def spoil_output(module: object, inputs: object, hidden: torch.Tensor) -> torch.Tensor | None:
-        return hidden * math.nan if kind() == "loss" else None
-
-    next(task.chunks[0].decoder.parameters()).register_hook(spoil_gradient)
-    task.chunks[-1].register_forward_hook(spoil_output)
-
-
 def main(result: Path, spec: dict) -> None:
     torch.set_num_threads(1)
     layout = ("tp", "sp", "pp", "vpp", "cp", "zero1")
@@ -189,20 +154,10 @@ def main(result: Path, spec: dict) -> None:
         validation={"held_out": (HeldOut(mesh=mesh), weights_by_modality(stage.loss_weights))},  # type: ignore[dict-item]
         token_weights=weights_by_modality(stage.loss_weights),
     )
-    spoil(task, bad=spec.get("bad", {}))
-    if spec.get("slow_rank") == rank():
-        chunks[0].register_forward_pre_hook(lambda *_: time.sleep(0.15))
     if "load" in spec:
         task.load(Path(spec["load"]))
     first = documents.step + 1
-    metrics, digests, reasons, slow = [], [], [], []
-    meter = Meter(clock=task.clock, config=LogConfig())
-    for step in range(first, first + spec.get("steps", 5)):
-        task.clock.begin(step)
-        metrics.append(dict(task.train_step(step)))
-        digests.append(numbers_of_ranks([digest(chunks)]))
-        reasons.append(gather(task.guard.reason))
-        slow.append(meter.row())
+    metrics = [dict(task.train_step(first + i)) for i in range(spec.get("steps", 5))]
     validation = task.validate()
     if "save" in spec:
         folder = Path(spec["save"])
@@ -217,16 +172,7 @@ def main(result: Path, spec: dict) -> None:
             for name, parameter in chunk.named_parameters()
         }
         result.write_text(
-            json.dumps(
-                {
-                    "metrics": metrics,
-                    "validation": validation,
-                    "weights": weights,
-                    "digests": digests,
-                    "reasons": reasons,
-                    "slow": slow,
-                }
-            )
+            json.dumps({"metrics": metrics, "validation": validation, "weights": weights})
         )
     leave()
 
