@@ -29,7 +29,15 @@ from emu35.checkpoint.release_folder import (
 )
 from emu35.checkpoint.safetensor_files import SafetensorFolder
 from emu35.checkpoint.unpickle import refuse_code
-from emu35.config import LMConfig, Precision, RunConfig, SFTConfig, TokenizerConfig, TokenizerKind
+from emu35.config import (
+    AttentionBackend,
+    LMConfig,
+    Precision,
+    RunConfig,
+    SFTConfig,
+    TokenizerConfig,
+    TokenizerKind,
+)
 from emu35.config.io import CONFIG_FILE, read_config
 from emu35.errors import CheckpointError, ReleaseError
 from emu35.model.build import build_model
@@ -154,9 +162,9 @@ def describe(path: Path, *, step: int | None = None, message: Message = print) -
 def load_model(described: Described, *, precision: Precision) -> Emu35Model:
     """Build the whole model in this process and fill it."""
     single_process_mesh()
-    model = build_model(
-        described.config, vocabulary_size=described.vocabulary_size, precision=precision
-    )
+    # The backend it was trained with may not exist on this machine; this one does on all.
+    config = replace(described.config, attention_backend=AttentionBackend.segment)
+    model = build_model(config, vocabulary_size=described.vocabulary_size, precision=precision)
     load_into(model, described=described)
     return model.eval().requires_grad_(False)
 

@@ -19,6 +19,14 @@ from emu35.config.data import (
     TokenDataConfig,
     ValidationConfig,
 )
+from emu35.config.engine import (
+    FP8,
+    EngineConfig,
+    FP8Recipe,
+    LayerSpec,
+    Recompute,
+    RecomputeModule,
+)
 from emu35.config.guard import GuardConfig
 from emu35.config.launch import LaunchConfig, LaunchKind
 from emu35.config.log import LogConfig, WandbMode
@@ -38,10 +46,13 @@ from emu35.config.stage import (
 from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
 
 __all__ = [
+    "FP8",
     "KINDS",
     "AttentionBackend",
     "CheckpointConfig",
     "DataConfig",
+    "EngineConfig",
+    "FP8Recipe",
     "GuardConfig",
     "IBQConfig",
     "IBQStageConfig",
@@ -50,6 +61,7 @@ __all__ = [
     "LMStageConfig",
     "LaunchConfig",
     "LaunchKind",
+    "LayerSpec",
     "LogConfig",
     "LossWeights",
     "ModelConfig",
@@ -57,6 +69,8 @@ __all__ = [
     "ParallelConfig",
     "Precision",
     "PretrainConfig",
+    "Recompute",
+    "RecomputeModule",
     "RunConfig",
     "SFTConfig",
     "Schedule",

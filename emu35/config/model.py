@@ -8,10 +8,19 @@ from emu35.config.check import at_least, fraction
 
 
 class AttentionBackend(StrEnum):
-    """How the core attention computes; every backend takes the same interval mask."""
+    """How the core attention computes.
+
+    ``segment``: exact, block by block through scaled dot-product attention, any device; ``dense``:
+    with the whole matrix, the oracle; ``flex``: torch's compiled flex attention, CUDA; ``flash``:
+    torch's own variable-length flash attention, and ``te``: transformer-engine's, both CUDA, bf16
+    and plain causal documents only. All take the same interval mask.
+    """
 
     segment = "segment"
     dense = "dense"
+    flex = "flex"
+    flash = "flash"
+    te = "te"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from emu35.config.checkpoint import CheckpointConfig
 from emu35.config.data import DataConfig, ImageDataConfig, TokenDataConfig
+from emu35.config.engine import EngineConfig
 from emu35.config.guard import GuardConfig
 from emu35.config.launch import LaunchConfig
 from emu35.config.log import LogConfig
@@ -42,6 +43,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=TokenDataConfig)
     stage: StageConfig = field(default_factory=PretrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

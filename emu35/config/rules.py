@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 from emu35.config.check import divisors
 from emu35.config.data import ImageDataConfig, TokenDataConfig
+from emu35.config.engine import FP8
 from emu35.config.model import IBQConfig, LMConfig
 from emu35.config.parallel import CPCommType, ParallelConfig
 from emu35.config.root import RunConfig
-from emu35.config.stage import IBQStageConfig, LMStageConfig
+from emu35.config.stage import IBQStageConfig, LMStageConfig, Precision
 from emu35.errors import ConfigError
 
 
@@ -32,6 +33,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         config.data,
         config.stage,
         config.parallel,
+        config.engine,
         config.optim,
         config.guard,
         config.checkpoint,
@@ -41,6 +43,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         yield from section.problems()
     yield from _stage_parts(config)
     yield from _layout(config)
+    yield from _engine(config)
     yield from _batch(config)
 
 
@@ -98,13 +101,7 @@ def _layout(config: RunConfig) -> Iterator[str]:
             usable = ", ".join(map(str, divisors(model.num_kv_heads)))
             yield f"tp={parallel.tp} does not divide {name}={size}; use tp in {{{usable}}}"
     yield from _exchanged_heads(parallel, model=model)
-    stages = parallel.pp * parallel.vpp
-    if model.num_layers > 0 and model.num_layers % stages:
-        usable = ", ".join(map(str, divisors(model.num_layers)))
-        yield (
-            f"pp={parallel.pp} x vpp={parallel.vpp} does not divide "
-            f"num_layers={model.num_layers}; use pp x vpp in {{{usable}}}"
-        )
+    yield from _stages(parallel, model=model)
     if isinstance(config.data, TokenDataConfig):
         length = config.data.sequence_length
         cut = 2 * parallel.cp if parallel.cp > 1 else 1
@@ -114,6 +111,56 @@ def _layout(config: RunConfig) -> Iterator[str]:
                 f"data.sequence_length={length} is not a multiple of {cut}, "
                 f"which cp={parallel.cp} and sp={parallel.sp} (tp={parallel.tp}) need"
             )
+
+
+def _stages(parallel: ParallelConfig, *, model: LMConfig) -> Iterator[str]:
+    stages = parallel.pp * parallel.vpp
+    if parallel.pp_layers:
+        if sum(parallel.pp_layers) != model.num_layers:
+            yield (
+                f"parallel.pp_layers={list(parallel.pp_layers)} sums to "
+                f"{sum(parallel.pp_layers)}, not to num_layers={model.num_layers}"
+            )
+    elif model.num_layers > 0 and model.num_layers % stages:
+        usable = ", ".join(map(str, divisors(model.num_layers)))
+        yield (
+            f"pp={parallel.pp} x vpp={parallel.vpp} does not divide "
+            f"num_layers={model.num_layers}; use pp x vpp in {{{usable}}}, or say how many layers "
+            "each stage has in parallel.pp_layers"
+        )
+
+
+def _engine(config: RunConfig) -> Iterator[str]:
+    engine, parallel, model = config.engine, config.parallel, config.model
+    if not isinstance(model, LMConfig) or not isinstance(config.stage, LMStageConfig):
+        return
+    if engine.fp8 is not FP8.off and config.stage.precision is not Precision.bf16:
+        yield (
+            f"engine.fp8={engine.fp8} needs stage.precision=bf16, not {config.stage.precision}; "
+            "what is not computed in FP8 is computed in that type"
+        )
+    if engine.overlap_param_gather and not parallel.zero1:
+        yield "engine.overlap_param_gather=true gathers what parallel.zero1=true splits; set that"
+    if engine.overlap_p2p and parallel.vpp == 1:
+        yield (
+            "engine.overlap_p2p=true overlaps the messages of virtual pipeline stages; set "
+            "parallel.vpp above 1 or drop it"
+        )
+    if engine.overlap_tp and not parallel.sp:
+        yield "engine.overlap_tp=true overlaps the exchange of parallel.sp=true; set that"
+    if min(parallel.pp, parallel.vpp) < 1:
+        return
+    fewest = min(parallel.stage_layers(model.num_layers), default=0)
+    if engine.recompute_layers > fewest > 0:
+        yield (
+            f"engine.recompute_layers={engine.recompute_layers} exceeds the {fewest} layers of a "
+            "pipeline stage; use at most that, or 0 for all"
+        )
+    if engine.bf16_edge_layers > model.num_layers // parallel.pp:
+        yield (
+            f"engine.bf16_edge_layers={engine.bf16_edge_layers} exceeds the "
+            f"{model.num_layers // parallel.pp} layers of a pipeline stage; use fewer"
+        )
 
 
 def _exchanged_heads(parallel: ParallelConfig, *, model: LMConfig) -> Iterator[str]:

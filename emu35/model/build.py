@@ -2,8 +2,10 @@
 
 import torch
 
-from emu35.config import LMConfig, ParallelConfig, Precision
-from emu35.model.spec import layer_specs, mark_partitions, transformer_config
+from emu35.config import EngineConfig, LMConfig, ParallelConfig, Precision
+from emu35.model.attention.support import MaskKind, require_support
+from emu35.model.mcore_config import transformer_config
+from emu35.model.spec import layer_specs, mark_partitions
 from emu35.model.transformer import Emu35Model, padded_vocabulary
 from emu35.parallel import cpu
 
@@ -21,16 +23,18 @@ def build_model(
     *,
     vocabulary_size: int,
     parallel: ParallelConfig | None = None,
+    engine: EngineConfig | None = None,
     precision: Precision = Precision.fp32,
     vp_stage: int | None = None,
 ) -> Emu35Model:
     """One model chunk of this rank, uninitialised (see ``emu35.model.init``). The mesh must be
     laid out first."""
-    parallel = parallel or ParallelConfig()
-    mcore_config = transformer_config(config, parallel=parallel, precision=precision)
+    parallel, engine = parallel or ParallelConfig(), engine or EngineConfig()
+    mcore_config = transformer_config(config, parallel=parallel, engine=engine, precision=precision)
     offset = get_transformer_layer_offset(mcore_config, vp_stage=vp_stage)
     specs = layer_specs(
         config,
+        engine=engine,
         num_layers=get_num_layers_to_build(mcore_config, vp_stage=vp_stage),
         first_layer=offset + 1,
     )
@@ -61,15 +65,24 @@ def build_chunks(
     *,
     vocabulary_size: int,
     parallel: ParallelConfig,
+    engine: EngineConfig | None = None,
     precision: Precision = Precision.fp32,
+    masks: MaskKind = MaskKind.packed_causal,
 ) -> list[Emu35Model]:
-    """All chunks of this rank: one, or one a virtual pipeline stage."""
+    """All chunks of this rank, to be trained with ``masks``: one, or one a virtual pipeline stage.
+
+    Raises:
+        ConfigError: the attention backend cannot train this here; one that can is named.
+        LaunchError: the layers need what this machine lacks.
+    """
+    require_support(config, parallel=parallel, precision=precision, masks=masks)
     stages = [None] if parallel.vpp == 1 else list(range(parallel.vpp))
     return [
         build_model(
             config,
             vocabulary_size=vocabulary_size,
             parallel=parallel,
+            engine=engine,
             precision=precision,
             vp_stage=stage,
         )

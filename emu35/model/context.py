@@ -22,7 +22,8 @@ class AttentionContext(PackedSeqParams):
 
     ``qkv_format`` "sbhd" tells mcore not to interpret it. ``positions_BS`` are rotary positions,
     int64 [B, S]. With a ``cache``, the key indices of ``mask`` are cache slots. With a ``split``,
-    positions are those of this rank's rows and ``mask`` is its ``local_mask``.
+    positions are those of this rank's rows and ``mask`` is its ``local_mask``. A mask may stay on
+    the CPU: each backend moves what it derives from it.
     """
 
     qkv_format: str = "sbhd"

@@ -28,7 +28,8 @@ class SequenceSplit:
     Attributes:
         kind: how ranks exchange.
         rows_S: ascending row numbers of this rank, int64 [S / cp].
-        inverse_S: place of every row in the ranks' rows laid end to end, int64 [S].
+        inverse_S: place of every row in the ranks' rows laid end to end, int64 [S], on the device
+            of keys and values.
         group: the context-parallel ranks.
     """
 
@@ -68,19 +69,19 @@ class SequenceSplit:
 
 
 def split_sequence(
-    mask: AttentionMask, *, kind: CPCommType, group: dist.ProcessGroup
+    mask: AttentionMask, *, kind: CPCommType, group: dist.ProcessGroup, device: torch.device
 ) -> SequenceSplit:
-    """Deal the rows of ``mask`` out to the ranks of ``group``; the same on all of them."""
+    """Deal the rows of ``mask`` out to the ranks of ``group``; the same on all of them. ``device``
+    is where keys and values will be; the dealing itself happens on the CPU."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     length = mask.start1_BS.shape[1]
     if kind is CPCommType.a2a:
         shares = torch.arange(length).chunk(size)
     else:
         shares = deal_rows(mask.visible_keys().sum(0), ranks=size)
-    device = mask.start1_BS.device
     return SequenceSplit(
         kind=kind,
-        rows_S=shares[rank].to(device),
+        rows_S=shares[rank],
         inverse_S=torch.cat(tuple(shares)).argsort().to(device),
         group=group,
     )

@@ -22,14 +22,21 @@ class AttentionMask:
     end2_BS: torch.Tensor
 
     @classmethod
-    def causal(cls, document_start_BS: torch.Tensor) -> "AttentionMask":
+    def causal(
+        cls, document_start_BS: torch.Tensor, *, span_end_BS: torch.Tensor | None = None
+    ) -> "AttentionMask":
         """Causal within documents. ``document_start_BS`` holds the index at which each row's
-        document begins; an index beyond the row itself (padding) leaves the row empty."""
+        document begins; an index beyond the row itself (padding) leaves the row empty. Rows of a
+        bidirectional span see it whole: ``span_end_BS`` holds the index behind it, and anything up
+        to the row itself elsewhere."""
         rows_S = torch.arange(1, document_start_BS.shape[1] + 1, device=document_start_BS.device)
+        end_BS = rows_S.expand_as(document_start_BS)
+        if span_end_BS is not None:
+            end_BS = torch.where(document_start_BS < end_BS, end_BS.maximum(span_end_BS), end_BS)
         empty_BS = torch.zeros_like(document_start_BS)
         return cls(
             start1_BS=document_start_BS,
-            end1_BS=rows_S.expand_as(document_start_BS),
+            end1_BS=end_BS,
             start2_BS=empty_BS,
             end2_BS=empty_BS,
         )

@@ -1,15 +1,16 @@
 """The only file that names megatron-core's layer classes.
 
 The local spec works on CPU and GPU alike: mcore's own parallel linears, our RMSNorm and SwiGLU, and
-our core attention.
+our core attention. The spec of transformer-engine fuses each norm with the projection behind it and
+brings FP8; it has the same core attention, and its checkpoints have the same names.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from emu35.config import LMConfig, ParallelConfig, Precision
+from emu35.config import EngineConfig, LayerSpec, LMConfig
+from emu35.errors import LaunchError
 from emu35.model.attention.core import CoreAttention
 from emu35.model.norm import RMSNorm
 from emu35.model.swiglu import SwiGLU
@@ -29,12 +30,12 @@ from megatron.core.transformer.attention import (  # noqa: E402
     SelfAttentionSubmodules,
 )
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
+from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import (  # noqa: E402
     TransformerBlockSubmodules,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import (  # noqa: E402
     TransformerLayer,
     TransformerLayerSubmodules,
@@ -42,103 +43,110 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 
 # mcore's annotations ask for a module where its own specs put these.
 _BIAS_DROPOUT_ADD: Any = get_bias_dropout_add
+_IDENTITY: Any = IdentityOp
 
-
-_NORM: Any = RMSNorm
-
-
-def transformer_config(
-    config: LMConfig, *, parallel: ParallelConfig, precision: Precision
-) -> TransformerConfig:
-    """Translate our sections into mcore's configuration; the last step before building, because
-    mcore derives further values when it is constructed."""
-    bf16 = precision is Precision.bf16
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    return TransformerConfig(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_kv_heads,
-        kv_channels=config.head_dim,
-        qk_layernorm=True,
-        normalization="RMSNorm",
-        layernorm_epsilon=config.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        # The name is TransformerEngine's; it lets a spec bring the activation, here SwiGLU.
-        use_te_activation_func=True,
-        add_bias_linear=False,
-        add_qkv_bias=False,
-        hidden_dropout=config.hidden_dropout,
-        attention_dropout=config.attention_dropout,
-        init_method_std=config.init_std,
-        # Weights are drawn by emu35.model.init, alike in every layout.
-        perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        bf16=bf16,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        autocast_dtype=dtype,
-        tensor_model_parallel_size=parallel.tp,
-        sequence_parallel=parallel.sp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-        context_parallel_size=parallel.cp,
-        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
-        # The loss is normalised by the global sum of token weights before backward, so mcore must
-        # neither average over replicas nor over micro-batches.
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-    )
+FUSED_NORM_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Names of fused norms in a layer -> their names in a checkpoint, those of the local spec."""
 
 
 def layer_specs(
-    config: LMConfig, *, num_layers: int, first_layer: int
+    config: LMConfig, *, engine: EngineConfig, num_layers: int, first_layer: int
 ) -> TransformerBlockSubmodules:
     """Specs of the ``num_layers`` layers that one pipeline stage holds, beginning with the global
-    layer number ``first_layer`` (1-based)."""
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=ModuleSpec(
-                        module=CoreAttention,
-                        params={
-                            "backend": config.attention_backend,
-                            "rope_theta": config.rope_theta,
-                            "first_layer": first_layer,
-                        },
-                    ),
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=RMSNorm,
-                    k_layernorm=RMSNorm,
+    layer number ``first_layer`` (1-based).
+
+    Raises:
+        LaunchError: engine.layers=te without a GPU or without transformer-engine.
+    """
+    core_attention = ModuleSpec(
+        module=CoreAttention,
+        params={
+            "backend": config.attention_backend,
+            "rope_theta": config.rope_theta,
+            "first_layer": first_layer,
+        },
+    )
+    fused = engine.layers is LayerSpec.te
+    layer, norm = _fused_layer(core_attention) if fused else _local_layer(core_attention)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def _local_layer(core_attention: ModuleSpec) -> tuple[ModuleSpec, Any]:
+    norm: Any = RMSNorm
+    return (
+        ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=norm,
+                self_attention=_attention(
+                    core_attention, qkv=ColumnParallelLinear, proj=RowParallelLinear, norm=norm
                 ),
+                self_attn_bda=_BIAS_DROPOUT_ADD,
+                pre_mlp_layernorm=norm,
+                mlp=_mlp(fc1=ColumnParallelLinear, fc2=RowParallelLinear),
+                mlp_bda=_BIAS_DROPOUT_ADD,
             ),
-            self_attn_bda=_BIAS_DROPOUT_ADD,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear,
-                    activation_func=SwiGLU,
-                    linear_fc2=RowParallelLinear,
-                ),
+        ),
+        norm,
+    )
+
+
+def _fused_layer(core_attention: ModuleSpec) -> tuple[ModuleSpec, Any]:
+    te = _transformer_engine()
+    norm, row = te.TENorm, te.TERowParallelLinear
+    column = te.TELayerNormColumnParallelLinear
+    return (
+        ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=_IDENTITY,
+                self_attention=_attention(core_attention, qkv=column, proj=row, norm=norm),
+                self_attn_bda=_BIAS_DROPOUT_ADD,
+                pre_mlp_layernorm=_IDENTITY,
+                mlp=_mlp(fc1=column, fc2=row),
+                mlp_bda=_BIAS_DROPOUT_ADD,
+                sharded_state_dict_keys_map=FUSED_NORM_NAMES,
             ),
-            mlp_bda=_BIAS_DROPOUT_ADD,
+        ),
+        norm,
+    )
+
+
+def _attention(core_attention: ModuleSpec, *, qkv: Any, proj: Any, norm: Any) -> ModuleSpec:
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=qkv,
+            core_attention=core_attention,
+            linear_proj=proj,
+            q_layernorm=norm,
+            k_layernorm=norm,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=_NORM)
+
+
+def _mlp(*, fc1: Any, fc2: Any) -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=fc1, activation_func=SwiGLU, linear_fc2=fc2),
+    )
+
+
+def _transformer_engine() -> Any:
+    if not torch.cuda.is_available():
+        raise LaunchError("engine.layers=te needs a CUDA device; use engine.layers=local here")
+    try:
+        from megatron.core.extensions import transformer_engine
+    except ImportError as error:
+        raise LaunchError(
+            f"engine.layers=te needs transformer-engine ({error}); install the extra 'gpu', or use "
+            "engine.layers=local"
+        ) from error
+    return transformer_engine
 
 
 def mark_partitions(model: torch.nn.Module) -> None:

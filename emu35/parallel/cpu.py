@@ -19,12 +19,20 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
+_mended: list[bool] = []
 
 
 def install() -> None:
-    """Make megatron-core importable and usable without CUDA; a no-op where CUDA is present."""
-    if torch.cuda.is_available() or _installed:
-        return
+    """Make megatron-core importable and usable without CUDA; where CUDA is present, only mend what
+    is wrong without transformer-engine."""
+    if not _mended:
+        _mended.append(True)
+        if not torch.cuda.is_available():
+            _install_on_cpu()
+        _patch_output_recomputation()
+
+
+def _install_on_cpu() -> None:
     # A laptop lacks TE and Apex by design; mcore says so at every import of every process.
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex)", module="megatron")
     _patch_cuda_module()
@@ -238,6 +246,23 @@ def _patch_distributed_optimizer() -> None:
     patched.sharded_state_dict = sharded
     patched._set_main_param_and_optimizer_states = set_states
     patched.load_state_dict = load
+
+
+def _patch_output_recomputation() -> None:
+    """Recomputing norms (tensor_parallel/random.py:633) takes the default ``fp8=False`` for FP8 and
+    then misses classes of transformer-engine that were never imported."""
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    if mcore_random.HAVE_TE:
+        return
+    init = mcore_random.CheckpointWithoutOutput.__init__
+
+    def without_fp8(self: Any, fp8: bool = False) -> None:
+        init(self, fp8=fp8)
+        self.fp8 = False
+
+    patched: Any = mcore_random.CheckpointWithoutOutput
+    patched.__init__ = without_fp8
 
 
 def _patch_gradient_norm() -> None:

@@ -9,9 +9,10 @@ Each term is a formula of its own, so that a reader can check it:
 - activations: the tensors that backward needs, counted per token and layer as in arXiv 2205.05198,
   section 4, but for this architecture: grouped queries, q/k norms, rotary, SwiGLU, and attention
   that keeps no S x S matrix (the ``dense`` backend does keep it). Tensor parallelism divides
-  what lies between its two collectives; sequence parallelism divides the rest as well. A pipeline
-  holds up to pp micro-batches, interleaved (1 + (pp - 1) / (pp vpp)) as many layers (same paper,
-  appendix).
+  what lies between its two collectives; sequence parallelism divides the rest as well. Stage i of a
+  pipeline holds up to pp - i micro-batches, interleaved (1 + (pp - 1) / (pp vpp)) as many layers
+  (same paper, appendix). A layer that is recomputed keeps its input alone, and one layer at a time
+  is whole again in backward; selective recomputation keeps what its modules take in.
 - logits: one chunk of the loss, ``loss_chunk`` rows of fp32 logits and as many of their gradient,
   and the output layer's gradient, which the loss sums in fp32 over its chunks and hands on in the
   weights' type.
@@ -22,6 +23,7 @@ unfused norms keep besides (on a CPU, where nothing is fused, a quarter more tha
 
 from dataclasses import dataclass
 
+from emu35.config.engine import EngineConfig, Recompute, RecomputeModule
 from emu35.config.model import AttentionBackend, LMConfig
 from emu35.config.parallel import ParallelConfig
 from emu35.config.stage import LMStageConfig, Precision
@@ -65,6 +67,7 @@ def language_model_memory(
     *,
     stage: LMStageConfig,
     parallel: ParallelConfig,
+    engine: EngineConfig,
     held: RankParameters,
     vocabulary_size: int,
     sequence_length: int,
@@ -75,25 +78,66 @@ def language_model_memory(
     shards = data_parallel * parallel.cp if parallel.zero1 else 1
     micro_batches = stage.global_batch_size // (data_parallel * stage.micro_batch_size)
     tokens = stage.micro_batch_size * sequence_length // parallel.cp
-    per_layer = layer_activation_bytes(
-        model, parallel=parallel, tokens=tokens, keys=sequence_length, element=element
+    activations = _activations(
+        model,
+        parallel=parallel,
+        engine=engine,
+        tokens=tokens,
+        keys=sequence_length,
+        element=element,
+        micro_batches=micro_batches,
     )
-    in_flight = _layers_in_flight(held.layers, parallel=parallel, micro_batches=micro_batches)
     rows = -(-vocabulary_size // parallel.tp)
     return Memory(
         weights=held.total * element,
         gradients=held.total * GRADIENT_BYTES,
         optimizer=optimizer_bytes(held.total, precision=stage.precision, shards=shards),
-        activations=round(per_layer * in_flight),
+        activations=activations,
         logits=2 * 4 * min(stage.loss_chunk, tokens) * rows
         + rows * model.hidden_size * (4 if element == 4 else 4 + element),
     )
 
 
-def layer_activation_bytes(
-    model: LMConfig, *, parallel: ParallelConfig, tokens: int, keys: int, element: int
+def _activations(
+    model: LMConfig,
+    *,
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    tokens: int,
+    keys: int,
+    element: int,
+    micro_batches: int,
 ) -> int:
-    """What one layer keeps for backward, for ``tokens`` tokens of this rank.
+    """The fullest pipeline rank, which with uneven stages need not be the first."""
+    whole = layer_activation_bytes(
+        model, parallel=parallel, engine=engine, tokens=tokens, keys=keys, element=element
+    )
+    if engine.recompute is not Recompute.full:
+        in_flight = _in_flight(parallel, micro_batches=micro_batches)
+        stages = parallel.rank_layers(model.num_layers)
+        return round(whole * max(n * f for n, f in zip(stages, in_flight, strict=True)))
+    split = parallel.tp if parallel.sp else 1
+    kept = tokens * model.hidden_size * element // split
+    found: list[float] = []
+    for rank, in_flight in enumerate(_in_flight(parallel, micro_batches=micro_batches)):
+        layers = parallel.stage_layers(model.num_layers)[rank :: parallel.pp]
+        recomputed = sum(min(n, engine.recompute_layers or n) for n in layers)
+        stored = recomputed * kept + (sum(layers) - recomputed) * whole
+        found.append(stored * in_flight + whole)
+    return round(max(found))
+
+
+def layer_activation_bytes(
+    model: LMConfig,
+    *,
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    tokens: int,
+    keys: int,
+    element: int,
+) -> int:
+    """What one layer keeps for backward, for ``tokens`` tokens of this rank, unless it is
+    recomputed as a whole.
 
     Hidden-wide: input and output of both norms, and one mask byte a dropout. Attention-wide: the
     joint projection, q and k after their norms, q and k after rotation, and the output. FFN-wide:
@@ -101,23 +145,29 @@ def layer_activation_bytes(
     """
     heads, groups = model.num_attention_heads, model.num_kv_heads
     query, key = heads * model.head_dim, groups * model.head_dim
+    selective = engine.recompute is Recompute.selective
+    again = set(engine.recompute_modules) if selective else set[RecomputeModule]()
     dropout_bytes = 2 * model.hidden_size if model.hidden_dropout > 0 else 0
-    hidden = 4 * model.hidden_size * element + dropout_bytes
-    attention = ((query + 2 * key) + 2 * (query + key) + query) * element
-    mlp = 4 * model.ffn_hidden_size * element
-    statistics = 4 * heads  # fp32 log-sum-exp of every row and head
-    if model.attention_backend is AttentionBackend.dense:
-        statistics += heads * keys * element
+    norms = 2 if RecomputeModule.layernorm in again else 4
+    hidden = norms * model.hidden_size * element + dropout_bytes
+    attention = ((query + 2 * key) + (query + key) + query) * element
+    statistics = 0
+    if RecomputeModule.core_attn not in again:
+        attention += (query + key) * element
+        statistics = 4 * heads  # fp32 log-sum-exp of every row and head
+        if model.attention_backend is AttentionBackend.dense:
+            statistics += heads * keys * element
+    mlp = 0 if RecomputeModule.mlp in again else 4 * model.ffn_hidden_size * element
     split = parallel.tp if parallel.sp else 1
     return tokens * (hidden // split + (attention + mlp + statistics) // parallel.tp)
 
 
-def _layers_in_flight(layers: int, *, parallel: ParallelConfig, micro_batches: int) -> float:
-    """Layers whose activations the first pipeline stage holds at its fullest moment."""
+def _in_flight(parallel: ParallelConfig, *, micro_batches: int) -> list[float]:
+    """How many micro-batches' worth of its layers each pipeline rank holds at its fullest."""
     pp = parallel.pp
     if pp == 1:
-        return layers
+        return [1.0]
     if parallel.vpp > 1:
         # One micro-batch is at most all of a rank's layers, so short runs cap the schedule.
-        return layers * min(micro_batches, pp * (1 + (pp - 1) / (pp * parallel.vpp)))
-    return layers * min(micro_batches, pp)
+        return [min(micro_batches, pp * (1 + (pp - 1) / (pp * parallel.vpp)))] * pp
+    return [min(micro_batches, pp - rank) for rank in range(pp)]

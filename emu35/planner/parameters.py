@@ -33,14 +33,16 @@ def rank_parameters(
     Projections are split over tp; norms (and with them every vector) are held by each rank, as
     megatron-core does.
     """
-    layers = model.num_layers // parallel.pp
     shapes = layer_shapes(model).values()
     per_layer = sum(prod(s) if len(s) == 1 else prod(s) // parallel.tp for s in shapes)
     rows = -(-vocabulary_size // parallel.tp)
     embedding = rows * model.hidden_size
-    last = embedding + model.hidden_size
-    ends = embedding + last if parallel.pp == 1 else max(embedding, last)
-    return RankParameters(total=layers * per_layer + ends, layers=layers)
+    stages = parallel.rank_layers(model.num_layers)
+    totals = [layers * per_layer for layers in stages]
+    totals[0] += embedding
+    totals[-1] += embedding + model.hidden_size
+    fullest = max(range(len(stages)), key=totals.__getitem__)
+    return RankParameters(total=totals[fullest], layers=stages[fullest])
 
 
 def _ibq(model: IBQConfig) -> int:

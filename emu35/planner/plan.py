@@ -75,6 +75,7 @@ def _memory(config: RunConfig, *, parameters: int, data_parallel: int) -> Memory
             model,
             stage=stage,
             parallel=config.parallel,
+            engine=config.engine,
             held=rank_parameters(model, vocabulary_size=vocabulary_size, parallel=config.parallel),
             vocabulary_size=vocabulary_size,
             sequence_length=data.sequence_length,

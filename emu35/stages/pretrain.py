@@ -59,6 +59,7 @@ def train_language_model(
             model,
             vocabulary_size=vocabulary.size,
             parallel=config.parallel,
+            engine=config.engine,
             precision=stage.precision,
         )
         for chunk in chunks:

@@ -8,6 +8,8 @@ import torch
 from emu35.config import LossWeights
 from emu35.config.data import Modality as LossModality
 from emu35.data.batch import Batch
+from emu35.model.context_parallel import SequenceSplit
+from emu35.model.mask import AttentionMask
 from emu35.tokens.serialize import Modality
 from emu35.tokens.vocabulary import Vocabulary
 
@@ -63,20 +65,35 @@ def _table(weights: LossWeights) -> torch.Tensor:
     return torch.tensor([by_code[code] for code in sorted(by_code)], dtype=torch.float32)
 
 
+BatchMask = Callable[[Batch], AttentionMask]
+"""Batch -> which keys each row sees."""
+
+
+def causal_mask(batch: Batch) -> AttentionMask:
+    """Plain causal attention within documents."""
+    return AttentionMask.causal(batch.document_start)
+
+
 @dataclass(kw_only=True, slots=True)
 class MicroBatch:
-    """A batch with its label weights, raw and divided by their sum over the global batch."""
+    """What this rank computes of a batch: label weights raw and divided by their sum over the
+    global batch, and the mask (on the CPU). Under context parallelism its tensors hold this rank's
+    columns, those of ``split``."""
 
     batch: Batch
     weights_BS: torch.Tensor
     normalised_BS: torch.Tensor
+    mask: AttentionMask
+    split: SequenceSplit | None
 
-    def take(self, columns_S: torch.Tensor) -> "MicroBatch":
-        """Some of its columns."""
+    def on(self, device: torch.device) -> "MicroBatch":
+        """The same with its tensors on ``device``; the mask stays."""
         return MicroBatch(
-            batch=self.batch.take(columns_S),
-            weights_BS=self.weights_BS.index_select(1, columns_S),
-            normalised_BS=self.normalised_BS.index_select(1, columns_S),
+            batch=self.batch.to(device),
+            weights_BS=self.weights_BS.to(device),
+            normalised_BS=self.normalised_BS.to(device),
+            mask=self.mask,
+            split=self.split,
         )
 
 

@@ -24,7 +24,6 @@ from emu35.model.context import AttentionContext
 from emu35.model.context_parallel import split_sequence
 from emu35.model.flops import step_flops
 from emu35.model.logits import weighted_cross_entropy
-from emu35.model.mask import AttentionMask
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
 from emu35.parallel.collectives import barrier, is_main, sum_over, worst_over_ranks
@@ -32,7 +31,13 @@ from emu35.parallel.mesh import Mesh
 from emu35.train.clock import Phase, StepClock
 from emu35.train.guard import Guard
 from emu35.train.measure import FLOPS
-from emu35.train.objective import LossReport, MicroBatch, TokenWeights
+from emu35.train.objective import (
+    BatchMask,
+    LossReport,
+    MicroBatch,
+    TokenWeights,
+    causal_mask,
+)
 from emu35.train.optim import learning_rate, set_learning_rate, update, wrap_and_optimize
 
 cpu.install()
@@ -53,6 +58,7 @@ class LMTask:
         loader: the training data, already sliced to this data-parallel rank.
         validation: name -> (documents, weights of their labels).
         token_weights: weights of the training labels.
+        batch_mask: which keys the rows of a batch see.
         start_weights: puts other weights than the initial ones into ``chunks``; called when the
             run begins, not when it resumes.
     """
@@ -66,6 +72,7 @@ class LMTask:
         loader: TokenLoader,
         validation: dict[str, tuple[ValidationSet, TokenWeights]],
         token_weights: TokenWeights,
+        batch_mask: BatchMask = causal_mask,
         start_weights: Callable[[list[Emu35Model]], None] | None = None,
     ) -> None:
         assert isinstance(config.stage, LMStageConfig)
@@ -74,9 +81,13 @@ class LMTask:
         # Pipeline stages do unlike work: embedding here, logits there.
         self.clock = StepClock(device=mesh.device, peers=mesh.pp_rank)
         self.loader, self.validation, self.token_weights = loader, validation, token_weights
-        self.chunks, self.start_weights = chunks, start_weights
+        self.chunks, self.start_weights, self.batch_mask = chunks, start_weights, batch_mask
         self.wrapped, self.optimizer = wrap_and_optimize(
-            chunks, optim=config.optim, parallel=config.parallel, precision=config.stage.precision
+            chunks,
+            optim=config.optim,
+            parallel=config.parallel,
+            engine=config.engine,
+            precision=config.stage.precision,
         )
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = partial(_finalize_gradients, clock=self.clock)
@@ -115,7 +126,7 @@ class LMTask:
             **report.metrics(),
             "lr": rate,
             "grad_norm": grad_norm,
-            **self._sizes(micro_batches),
+            **self._sizes(batches),
         }
 
     def _accepts(self, loss: float, grad_norm: float) -> bool:
@@ -124,30 +135,27 @@ class LMTask:
         loss, grad_norm = worst_over_ranks([loss, grad_norm])
         return self.guard.accepts(loss=loss, grad_norm=grad_norm)
 
-    def _sizes(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
+    def _sizes(self, batches: list[Batch]) -> dict[str, float]:
         """Document tokens of the global batch, and the model FLOPs they cost."""
         assert isinstance(self.config.model, LMConfig)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for item in micro_batches:
-            start_BS = item.batch.document_start
-            length = start_BS.shape[1]
-            column_S = torch.arange(length, device=start_BS.device)
-            real_BS = start_BS < length
-            sums += torch.stack([real_BS.sum(), ((column_S - start_BS + 1) * real_BS).sum()])
-        tokens, pairs = sum_over(sums, self.mesh.dp_group).tolist()
+        real = [(batch.document_start < batch.tokens.shape[1]).sum() for batch in batches]
+        visible = [self.batch_mask(batch).visible_keys().sum() for batch in batches]
+        sums = torch.stack([torch.stack(real).sum(), torch.stack(visible).sum()])
+        tokens, pairs = sum_over(sums.to(self.mesh.device), self.mesh.dp_group).tolist()
         flops = step_flops(
             self.config.model,
             vocabulary_size=self.chunks[0].vocabulary_size,
             tokens=tokens,
             visible_pairs=pairs,
         )
-        return {"tokens": tokens, FLOPS: flops}
+        return {"tokens": float(tokens), FLOPS: flops}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean cross-entropy (nats a token) of every validation set over its own modality."""
         metrics: dict[str, float] = {}
         for chunk in self.wrapped:
+            chunk.gather_parameters()
             chunk.eval()
         for name, (documents, token_weights) in self.validation.items():
             total, total_weight = 0.0, 0.0
@@ -163,6 +171,8 @@ class LMTask:
 
     def save(self, folder: Path) -> None:
         """Model, optimizer and data position, on every rank."""
+        for chunk in self.wrapped:
+            chunk.gather_parameters()
         sharded.save(folder, chunks=self.chunks, optimizer=self.optimizer)
         if is_main():
             state = self.loader.state_dict()
@@ -183,16 +193,25 @@ class LMTask:
         total = torch.stack([weights_BS.double().sum() for _, weights_BS in pairs]).sum()
         weight = sum_over(total.to(self.mesh.device), self.mesh.dp_group).item()
         scale = 1.0 / max(weight, 1e-30)
-        device = self.mesh.device
-        micro_batches = [
-            MicroBatch(
-                batch=batch.to(device),
-                weights_BS=weights_BS.to(device),
-                normalised_BS=(weights_BS * scale).to(device),
-            )
-            for batch, weights_BS in pairs
-        ]
-        return micro_batches, weight
+        return [self._own_share(batch, weights, scale=scale) for batch, weights in pairs], weight
+
+    def _own_share(self, batch: Batch, weights_BS: torch.Tensor, *, scale: float) -> MicroBatch:
+        """The columns of ``batch`` that this rank works on. Dealt out here, once a micro-batch,
+        and not in the forward that every virtual pipeline stage calls."""
+        mask, split = self.batch_mask(batch), None
+        if self.mesh.cp_size > 1:
+            kind = self.config.parallel.cp_comm_type
+            group, device = self.mesh.cp_group, self.mesh.device
+            split = split_sequence(mask, kind=kind, group=group, device=device)
+            batch, mask = batch.take(split.rows_S), split.local_mask(mask)
+            weights_BS = weights_BS.index_select(1, split.rows_S)
+        return MicroBatch(
+            batch=batch,
+            weights_BS=weights_BS,
+            normalised_BS=weights_BS * scale,
+            mask=mask,
+            split=split,
+        ).on(self.mesh.device)
 
     def _groups(self, documents: ValidationSet) -> Iterator[list[Batch]]:
         """Batches as the schedule takes them: one by one, or in groups of the pipeline's stages
@@ -211,8 +230,9 @@ class LMTask:
 
     def _run(self, micro_batches: list[MicroBatch], *, forward_only: bool) -> LossReport:
         """All micro-batches through mcore's schedule; the report is summed over the world."""
-        sequence_length = micro_batches[0].batch.tokens.shape[1]
-        iterators = [self._deal(micro_batches) for _ in self.wrapped]
+        first = micro_batches[0]
+        sequence_length = first.batch.tokens.shape[1] * self.mesh.cp_size
+        iterators: list[Iterator[MicroBatch]] = [self._deal(micro_batches) for _ in self.wrapped]
         interleaved = len(self.wrapped) > 1
         model: Any = self.wrapped if interleaved else self.wrapped[0]
         reports = get_forward_backward_func()(
@@ -221,7 +241,7 @@ class LMTask:
             model=model,
             num_microbatches=len(micro_batches),
             seq_length=sequence_length,
-            micro_batch_size=micro_batches[0].batch.tokens.shape[0],
+            micro_batch_size=first.batch.tokens.shape[0],
             forward_only=forward_only,
         )
         zero = torch.zeros(5, dtype=torch.float64, device=self.mesh.device)
@@ -239,15 +259,13 @@ class LMTask:
 
     def _forward(self, iterator: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
         micro_batch = next(iterator)
-        mask, split = AttentionMask.causal(micro_batch.batch.document_start), None
-        if self.mesh.cp_size > 1:
-            kind = self.config.parallel.cp_comm_type
-            split = split_sequence(mask, kind=kind, group=self.mesh.cp_group)
-            micro_batch, mask = micro_batch.take(split.rows_S), split.local_mask(mask)
-        batch = micro_batch.batch
-        context = AttentionContext(positions_BS=batch.positions, mask=mask, split=split)
+        batch, split = micro_batch.batch, micro_batch.split
+        context = AttentionContext(positions_BS=batch.positions, mask=micro_batch.mask, split=split)
         with cpu.without_shim(), self.clock.own():
             hidden_SBH = chunk(batch.tokens, context=context)
+        if chunk.module.post_process:
+            # The loss multiplies by it without going through its module.
+            chunk.wait_for(chunk.module.output_layer.weight)
         return hidden_SBH, partial(self._loss, micro_batch=micro_batch)
 
     def _loss(

@@ -61,8 +61,20 @@ def test_the_paper_recipe_fits_an_80_gib_accelerator():
     assert memory("experiment=emu35_34b/pretrain_s1")["total"] < 80 * GIB
 
 
-def test_activation_formula_is_near_what_a_layer_really_keeps():
-    """Counts the bytes that autograd saves in a forward pass of the model itself."""
+@pytest.mark.parametrize(
+    "engine",
+    [
+        [],
+        ["engine.recompute=selective"],
+        ["engine.recompute=selective", "engine.recompute_modules=[mlp]"],
+        ["engine.recompute=selective", "engine.recompute_modules=[core_attn,mlp]"],
+        ["engine.recompute=full"],
+    ],
+    ids=["kept", "core_attn", "mlp", "attention-mlp", "full"],
+)
+def test_activation_formula_is_near_what_a_layer_really_keeps(engine: list[str]):
+    """Counts the bytes that autograd saves in a forward pass of the model itself (norms that are
+    recomputed are let go only later, which this way of counting cannot see)."""
     torch = pytest.importorskip("torch")
     from emu35.model.build import build_model
     from emu35.model.context import AttentionContext
@@ -70,7 +82,7 @@ def test_activation_formula_is_near_what_a_layer_really_keeps():
     from emu35.parallel.mesh import single_process_mesh
 
     single_process_mesh()
-    config = compose(["model=demo", "data.sequence_length=256"])
+    config = compose(["model=demo", "data.sequence_length=256", *engine])
     model = config.model
     saved: dict[int, dict[int, int]] = {}
 
@@ -79,6 +91,7 @@ def test_activation_formula_is_near_what_a_layer_really_keeps():
             replace(model, num_layers=layers),  # type: ignore[type-var]
             vocabulary_size=64,
             parallel=ParallelConfig(),
+            engine=config.engine,
             precision=config.stage.precision,
         )
         weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -99,8 +112,29 @@ def test_activation_formula_is_near_what_a_layer_really_keeps():
             hidden = module(tokens, context=context)
         assert hidden.requires_grad
     measured = (sum(saved[3].values()) - sum(saved[1].values())) / 2
-    predicted = make_plan(config)["memory_bytes_per_rank"]["activations"] / 4
+    layers = [f"model.num_layers={count}" for count in (1, 3)]
+    one, three = (
+        memory("model=demo", "data.sequence_length=256", *engine, count)["activations"]
+        for count in layers
+    )
+    predicted = (three - one) / 2
     assert predicted == pytest.approx(measured, rel=0.35)
+
+
+def test_full_recomputation_keeps_the_inputs_of_layers_and_one_layer():
+    base = ["model=demo", "stage.global_batch_size=16"]
+    kept, full = memory(*base)["activations"], memory(*base, "engine.recompute=full")["activations"]
+    assert kept / 4 < full < kept / 2
+    half = memory(*base, "engine.recompute=full", "engine.recompute_layers=2")["activations"]
+    assert full < half < kept
+
+
+def test_uneven_stages_are_planned_by_the_fullest():
+    base = ["model=demo", "stage.global_batch_size=16", "launch.nproc=2", "parallel.pp=2"]
+    even, uneven = memory(*base), memory(*base, "parallel.pp_layers=[1,3]")
+    assert uneven["weights"] > even["weights"]
+    # The last stage holds one micro-batch at a time: three layers there, four layers' worth before.
+    assert uneven["activations"] == even["activations"] * 3 // 4
 
 
 def test_images_are_planned_without_a_guess_at_activations():

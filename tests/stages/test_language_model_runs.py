@@ -26,7 +26,7 @@ from emu35.config.io import write_config
 from emu35.data.ingest.options import IngestOptions
 from emu35.data.readers.discover import TextUnit
 from emu35.errors import CheckpointError, DataError
-from emu35.model import spec
+from emu35.model import mcore_config
 from emu35.run import worker
 from emu35.run.preflight import check_inputs
 from emu35.stages import pretrain, sft
@@ -155,13 +155,13 @@ def test_deterministic_runs_are_equal_and_torch_and_the_model_know_it(
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)  # and put back afterwards, whatever the run sets
     built: list[bool] = []
-    build = spec.TransformerConfig
+    build = mcore_config.TransformerConfig
 
     def record(**values: Any) -> Any:
         built.append(values["deterministic_mode"])
         return build(**values)
 
-    monkeypatch.setattr(spec, "TransformerConfig", record)
+    monkeypatch.setattr(mcore_config, "TransformerConfig", record)
     try:
         for name in ("one", "other"):
             run_config = config(tmp_path / name, shards=shards, hidden_dropout=0.2)

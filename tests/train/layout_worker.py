@@ -1,68 +1,99 @@
 """Train a tiny model for a few steps on drawn documents; run alone or under torchrun.
 
 Usage: layout_worker.py RESULT.json '{"tp": 2, "steps": 5, ...}'
+
+or, as a rank of a pool that trains one layout after the other: layout_worker.py --pool, which reads
+a specification a line; rank 0 answers with a line each.
 """
 
+import gc
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from spoil import observe
 
 from emu35.config import (
+    EngineConfig,
     LMConfig,
     OptimConfig,
     ParallelConfig,
     Precision,
     PretrainConfig,
+    Recompute,
+    RecomputeModule,
     RunConfig,
     TokenDataConfig,
 )
 from emu35.config.parallel import CPCommType
 from emu35.data.batch import Batch
+from emu35.model.attention.support import MaskKind
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
+from emu35.model.mask import AttentionMask
 from emu35.parallel.collectives import barrier, is_main
 from emu35.parallel.mesh import Mesh, init_mesh, leave
-from emu35.train.objective import weights_by_modality
+from emu35.train.objective import causal_mask, weights_by_modality
 from emu35.train.step import LMTask
 
 LENGTH, ROWS, VOCABULARY = 48, 8, 301
 
 
+Document = tuple[torch.Tensor, torch.Tensor]
+"""Token ids and the modality of each."""
+
+
 class DrawnDocuments:
     """Global batches drawn from the step number. ``packing`` says how the same documents share
-    rows: two a row with a padded tail, or one a row."""
+    rows: two a row with a padded tail, or one a row. ``lengths``: the documents of every row,
+    instead of two drawn ones."""
 
-    def __init__(self, *, mesh: Mesh, micro_batch_size: int, packed: bool) -> None:
+    def __init__(
+        self,
+        *,
+        mesh: Mesh,
+        micro_batch_size: int,
+        packed: bool,
+        lengths: list[list[int]] | None = None,
+    ) -> None:
         self.mesh, self.micro_batch_size, self.packed = mesh, micro_batch_size, packed
+        self.lengths = lengths
         self.step = 0
 
     def next_step(self) -> list[Batch]:
         generator = torch.Generator().manual_seed(self.step)
         self.step += 1
-        documents = []
-        for _ in range(ROWS):
-            first = int(torch.randint(4, 30, (1,), generator=generator))
-            second = int(torch.randint(4, LENGTH - first + 1, (1,), generator=generator))
-            for length in (first, second):
-                ids = torch.randint(4, VOCABULARY, (length,), generator=generator)
-                documents.append((ids, (ids % 4).to(torch.uint8)))
-        if self.packed:
-            rows = [documents[2 * i : 2 * i + 2] for i in range(ROWS)]
-        else:
-            rows = [[document] for document in documents]
-        share = len(rows) // self.mesh.dp_size
-        own = rows[self.mesh.dp_rank * share : (self.mesh.dp_rank + 1) * share]
+        rows = [
+            [draw_document(length, generator) for length in lengths]
+            for lengths in self.lengths or [draw_pair(generator) for _ in range(ROWS)]
+        ]
+        if not self.packed:
+            rows = [[document] for row in rows for document in row]
+        share = self.micro_batch_size * self.mesh.dp_size
+        rows += [[] for _ in range(-len(rows) % share)]
+        own = len(rows) // self.mesh.dp_size
+        rows = rows[self.mesh.dp_rank * own : (self.mesh.dp_rank + 1) * own]
         size = self.micro_batch_size
-        return [lay_out(own[i : i + size]) for i in range(0, len(own), size)]
+        return [lay_out(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
+
+
+def draw_pair(generator: torch.Generator) -> list[int]:
+    first = int(torch.randint(4, 30, (1,), generator=generator))
+    return [first, int(torch.randint(4, LENGTH - first + 1, (1,), generator=generator))]
+
+
+def draw_document(length: int, generator: torch.Generator) -> Document:
+    ids = torch.randint(4, VOCABULARY, (length,), generator=generator)
+    return ids, (ids % 4).to(torch.uint8)
 
 
 class HeldOut:
@@ -77,7 +108,7 @@ class HeldOut:
         return iter(self.batches)
 
 
-def lay_out(rows: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> Batch:
+def lay_out(rows: list[list[Document]]) -> Batch:
     """Plain loops, so that the test does not lean on the code it tests."""
     shape = (len(rows), LENGTH)
     tokens, labels = torch.zeros(shape).long(), torch.zeros(shape).long()
@@ -104,40 +135,74 @@ def lay_out(rows: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> Batch:
     )
 
 
-def main(result: Path, spec: dict) -> None:
-    torch.set_num_threads(1)
-    layout = ("tp", "sp", "pp", "vpp", "cp", "zero1")
-    parallel = ParallelConfig(
-        **{name: spec[name] for name in layout if name in spec},
-        cp_comm_type=CPCommType(spec.get("cp_comm_type", "all_gather")),
-    )
-    model = LMConfig(
-        num_layers=4,
-        hidden_size=64,
-        ffn_hidden_size=96,
-        num_attention_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        max_position_embeddings=LENGTH,
-        hidden_dropout=spec.get("dropout", 0.0),
-        attention_dropout=spec.get("dropout", 0.0),
-    )
-    stage = PretrainConfig(
-        steps=20, precision=Precision(spec.get("precision", "fp32")), loss_chunk=40
-    )
-    config = RunConfig(
-        model=model,
+def with_spans(batch: Batch) -> AttentionMask:
+    """Causal, but the tokens 3 to 8 of every document see each other both ways."""
+    span_end_BS = torch.zeros_like(batch.tokens)
+    for r, starts in enumerate(batch.document_start.tolist()):
+        for start in sorted({start for start in starts if start < LENGTH}):
+            end = start + starts.count(start)
+            span_end_BS[r, start + 3 : min(start + 9, end)] = min(start + 9, end)
+    return AttentionMask.causal(batch.document_start, span_end_BS=span_end_BS)
+
+
+LAYOUT = ("tp", "sp", "pp", "vpp", "cp", "zero1", "pp_layers")
+
+
+def configure(spec: dict) -> RunConfig:
+    return RunConfig(
+        model=LMConfig(
+            num_layers=4,
+            hidden_size=64,
+            ffn_hidden_size=96,
+            num_attention_heads=8,
+            num_kv_heads=4,
+            head_dim=16,
+            max_position_embeddings=LENGTH,
+            hidden_dropout=spec.get("dropout", 0.0),
+            attention_dropout=spec.get("dropout", 0.0),
+        ),
         data=TokenDataConfig(sequence_length=LENGTH),
-        stage=stage,
-        parallel=parallel,
-        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        stage=PretrainConfig(
+            steps=20, precision=Precision(spec.get("precision", "fp32")), loss_chunk=40
+        ),
+        parallel=ParallelConfig(
+            **{name: spec[name] for name in LAYOUT if name in spec},
+            cp_comm_type=CPCommType(spec.get("cp_comm_type", "all_gather")),
+        ),
+        engine=engine(**spec.get("engine", {})),
+        # Adam divides each gradient by its own size, so that the rounding of one near zero becomes
+        # a whole update; a large eps keeps equal what is equal.
+        optim=OptimConfig(lr=1e-2, warmup_steps=2, eps=1e-4),
     )
-    mesh = init_mesh(parallel, seed=5)
+
+
+def engine(**options: object) -> EngineConfig:
+    if "recompute" in options:
+        options["recompute"] = Recompute(options["recompute"])
+    if "recompute_modules" in options:
+        modules = options["recompute_modules"]
+        assert isinstance(modules, list)
+        options["recompute_modules"] = [RecomputeModule(name) for name in modules]
+    return EngineConfig(**options)  # type: ignore[arg-type]
+
+
+def train(spec: dict) -> dict:
+    """What rank 0 knows after the steps of ``spec``."""
+    config = configure(spec)
+    problems = [*config.parallel.problems(), *config.engine.problems()]
+    assert not problems, problems
+    stage = config.stage
+    assert isinstance(config.model, LMConfig)
+    assert isinstance(stage, PretrainConfig)
+    mesh = init_mesh(config.parallel, seed=5)
+    spans = spec.get("spans", False)
     chunks = build_chunks(
-        model,
+        config.model,
         vocabulary_size=VOCABULARY,
-        parallel=parallel,
+        parallel=config.parallel,
+        engine=config.engine,
         precision=stage.precision,
+        masks=MaskKind.intervals if spans else MaskKind.packed_causal,
     )
     for chunk in chunks:
         initialize(chunk, seed=5, pad_id=0)
@@ -145,6 +210,7 @@ def main(result: Path, spec: dict) -> None:
         mesh=mesh,
         micro_batch_size=spec.get("micro_batch_size", 2),
         packed=spec.get("packed", True),
+        lengths=spec.get("lengths"),
     )
     task = LMTask(
         config=config,
@@ -153,29 +219,46 @@ def main(result: Path, spec: dict) -> None:
         loader=documents,  # type: ignore[arg-type]
         validation={"held_out": (HeldOut(mesh=mesh), weights_by_modality(stage.loss_weights))},  # type: ignore[dict-item]
         token_weights=weights_by_modality(stage.loss_weights),
+        batch_mask=with_spans if spans else causal_mask,
     )
+    observed = observe(task, spec=spec)
     if "load" in spec:
         task.load(Path(spec["load"]))
     first = documents.step + 1
     metrics = [dict(task.train_step(first + i)) for i in range(spec.get("steps", 5))]
-    validation = task.validate()
+    validation = task.validate() if spec.get("validate", True) else {}
     if "save" in spec:
         folder = Path(spec["save"])
         if is_main():
             folder.mkdir()
         barrier()
         task.save(folder)
-    if is_main():
-        weights = {
-            name: parameter.detach().double().sum().item()
-            for chunk in chunks
-            for name, parameter in chunk.named_parameters()
-        }
-        result.write_text(
-            json.dumps({"metrics": metrics, "validation": validation, "weights": weights})
-        )
-    leave()
+    weights = {
+        name: parameter.detach().double().sum().item()
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    }
+    return {"metrics": metrics, "validation": validation, "weights": weights, **observed}
+
+
+def serve() -> None:
+    """One rank of a pool: train what each line of standard input says."""
+    for line in sys.stdin:
+        outcome = train(json.loads(line))
+        gc.collect()
+        if is_main():
+            print(json.dumps(outcome), file=ANSWERS, flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    # Answers go where rank 0's output went; what libraries print must not mix with them.
+    ANSWERS = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    if sys.argv[1] == "--pool":
+        serve()
+    else:
+        outcome = train(json.loads(sys.argv[2]))
+        if is_main():
+            Path(sys.argv[1]).write_text(json.dumps(outcome))
+    leave()

@@ -8,7 +8,7 @@ import torch
 
 from emu35.config import AttentionBackend
 from emu35.config.parallel import CPCommType
-from emu35.model.attention import dense, segment
+from emu35.model.attention import dense, flex, segment, varlen
 from emu35.model.context import AttentionContext
 from emu35.model.rotary import rotary_tables, rotate
 from emu35.parallel import cpu
@@ -37,8 +37,12 @@ class Attend(Protocol):
 BACKENDS: Mapping[AttentionBackend, Attend] = {
     AttentionBackend.segment: segment.attend,
     AttentionBackend.dense: dense.attend,
+    AttentionBackend.flex: flex.attend,
+    AttentionBackend.flash: varlen.attend_flash,
+    AttentionBackend.te: varlen.attend_te,
 }
-"""Training backends. Cached decoding always goes through ``dense``: it has a handful of rows."""
+"""What each can do stands in :mod:`emu35.model.attention.support`. Cached decoding always goes
+through ``dense``: it has a handful of rows."""
 
 
 class CoreAttention(MegatronModule):

@@ -15,7 +15,7 @@ def attend(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attention output [B, H, S, D]; rows that see nothing come out as zero."""
-    visible_B1SK, empty_B1S1 = _matrix(context, num_keys=key_BGKD.shape[2])
+    visible_B1SK, empty_B1S1 = _matrix(context, num_keys=key_BGKD.shape[2], device=key_BGKD.device)
     output_BHSD = F.scaled_dot_product_attention(
         query_BHSD,
         key_BGKD,
@@ -28,12 +28,12 @@ def attend(
 
 
 def _matrix(
-    context: AttentionContext, *, num_keys: int
+    context: AttentionContext, *, num_keys: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     key = ("dense", num_keys)
     if key not in context.derived:
         assert context.mask is not None
-        visible_B1SK = context.mask.dense(num_keys)[:, None]
+        visible_B1SK = context.mask.to(device).dense(num_keys)[:, None]
         empty_B1S1 = ~visible_B1SK.any(-1, keepdim=True)
         if empty_B1S1.any():
             # A softmax over nothing is NaN, in the gradient too; let such a row see everything
