@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def update(optimizer: MegatronOptimizer, *, accepts: Callable[[float], bool]) ->
     """
     overflow = optimizer.prepare_grads()
     assert not overflow, "only fp16 scales its loss"
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
     norm = float(optimizer.get_grad_norm())
     if not all(_copies_are_finite(part) for part in parts):
         norm = math.nan
@@ -66,7 +67,7 @@ def update(optimizer: MegatronOptimizer, *, accepts: Callable[[float], bool]) ->
     return norm
 
 
-def _begin_state(part: MegatronOptimizer) -> None:
+def _begin_state(part: Any) -> None:
     """Give an optimizer that has never stepped the state it would have made: a checkpoint may come
     before the first accepted step, and one without moments does not load."""
     inner = part.optimizer

@@ -35,8 +35,9 @@ from emu35.train.clock import Phase, StepClock
 LOGS = "logs"
 """Folder inside the run folder; all hosts of a run see it."""
 
-_SILENT_BEATS = 4
-"""A sign of life that is this many intervals old comes from a rank that cannot give another."""
+_SILENT_BEATS, _SILENT_SECONDS = 4, 5.0
+"""A sign of life that is this many intervals old, and this many seconds (half a short timeout),
+comes from a rank that cannot give another."""
 _LEAST_BYTES = 65536
 """Less than this read or written between two looks is no progress: signs of life are bytes too."""
 
@@ -67,6 +68,7 @@ class Watchdog:
     def __init__(self, *, clock: StepClock, run_dir: Path, timeout: float) -> None:
         self._clock, self._folder, self._timeout = clock, run_dir / LOGS, timeout
         self._interval = min(10.0, timeout / 10)
+        self._silence = max(_SILENT_BEATS * self._interval, min(_SILENT_SECONDS, timeout / 2))
         self._rank, self._ranks = rank(), world_size()
         self._host = socket.gethostname()
         self._done = threading.Event()
@@ -105,7 +107,7 @@ class Watchdog:
         looked = time.monotonic()
         while not self._done.wait(self._interval):
             now = time.monotonic()
-            if now - looked > _SILENT_BEATS * self._interval:
+            if now - looked > self._silence:
                 self._excused_at = now  # this very process was stopped or starved
             looked = now
             self._give_sign()
@@ -161,7 +163,7 @@ class Watchdog:
                     yield number, None, 0.0
 
     def _is_silent(self, age: float) -> bool:
-        return age > _SILENT_BEATS * self._interval
+        return age > self._silence
 
     def _someone_moves(self) -> bool:
         """Whether all others are alive and one of them is making progress."""

@@ -17,10 +17,9 @@ import pytest
 pytestmark = pytest.mark.multiproc
 
 TASK = Path(__file__).parents[1] / "train" / "tiny_task.py"
-TIMEOUT = 4
+TIMEOUT = 8
 LAUNCHER = """
 import sys
-from pathlib import Path
 from emu35.errors import Emu35Error
 from emu35.run.compose import compose
 from emu35.run.launch import run_ranks
@@ -146,6 +145,7 @@ def test_a_rank_that_hangs_alive_is_named_as_behind(start) -> None:
     assert "in step 5, data" in told
 
 
+@pytest.mark.slow
 def test_what_is_slow_but_moves_is_left_alone(start) -> None:
     """Validation and saving each take longer than the timeout; a rank is stopped for a while."""
     slow = str(2 * TIMEOUT)
