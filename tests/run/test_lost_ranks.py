@@ -58,7 +58,7 @@ class Run:
                 self.pids = [sign["pid"] for sign in signs if sign]
                 return
             time.sleep(0.05)
-        self.launcher.kill()
+        self.kill()
         pytest.fail(f"step {step} was not reached:\n{self.launcher.communicate()}")
 
     def sign(self, rank: int) -> dict | None:
@@ -66,6 +66,14 @@ class Run:
             return json.loads((self.run_dir / "logs" / f"rank{rank}.alive").read_text())
         except FileNotFoundError:
             return None
+
+    def kill(self) -> None:
+        """End the launcher and its ranks, which would outlive it."""
+        if self.launcher.poll() is not None:
+            return
+        children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children")
+        for pid in (*map(int, children.read_text().split()), self.launcher.pid):
+            os.kill(pid, signal.SIGKILL)
 
     def end(self) -> tuple[int, str, float]:
         """(exit code, what was said to the user, seconds that took)."""
@@ -84,9 +92,8 @@ def start(tmp_path: Path):
 
     yield begin
     for run in runs:
-        if run.launcher.poll() is None:
-            run.launcher.kill()
-            run.launcher.wait()
+        run.kill()
+        run.launcher.wait()
         for pid in run.pids:
             assert not is_running(pid)
 
