@@ -84,6 +84,8 @@ def load(folder: Path, *, chunks: list[Emu35Model], optimizer: MegatronOptimizer
         )
     state = _read(folder, _sharded_state(chunks, optimizer=optimizer, is_loading=True))
     _load_chunks(state, chunks=chunks)
+    if not here:
+        _count_from_zero(state["optimizer"], optimizer=optimizer)
     optimizer.load_state_dict(state["optimizer"])
     _separate_steps(optimizer)
 
@@ -174,6 +176,14 @@ def _load_chunks(state: dict[str, Any], *, chunks: list[Emu35Model]) -> None:
 def _is_zero1(optimizer: MegatronOptimizer) -> bool:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return any(isinstance(part, DistributedOptimizer) for part in parts)
+
+
+def _count_from_zero(state: dict[str, Any], *, optimizer: MegatronOptimizer) -> None:
+    """mcore writes no step count of zero, which is that of a run whose steps were all skipped so
+    far, and torch's AdamW does not load without one."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    if all(isinstance(part.optimizer, torch.optim.AdamW) for part in parts):
+        state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))
 
 
 def _separate_steps(optimizer: MegatronOptimizer) -> None:

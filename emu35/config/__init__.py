@@ -27,6 +27,7 @@ from emu35.config.engine import (
     Recompute,
     RecomputeModule,
 )
+from emu35.config.guard import GuardConfig
 from emu35.config.launch import LaunchConfig, LaunchKind
 from emu35.config.log import LogConfig, WandbMode
 from emu35.config.model import AttentionBackend, IBQConfig, LMConfig, ModelConfig
@@ -52,6 +53,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "FP8Recipe",
+    "GuardConfig",
     "IBQConfig",
     "IBQStageConfig",
     "ImageDataConfig",

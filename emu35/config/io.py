@@ -19,8 +19,10 @@ CONFIG_FILE = "config.yaml"
 MAY_CHANGE = (
     "name",
     "run_dir",
+    "deterministic",
     "log.*",
     "checkpoint.*",
+    "guard.*",
     "launch.*",
     "parallel.tp",
     "parallel.sp",

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from emu35.config.checkpoint import CheckpointConfig
 from emu35.config.data import DataConfig, ImageDataConfig, TokenDataConfig
 from emu35.config.engine import EngineConfig
+from emu35.config.guard import GuardConfig
 from emu35.config.launch import LaunchConfig
 from emu35.config.log import LogConfig
 from emu35.config.model import IBQConfig, LMConfig, ModelConfig
@@ -30,11 +31,13 @@ KINDS: Mapping[str, Mapping[str, type]] = MappingProxyType(
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """Everything that decides a run. ``run_dir`` is where it happens and is not part of the
-    identity that a resumed run is compared with."""
+    identity that a resumed run is compared with. ``deterministic`` makes two runs in one layout
+    equal bit by bit on GPUs too, at some cost in speed; on a CPU they are anyway."""
 
     name: str = "run"
     run_dir: str = "runs/${name}"
     seed: int = 1234
+    deterministic: bool = False
     model: ModelConfig = field(default_factory=LMConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=TokenDataConfig)
@@ -42,6 +45,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

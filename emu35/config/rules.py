@@ -35,6 +35,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         config.parallel,
         config.engine,
         config.optim,
+        config.guard,
         config.checkpoint,
         config.log,
         config.launch,

@@ -10,7 +10,7 @@ from typing import Any
 from emu35.errors import Emu35Error
 
 Row = Mapping[str, float | int | None]
-_COUNTS = ("step", "tokens", "tokens_total")
+_COUNTS = ("step", "tokens", "tokens_total", "skipped_steps")
 
 
 def null_safe(values: Mapping[str, Any]) -> dict[str, float | int | None]:

@@ -15,6 +15,11 @@ from emu35.log.sinks import Guarded, Sink, TensorBoardSink, WandbSink
 METRICS_FILE = "metrics.jsonl"
 
 
+def is_row(step: int, *, every: int, total: int) -> bool:
+    """Whether ``step`` of ``total`` becomes a row: the first, each ``every``-th and the last."""
+    return step % every == 0 or step in (1, total)
+
+
 class MetricLogger:
     """Reports a run from rank 0.
 
@@ -48,7 +53,7 @@ class MetricLogger:
         of its own step, so that a resumed run writes the same rows as one that never stopped.
         """
         self._window_tokens += metrics.get("tokens", 0.0)
-        due = step % self._every == 0 or step == 1 or step == self._total
+        due = is_row(step, every=self._every, total=self._total)
         if due or self._console.live:
             self._last_line = self._describe(step, metrics)
             self._console.progress(self._last_line, force=due)

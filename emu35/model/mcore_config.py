@@ -60,6 +60,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         pipeline_model_parallel_layout=_stages(parallel),
         context_parallel_size=parallel.cp,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         # The loss is normalised by the global sum of token weights before backward, so mcore must
         # neither average over replicas nor over micro-batches.
         calculate_per_token_loss=True,

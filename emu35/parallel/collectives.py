@@ -4,6 +4,9 @@ Every function also works where torch.distributed was never initialised: there i
 world of one rank, so single-process tools and tests need no set-up.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -41,6 +44,28 @@ def any_rank(value: bool) -> bool:
     flag = torch.tensor([int(value)], device=_device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag.item())
+
+
+def worst_over_ranks(values: Sequence[float]) -> list[float]:
+    """The largest of each number over all ranks; NaN counts as infinity, which no rank can miss."""
+    worst = torch.tensor(
+        [value if math.isfinite(value) else math.inf for value in values],
+        dtype=torch.float64,
+        device=_device(),
+    )
+    if world_size() > 1:
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return worst.tolist()
+
+
+def numbers_of_ranks(values: Sequence[float]) -> list[list[float]]:
+    """As many numbers from every rank, in rank order; the same everywhere."""
+    if world_size() == 1:
+        return [list(values)]
+    own = torch.tensor(values, dtype=torch.float64, device=_device())
+    every = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(every, own)
+    return [numbers.tolist() for numbers in every]
 
 
 def sum_over(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -16,6 +16,10 @@ cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
+LATER_SECONDS = 60
+"""How long a collective waits beyond the timeout: the watchdog of training comes first, because it
+can name the rank that everybody waits for."""
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Mesh:
@@ -62,7 +66,7 @@ def init_mesh(parallel: ParallelConfig, *, seed: int, timeout: int = 600) -> Mes
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
-        distributed_timeout_minutes=max(1, timeout // 60),
+        distributed_timeout_minutes=(timeout + LATER_SECONDS) // 60 + 1,
     )
     mesh = current_mesh()
     # Weights do not depend on this seed (see emu35.model.init), only dropout does: replicas and
@@ -128,7 +132,7 @@ def join_process_group(*, timeout: int = 600) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout + LATER_SECONDS)
     if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         try:
             dist.init_process_group(backend, timeout=limit)

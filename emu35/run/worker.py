@@ -24,6 +24,15 @@ from emu35.run.rundir import locked
 LAUNCHER_PID = "EMU35_LAUNCHER_PID"
 """Set by the local launcher, which holds the folder's lock and whose end must be the ranks' end."""
 
+DETERMINISTIC_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NCCL_ALGO": "Ring",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    }
+)
+"""What ``deterministic: true`` sets, where the user has not."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -59,6 +68,8 @@ def run_stage(config: RunConfig, *, run_dir: Path) -> None:
     """
     limit_threads(config)
     quiet_libraries()
+    if config.deterministic:
+        be_deterministic()
     stage = STAGES.get(config.stage.kind)
     if stage is None:
         raise LaunchError(
@@ -70,6 +81,21 @@ def run_stage(config: RunConfig, *, run_dir: Path) -> None:
 def limit_threads(config: RunConfig) -> None:
     """Give torch its share of this host's cores; to be called before torch is imported."""
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(config))
+
+
+def be_deterministic() -> None:
+    """Let torch, cuBLAS, NCCL and transformer-engine choose only what gives the same bits again;
+    to be called before torch is imported, since each reads its variable when it starts.
+
+    An operation that has no such form raises an error that names it. The model is built with
+    megatron-core's ``deterministic_mode`` whenever torch is in this mode.
+    """
+    for name, value in DETERMINISTIC_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def quiet_libraries() -> None:

@@ -24,9 +24,11 @@ from emu35.config import (
     RunConfig,
 )
 from emu35.errors import CheckpointError, ConfigError, DataError
-from emu35.parallel.collectives import is_main, rank, sum_over, world_size
+from emu35.parallel.collectives import is_main, rank, sum_over, world_size, worst_over_ranks
 from emu35.parallel.mesh import init_mesh
 from emu35.stages.ibq_files import RECONSTRUCTIONS, REJECTS, write_grid, write_rejects
+from emu35.train.clock import Phase, StepClock
+from emu35.train.guard import Guard
 from emu35.train.optim import learning_rate
 from emu35.train.trainer import FitResult, fit
 from emu35.vision.ibq.calibrate import calibrate, pictures_needed
@@ -83,6 +85,7 @@ class IBQTask:
         assert isinstance(config.data, ImageDataConfig)
         self.config, self.stage, self.data = config, config.stage, config.data
         self.run_dir, self.device = run_dir, device
+        self.guard, self.clock = Guard(config.guard), StepClock(device=device)
         self.continuous_steps = int(self.stage.quantizer_warmup * self.stage.steps)
         self.rejects = Rejects()
         self.pictures = self._open(config.data.paths)
@@ -131,28 +134,32 @@ class IBQTask:
             model.load_state_dict(source.state_dict())
 
     def train_step(self, step: int) -> dict[str, float]:
-        """One update on one global batch; ``tokens`` counts codes."""
+        """One update on one global batch, unless the guard refuses it; ``tokens`` counts codes."""
         if step == self.continuous_steps + 1 and self.continuous_steps:
             self._start_codebook()
-        pictures = self.batches.step(step)
+        with self.clock.marked(Phase.data):
+            pictures = self.batches.step(step)
         micro_batches = np.split(pictures, len(pictures) // self.stage.micro_batch_size)
         through = Through.nothing if step <= self.continuous_steps else Through.codebook
         sums = torch.zeros(3, device=self.device)
         used_K = torch.zeros(self.model.config.n_embed, device=self.device)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        for pixels in micro_batches:
-            pixels_B3HW = self._to_device(pixels)
-            with self._precision():
-                output = self.model(pixels_B3HW, through=through)
-            losses = ibq_losses(output, pixels_B3HW=pixels_B3HW, weights=self.weights)
-            (losses.total / len(micro_batches)).backward()
-            parts = (losses.total, losses.reconstruction, losses.quantization)
-            sums += torch.stack([part.detach() for part in parts]) / len(micro_batches)
-            if output.quantized is not None:
-                used_K[output.quantized.codes_BHW.flatten()] = 1.0
-        grad_norm, rate = self._update(step)
+        with self.clock.marked(Phase.forward_backward):
+            for pixels in micro_batches:
+                self.clock.beat()
+                with self.clock.own():
+                    pixels_B3HW = self._to_device(pixels)
+                    with self._precision():
+                        output = self.model(pixels_B3HW, through=through)
+                    losses = ibq_losses(output, pixels_B3HW=pixels_B3HW, weights=self.weights)
+                    (losses.total / len(micro_batches)).backward()
+                parts = (losses.total, losses.reconstruction, losses.quantization)
+                sums += torch.stack([part.detach() for part in parts]) / len(micro_batches)
+                if output.quantized is not None:
+                    used_K[output.quantized.codes_BHW.flatten()] = 1.0
         total, reconstruction, quantization = (_over_ranks(sums) / world_size()).tolist()
+        grad_norm, rate = self._update(step, loss=total)
         side = (self.data.crop or self.data.resolution) // self.model.config.factor
         return {
             "loss": total,
@@ -165,17 +172,22 @@ class IBQTask:
             "tokens": float(self.stage.global_batch_size * side * side),
         }
 
-    def _update(self, step: int) -> tuple[float, float]:
-        """Reduce gradients over ranks, clip, step, average; (gradient norm, learning rate)."""
+    def _update(self, step: int, *, loss: float) -> tuple[float, float]:
+        """Reduce gradients over ranks, clip, step, average; (gradient norm, learning rate). Where
+        the guard refuses, weights, average and optimizer stay as they are."""
         trained = [weight for weight in self.model.parameters() if weight.grad is not None]
-        _average_gradients([weight.grad for weight in trained if weight.grad is not None])
+        with self.clock.marked(Phase.reduction):
+            _average_gradients([weight.grad for weight in trained if weight.grad is not None])
         limit = self.config.optim.clip_grad or math.inf
         norm = torch.nn.utils.clip_grad_norm_(trained, limit)
         rate = learning_rate(self.config.optim, step=step, steps=self.stage.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
-        self.average.update(self.model)
+        worst_loss, worst_norm = worst_over_ranks([loss, float(norm)])
+        if self.guard.accepts(loss=worst_loss, grad_norm=worst_norm):
+            with self.clock.marked(Phase.optimizer):
+                self.optimizer.step()
+                self.average.update(self.model)
         return float(norm), rate
 
     def _start_codebook(self) -> None:
@@ -187,6 +199,8 @@ class IBQTask:
         latents: list[torch.Tensor] = []
         with torch.no_grad():
             for first in range(0, count, self.stage.micro_batch_size):
+                self.clock.beat()
+                self.clock.beat()
                 samples = range(first, min(first + self.stage.micro_batch_size, count))
                 pixels = np.stack([self.pictures.square(sample) for sample in samples])
                 z_BDHW = self.model.latents(self._to_device(pixels))
@@ -243,6 +257,7 @@ class IBQTask:
         count = min(self.data.validation_images, len(self.validation))
         batch: list[np.ndarray] = []
         for index in range(rank(), count, world_size()):
+            self.clock.beat()
             picture = self.validation.centre(index)
             if picture is not None:
                 batch.append(picture)

@@ -1,6 +1,8 @@
 """AdamW through megatron-core (plain or ZeRO-1) and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,7 +18,9 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate  # noqa: E402
 
 
 def learning_rate(config: OptimConfig, *, step: int, steps: int) -> float:
@@ -35,6 +39,59 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     """Give every parameter group the same rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def update(optimizer: MegatronOptimizer, *, accepts: Callable[[float], bool]) -> float:
+    """mcore's ``optimizer.step()`` with a decision between the gradient norm and the update.
+
+    ``accepts`` gets the norm before clipping. Where it refuses, parameters and optimizer stay as
+    they are: clipping by a norm that is not a number would spoil the gradients, and the moments
+    with them. Returns the norm.
+    """
+    overflow = optimizer.prepare_grads()
+    assert not overflow, "only fp16 scales its loss"
+    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    norm = float(optimizer.get_grad_norm())
+    if not all(_copies_are_finite(part) for part in parts):
+        norm = math.nan
+    if not accepts(norm):
+        for part in parts:
+            _begin_state(part)
+        return norm
+    for part in parts:
+        if not part.is_stub_optimizer and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm
+            )
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def _begin_state(part: Any) -> None:
+    """Give an optimizer that has never stepped the state it would have made: a checkpoint may come
+    before the first accepted step, and one without moments does not load."""
+    inner = part.optimizer
+    if part.is_stub_optimizer or inner.state:
+        return
+    part.init_state_fn(inner, part.config)
+    if isinstance(inner, torch.optim.AdamW):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                device = parameter.device if group["fused"] else None
+                inner.state[parameter]["step"] = torch.tensor(0.0, device=device)
+
+
+def _copies_are_finite(part: MegatronOptimizer) -> bool:
+    """Whether the gradients of weights that tensor-parallel ranks hold alike (those of norms) are
+    finite here: the norm counts those of the first rank only."""
+    copies = [
+        parameter.grad
+        for parameter in part.get_parameters()
+        if parameter.grad is not None and not param_is_not_tensor_parallel_duplicate(parameter)
+    ]
+    if not copies:
+        return True
+    return bool(torch.stack([copy.sum() for copy in copies]).isfinite().all().item())
 
 
 class GradientBuckets(DistributedDataParallel):

@@ -47,12 +47,9 @@ class StopRequest:
         """The signal that this rank got, if any."""
         return self._received
 
-    def on_any_rank(self, *, also: bool = False) -> bool:
-        """Whether some rank was asked to stop, the same answer on all; to be called by all.
-
-        ``also`` joins another reason to look up, so that a step costs one collective.
-        """
-        return any_rank(self._received is not None or also)
+    def on_any_rank(self) -> bool:
+        """Whether some rank was asked to stop, the same answer on all; to be called by all."""
+        return any_rank(self._received is not None)
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():

@@ -16,17 +16,21 @@ from typing import Any
 import torch
 
 from emu35.checkpoint import sharded
-from emu35.config import LMStageConfig, RunConfig
+from emu35.config import LMConfig, LMStageConfig, RunConfig
 from emu35.data.batch import Batch
 from emu35.data.loader import TokenLoader, ValidationSet
 from emu35.errors import DataError
 from emu35.model.context import AttentionContext
 from emu35.model.context_parallel import split_sequence
+from emu35.model.flops import step_flops
 from emu35.model.logits import weighted_cross_entropy
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
-from emu35.parallel.collectives import barrier, is_main, sum_over
+from emu35.parallel.collectives import barrier, is_main, sum_over, worst_over_ranks
 from emu35.parallel.mesh import Mesh
+from emu35.train.clock import Phase, StepClock
+from emu35.train.guard import Guard
+from emu35.train.measure import FLOPS
 from emu35.train.objective import (
     BatchMask,
     LossReport,
@@ -34,7 +38,7 @@ from emu35.train.objective import (
     TokenWeights,
     causal_mask,
 )
-from emu35.train.optim import learning_rate, set_learning_rate, wrap_and_optimize
+from emu35.train.optim import learning_rate, set_learning_rate, update, wrap_and_optimize
 
 cpu.install()
 
@@ -73,6 +77,9 @@ class LMTask:
     ) -> None:
         assert isinstance(config.stage, LMStageConfig)
         self.config, self.stage, self.mesh = config, config.stage, mesh
+        self.guard = Guard(config.guard)
+        # Pipeline stages do unlike work: embedding here, logits there.
+        self.clock = StepClock(device=mesh.device, peers=mesh.pp_rank)
         self.loader, self.validation, self.token_weights = loader, validation, token_weights
         self.chunks, self.start_weights, self.batch_mask = chunks, start_weights, batch_mask
         self.wrapped, self.optimizer = wrap_and_optimize(
@@ -83,7 +90,7 @@ class LMTask:
             precision=config.stage.precision,
         )
         for chunk in chunks:
-            chunk.config.finalize_model_grads_func = _finalize_gradients
+            chunk.config.finalize_model_grads_func = partial(_finalize_gradients, clock=self.clock)
 
     def start(self) -> None:
         """The weights that ``stage.init_from`` names, if it names any."""
@@ -95,32 +102,53 @@ class LMTask:
     def train_step(self, step: int) -> dict[str, float]:
         """Forward, backward and update for one global batch; returns metrics of the whole world.
 
-        ``tokens`` counts document tokens (no padding), ``loss`` is the weighted mean.
+        ``tokens`` counts document tokens (no padding), ``loss`` is the weighted mean. A step that
+        the guard refuses updates nothing; its data count as read.
 
         Raises:
             DataError: no token of the global batch has a weight.
         """
-        batches = self.loader.next_step()
+        with self.clock.marked(Phase.data):
+            batches = list(self.loader.next_step())
         micro_batches, weight = self._normalise(batches, token_weights=self.token_weights)
         if weight == 0.0:
-            raise DataError(_explain_no_weight(step, stage=self.stage))
+            raise DataError(_explain_no_weight(step))
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        report = self._run(micro_batches, forward_only=False)
+        with self.clock.marked(Phase.forward_backward):
+            report = self._run(micro_batches, forward_only=False)
         rate = learning_rate(self.config.optim, step=step, steps=self.stage.steps)
         set_learning_rate(self.optimizer, rate)
-        outcome: Any = self.optimizer.step()  # (success, gradient norm, zeros); mcore omits types
-        grad_norm = outcome[1]
-        starts = [batch.document_start for batch in batches]
-        tokens = torch.stack([(start_BS < start_BS.shape[1]).sum() for start_BS in starts]).sum()
-        tokens = sum_over(tokens.to(self.mesh.device), self.mesh.dp_group)
+        with self.clock.marked(Phase.optimizer):
+            grad_norm = update(self.optimizer, accepts=partial(self._accepts, report.weighted))
         return {
             **report.metrics(),
             "lr": rate,
-            "grad_norm": float(grad_norm or 0.0),
-            "tokens": float(tokens.item()),
+            "grad_norm": grad_norm,
+            **self._sizes(batches),
         }
+
+    def _accepts(self, loss: float, grad_norm: float) -> bool:
+        """The guard's word, the same on every rank: replicas hold equal numbers unless one of them
+        is broken, and then the worst counts."""
+        loss, grad_norm = worst_over_ranks([loss, grad_norm])
+        return self.guard.accepts(loss=loss, grad_norm=grad_norm)
+
+    def _sizes(self, batches: list[Batch]) -> dict[str, float]:
+        """Document tokens of the global batch, and the model FLOPs they cost."""
+        assert isinstance(self.config.model, LMConfig)
+        real = [(batch.document_start < batch.tokens.shape[1]).sum() for batch in batches]
+        visible = [self.batch_mask(batch).visible_keys().sum() for batch in batches]
+        sums = torch.stack([torch.stack(real).sum(), torch.stack(visible).sum()])
+        tokens, pairs = sum_over(sums.to(self.mesh.device), self.mesh.dp_group).tolist()
+        flops = step_flops(
+            self.config.model,
+            vocabulary_size=self.chunks[0].vocabulary_size,
+            tokens=tokens,
+            visible_pairs=pairs,
+        )
+        return {"tokens": float(tokens), FLOPS: flops}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -204,7 +232,7 @@ class LMTask:
         """All micro-batches through mcore's schedule; the report is summed over the world."""
         first = micro_batches[0]
         sequence_length = first.batch.tokens.shape[1] * self.mesh.cp_size
-        iterators: list[Iterator[MicroBatch]] = [iter(micro_batches) for _ in self.wrapped]
+        iterators: list[Iterator[MicroBatch]] = [self._deal(micro_batches) for _ in self.wrapped]
         interleaved = len(self.wrapped) > 1
         model: Any = self.wrapped if interleaved else self.wrapped[0]
         reports = get_forward_backward_func()(
@@ -223,11 +251,17 @@ class LMTask:
         sum_over(vector, self.mesh.pp_group)
         return LossReport.from_vector(vector)
 
+    def _deal(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches; asking for the next one is a sign of progress."""
+        for micro_batch in micro_batches:
+            self.clock.beat()
+            yield micro_batch
+
     def _forward(self, iterator: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
         micro_batch = next(iterator)
         batch, split = micro_batch.batch, micro_batch.split
         context = AttentionContext(positions_BS=batch.positions, mask=micro_batch.mask, split=split)
-        with cpu.without_shim():
+        with cpu.without_shim(), self.clock.own():
             hidden_SBH = chunk(batch.tokens, context=context)
         if chunk.module.post_process:
             # The loss multiplies by it without going through its module.
@@ -250,18 +284,20 @@ class LMTask:
         return loss, no_tokens, {"sums": sums}
 
 
-def _explain_no_weight(step: int, *, stage: LMStageConfig) -> str:
-    text = f"no token of step {step} has a loss weight, so there is nothing to learn from: "
-    if stage.kind == "sft":
-        return text + (
-            "stage=sft learns what follows the token that opens a response, and none of these "
-            "documents has one; use documents with responses, or stage=pretrain"
-        )
-    return text + "stage.loss_weights gives 0 to every modality in these documents; raise one"
+def _explain_no_weight(step: int) -> str:
+    return (
+        f"no token of step {step} has a loss weight, so there is nothing to learn from: either "
+        "stage.loss_weights gives 0 to every modality in these documents (raise one), or the stage "
+        "learns responses only, as stage=sft does, and none of these documents opens a response "
+        "(use documents that do, or stage=pretrain)"
+    )
 
 
-def _finalize_gradients(chunks: Any, num_tokens: object = None, **groups: Any) -> None:
+def _finalize_gradients(
+    chunks: Any, num_tokens: object = None, *, clock: StepClock, **groups: Any
+) -> None:
     """mcore's reductions over the layout (data parallel, q/k norms, embeddings) without its
     division by the token count."""
     del num_tokens
-    finalize_model_grads(chunks, None, **groups)
+    with clock.marked(Phase.reduction):
+        finalize_model_grads(chunks, None, **groups)

@@ -14,12 +14,17 @@ depends on: the task's state (parameters, optimizer, data position) and every ra
 generator of every rank; and nothing beside a step may touch those generators, so validation and
 saving run with them set aside. A stop skips a validation that is due and the resumed run makes it
 first, because validation may take longer than the time a scheduler leaves.
+
+**Safety.** A step whose loss or gradient norm is not finite, or is a spike where ``guard`` asks for
+that, counts as made but updates nothing (:mod:`emu35.train.guard`); too many in a row end the run.
+Ranks that wait for one which hangs, was stopped or died are ended with its name
+(:mod:`emu35.train.watchdog`). So no checkpoint ever holds parameters that a bad step has touched.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,23 +34,36 @@ from emu35.config import RunConfig
 from emu35.config.io import run_identity
 from emu35.errors import Emu35Error, Interrupted
 from emu35.log.jsonl import null_safe
-from emu35.log.metrics import Logger, make_logger
-from emu35.parallel.collectives import any_rank, barrier, is_main, rank
+from emu35.log.metrics import Logger, is_row, make_logger
+from emu35.parallel.collectives import barrier, is_main, rank
 from emu35.train import rng
+from emu35.train.clock import Phase, StepClock
+from emu35.train.guard import Guard
+from emu35.train.measure import Meter
 from emu35.train.signals import StopRequest
+from emu35.train.watchdog import Watchdog
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints inside a run folder."""
 
 
 class TrainTask(Protocol):
-    """What a stage trains. Every method is called on every rank, in the same order."""
+    """What a stage trains. Every method is called on every rank, in the same order.
+
+    Attributes:
+        guard: asked by every step whether it may update; the trainer keeps its state.
+        clock: on which a step marks its phases; the trainer reads it.
+    """
+
+    guard: Guard
+    clock: StepClock
 
     def train_step(self, step: int) -> Mapping[str, float]:
         """Make optimizer step ``step`` (from 1) and return its metrics, equal on every rank.
 
         ``loss`` must be among them; ``grad_norm``, ``lr`` and ``tokens`` (those of the step over
-        all ranks) should be.
+        all ranks) should be, and ``flops`` (model FLOPs, likewise) may be. Where the guard
+        refuses, parameters and optimizer stay as they are and the data position still advances.
         """
         ...
 
@@ -79,6 +97,7 @@ class Progress:
         seconds: wall time of the training loop, over all interruptions.
         validated_step: the step that ``validation`` belongs to, -1 before the first.
         validation: the newest validation metrics.
+        guard: what the guard remembers.
     """
 
     step: int = 0
@@ -86,6 +105,7 @@ class Progress:
     seconds: float = 0.0
     validated_step: int = -1
     validation: dict[str, float] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint | None) -> "Progress":
@@ -126,7 +146,7 @@ def fit(task: TrainTask, *, config: RunConfig, run_dir: Path) -> FitResult:
 
     Raises:
         Interrupted: a rank was asked to stop; everything is saved.
-        Emu35Error: the loss or the gradient norm of a step is not finite.
+        Emu35Error: the guard refused too many steps in a row.
         CheckpointError: a checkpoint cannot be written, or those there do not fit this run.
     """
     manager = CheckpointManager(
@@ -149,7 +169,8 @@ def fit(task: TrainTask, *, config: RunConfig, run_dir: Path) -> FitResult:
         start_step=progress.step,
         rank=rank(),
     )
-    with closing(log), StopRequest() as stop:
+    watchdog = Watchdog(clock=task.clock, run_dir=run_dir, timeout=config.launch.timeout)
+    with closing(log), StopRequest() as stop, watchdog:
         loop = _Loop(
             task=task,
             config=config,
@@ -181,11 +202,12 @@ class _Loop:
         first = progress.step
         self._start()
         self._leave_if_asked()
+        meter = Meter(clock=self.task.clock, config=self.config.log)
         if self._validation_due() and first > 0:  # left undone by the stop that saved this step
             self._validate()
         while progress.step < total:
-            metrics = self._train_step()
-            self._leave_if_asked(metrics)
+            self._train_step(meter)
+            self._leave_if_asked()
             if self._validation_due():
                 self._validate()
                 self._leave_if_asked()
@@ -204,17 +226,31 @@ class _Loop:
             self.task.start()
             self.log.message(f"training {total} steps from the beginning")
             return
-        with self.log.aside("loading"):
+        if self.progress.guard:
+            self.task.guard.load_state_dict(self.progress.guard)
+        with self._aside(Phase.loading):
             _load(self.task, checkpoint=self.saved, message=self.log.message)
         self.log.message(f"resuming at step {self.saved.step}/{total} from {self.saved.path}")
 
-    def _train_step(self) -> Mapping[str, float]:
-        step = self.progress.step + 1
-        metrics = self.task.train_step(step)
+    def _train_step(self, meter: Meter) -> None:
+        step, total = self.progress.step + 1, self.config.stage.steps
+        guard, clock = self.task.guard, self.task.clock
+        clock.begin(step)
+        metrics = dict(self.task.train_step(step))
+        meter.count(metrics)
         self.progress.step = step
         self.progress.tokens += int(metrics.get("tokens", 0))
-        self.log.step(step, {**metrics, "tokens_total": self.progress.tokens})
-        return metrics
+        metrics |= {"tokens_total": self.progress.tokens, "skipped_steps": guard.skipped}
+        if is_row(step, every=self.config.log.every, total=total):
+            measured, slow = meter.row()
+            metrics |= measured
+            if slow:
+                self.log.message(slow)
+        if guard.reason:
+            self.log.message(f"step {step} changed nothing: {guard.reason}")
+        self.log.step(step, metrics)
+        if guard.exhausted:
+            raise Emu35Error(self._explain_exhausted())
 
     def _validation_due(self) -> bool:
         step, every = self.progress.step, self.config.stage.validate_every
@@ -226,7 +262,7 @@ class _Loop:
         return every > 0 and step % every == 0 and step < self.config.stage.steps
 
     def _validate(self) -> None:
-        with self.log.aside("validating"), rng.preserved():
+        with self._aside(Phase.validating), rng.preserved():
             metrics = self.task.validate()
         self.progress.validation = {key: float(value) for key, value in metrics.items()}
         self.progress.validated_step = self.progress.step
@@ -235,8 +271,9 @@ class _Loop:
 
     def _save(self) -> Checkpoint:
         self.progress.seconds = time.monotonic() - self.began
+        self.progress.guard = self.task.guard.state_dict()
         self.log.flush()  # rows up to this step must not be lost when the checkpoint is not
-        with self.log.aside("saving"), rng.preserved():
+        with self._aside(Phase.saving), rng.preserved():
             self.saved = self.manager.save(
                 self.progress.step,
                 write=self.task.save,
@@ -245,18 +282,16 @@ class _Loop:
             )
         return self.saved
 
-    def _leave_if_asked(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Save and raise when some rank was asked to stop; raise when ``metrics`` are not finite.
+    @contextmanager
+    def _aside(self, phase: Phase) -> Iterator[None]:
+        """Time that is not training, to the person watching as well as to the clock."""
+        with self.log.aside(phase.value), self.task.clock.marked(phase):
+            yield
 
-        One collective in the common case.
-        """
-        broken = metrics is not None and not all(
-            math.isfinite(metrics.get(name, 0.0)) for name in ("loss", "grad_norm")
-        )
-        if not self.stop.on_any_rank(also=broken):
+    def _leave_if_asked(self) -> None:
+        """Save and raise when some rank was asked to stop; one collective."""
+        if not self.stop.on_any_rank():
             return
-        if any_rank(broken):
-            raise Emu35Error(self._explain_broken())
         step, total = self.progress.step, self.config.stage.steps
         if step > 0 and (self.saved is None or self.saved.step != step):
             self._save()
@@ -272,16 +307,18 @@ class _Loop:
         barrier()
         raise Interrupted(text)
 
-    def _explain_broken(self) -> str:
+    def _explain_exhausted(self) -> str:
+        guard = self.task.guard
         known = (
             f"the newest good checkpoint is {self.saved.path}"
             if self.saved
             else "there is no checkpoint yet"
         )
         return (
-            f"the loss or gradient norm of step {self.progress.step} is not finite and the step "
-            f"was not saved; {known}. Lower optim.lr, lengthen optim.warmup_steps or look at the "
-            "data of that step before running again"
+            f"stopped at step {self.progress.step}: {guard.in_a_row} step(s) in a row could not "
+            f"be used (guard.max_skipped={self.config.guard.max_skipped}); of the last one, "
+            f"{guard.reason}. None of them changed the parameters; {known}. Lower optim.lr, "
+            "lengthen optim.warmup_steps or look at the data of these steps, then run again"
         )
 
 

@@ -158,6 +158,32 @@ def test_resume_is_bitwise(finished, pictures, tmp_path):
         assert torch.equal(ours["optimizer"]["state"][index]["exp_avg_sq"], state["exp_avg_sq"])
 
 
+def test_steps_that_are_not_finite_change_neither_weights_nor_their_average(
+    finished, pictures, tmp_path, monkeypatch
+):
+    """Steps 4 to 6 are bad: the run ends with what the good one held after step 3."""
+    update = ibq.IBQTask._update
+
+    def spoiled(self, step, *, loss):
+        if step > 3:
+            next(self.model.parameters()).grad.fill_(float("nan"))
+        return update(self, step, loss=loss)
+
+    monkeypatch.setattr(ibq.IBQTask, "_update", spoiled)
+    run_in(tmp_path / "bad", make_config(pictures))
+    ours, theirs = (
+        torch.load(folder / "ibq.pt", weights_only=True)
+        for folder in (
+            tmp_path / "bad" / "checkpoints" / "step_00000006",
+            finished / "checkpoints" / "step_00000003",
+        )
+    )
+    assert ours["updates"] == theirs["updates"] == 3
+    for part in ("model", "average"):
+        assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part])
+    assert [row["skipped_steps"] for row in rows_of(tmp_path / "bad").values()][-1] == 3
+
+
 def test_micro_batches_do_not_change_the_run(finished, pictures, tmp_path):
     run_in(tmp_path / "micro", make_config(pictures, micro_batch_size=4))
     ours, theirs = rows_of(tmp_path / "micro"), rows_of(finished)

@@ -1,6 +1,7 @@
 """Whole runs of the language-model stages, from text on disk to checkpoints, in this process."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from emu35.config.io import write_config
 from emu35.data.ingest.options import IngestOptions
 from emu35.data.readers.discover import TextUnit
 from emu35.errors import CheckpointError, DataError
+from emu35.model import mcore_config
+from emu35.run import worker
 from emu35.run.preflight import check_inputs
 from emu35.stages import pretrain, sft
 from emu35.stages.data import ingest
@@ -143,6 +146,36 @@ def test_a_run_from_another_starts_with_its_weights_and_outlives_it(
     fresh = config(tmp_path / "fresh", shards=shards, stage=stage)
     with pytest.raises(CheckpointError, match="parent"):
         pretrain.run(fresh, run_dir=tmp_path / "fresh")
+
+
+def test_deterministic_runs_are_equal_and_torch_and_the_model_know_it(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in worker.DETERMINISTIC_ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # and put back afterwards, whatever the run sets
+    built: list[bool] = []
+    build = mcore_config.TransformerConfig
+
+    def record(**values: Any) -> Any:
+        built.append(values["deterministic_mode"])
+        return build(**values)
+
+    monkeypatch.setattr(mcore_config, "TransformerConfig", record)
+    try:
+        for name in ("one", "other"):
+            run_config = config(tmp_path / name, shards=shards, hidden_dropout=0.2)
+            run_config.deterministic = True
+            worker.run_stage(run_config, run_dir=tmp_path / name)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert built == [True, True]
+    one, other = (state(tmp_path / name, step=STEPS) for name in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert rows(tmp_path / "one") == rows(tmp_path / "other")
 
 
 def test_fine_tuning_on_documents_without_responses_is_refused(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spoil import observe
 
 from emu35.config import (
     FP8,
@@ -229,6 +230,7 @@ def train(spec: dict) -> dict:
         token_weights=weights_by_modality(stage.loss_weights),
         batch_mask=with_spans if spans else causal_mask,
     )
+    observed = observe(task, spec=spec)
     if "load" in spec:
         task.load(Path(spec["load"]))
     first = documents.step + 1
@@ -245,7 +247,7 @@ def train(spec: dict) -> dict:
         for chunk in chunks
         for name, parameter in chunk.named_parameters()
     }
-    return {"metrics": metrics, "validation": validation, "weights": weights}
+    return {"metrics": metrics, "validation": validation, "weights": weights, **observed}
 
 
 def serve() -> None:

@@ -22,12 +22,6 @@ def test_signal_sets_the_flag_and_is_named(number: signal.Signals) -> None:
         assert stop.on_any_rank()
 
 
-def test_another_reason_to_look_up_shares_the_collective() -> None:
-    with StopRequest() as stop:
-        assert stop.on_any_rank(also=True)
-        assert stop.received is None
-
-
 def test_duplicate_of_a_forwarded_signal_is_one_request() -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)

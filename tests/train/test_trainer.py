@@ -19,12 +19,18 @@ from emu35.log.jsonl import read_rows
 from emu35.train.trainer import FitResult, fit
 
 SCRIPT = Path(__file__).with_name("tiny_task.py")
-TIMED = ("tokens_per_s",)
+MEASURED = ("tokens_per_s", "memory_gib")
 
 
-def train(run_dir: Path, *, stop_at: int = 0, config: RunConfig | None = None) -> TinyTask:
+def train(
+    run_dir: Path,
+    *,
+    stop_at: int = 0,
+    config: RunConfig | None = None,
+    nan_at: tuple[int, ...] = (),
+) -> TinyTask:
     """Run the tiny task; ``stop_at`` sends this very process a SIGTERM during that step."""
-    task = TinyTask()
+    task = TinyTask(nan_at=nan_at)
     make_step = task.train_step
 
     def step(number: int) -> dict[str, float]:
@@ -37,14 +43,23 @@ def train(run_dir: Path, *, stop_at: int = 0, config: RunConfig | None = None) -
     return task
 
 
-def interrupt(run_dir: Path, *, stop_at: int, config: RunConfig | None = None) -> None:
+def interrupt(
+    run_dir: Path,
+    *,
+    stop_at: int,
+    config: RunConfig | None = None,
+    nan_at: tuple[int, ...] = (),
+) -> None:
     with pytest.raises(Interrupted, match=rf"SIGTERM at step {stop_at}/.*same command"):
-        train(run_dir, stop_at=stop_at, config=config)
+        train(run_dir, stop_at=stop_at, config=config, nan_at=nan_at)
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
     found = read_rows(run_dir / "metrics.jsonl")
-    return [{key: row[key] for key in row if key not in TIMED} for row in found]
+    return [
+        {key: row[key] for key in row if key not in MEASURED and not key.startswith("time/")}
+        for row in found
+    ]
 
 
 # 5: a step with a checkpoint; 8: with a validation; 12: the last step, both.
@@ -145,17 +160,48 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
+def test_a_step_that_is_not_finite_is_skipped_counted_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(TinyTask(nan_at=(6, 9)), config=tiny_config(), run_dir=tmp_path)
+    told = capsys.readouterr().out
+    assert "step 6 changed nothing: its loss is not finite" in told
+    found = [row for row in rows(tmp_path) if "loss" in row]
+    assert [row["skipped_steps"] for row in found] == [0] * 5 + [1] * 3 + [2] * 4
+    assert [row["step"] for row in found if row["loss"] is None] == [6, 9]
+
+
+# Stopped at the skipped step itself, and one step after it.
+@pytest.mark.parametrize("stop", [6, 7])
+def test_resume_across_a_skipped_step_is_bitwise(tmp_path: Path, stop: int) -> None:
+    whole = TinyTask(nan_at=(6, 9))
+    fit(whole, config=tiny_config(), run_dir=tmp_path / "whole")
+    interrupt(tmp_path / "parts", stop_at=stop, nan_at=(6, 9))
+    parts = TinyTask(nan_at=(6, 9))
+    fit(parts, config=tiny_config(), run_dir=tmp_path / "parts")
+    assert parts.steps[0] == stop + 1
+    assert torch.equal(whole.parameters(), parts.parameters())
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert not torch.equal(whole.parameters(), train(tmp_path / "healthy").parameters())
+
+
+def test_skipped_steps_in_a_row_are_counted_over_an_interruption(tmp_path: Path) -> None:
+    interrupt(tmp_path, stop_at=6, nan_at=(6,))
+    with pytest.raises(Emu35Error, match="stopped at step 7: 2 step"):
+        fit(TinyTask(nan_at=(7,)), config=tiny_config(), run_dir=tmp_path)
+
+
 @pytest.mark.parametrize("checkpoint_every", [0, 3])
-def test_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(
+def test_too_many_skipped_steps_stop_the_run_and_name_the_checkpoint(
     tmp_path: Path, checkpoint_every: int
 ) -> None:
     config = tiny_config(checkpoint_every=checkpoint_every)
     with pytest.raises(Emu35Error) as caught:
-        fit(TinyTask(nan_at=6), config=config, run_dir=tmp_path)
+        fit(TinyTask(nan_at=(4, 6, 7)), config=config, run_dir=tmp_path)
     text = str(caught.value)
-    assert "step 6 " in text
-    assert ("step_00000003" if checkpoint_every else "no checkpoint yet") in text
-    assert not (tmp_path / "checkpoints" / "step_00000006").exists()
+    assert "stopped at step 7: 2 step(s) in a row" in text
+    assert "its loss is not finite" in text
+    assert ("step_00000006" if checkpoint_every else "no checkpoint yet") in text
 
 
 def test_undefined_validation_loss_survives_the_checkpoint(tmp_path: Path) -> None:

@@ -17,13 +17,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from emu35.config import CheckpointConfig, LogConfig, PretrainConfig, RunConfig
+from emu35.config import (
+    CheckpointConfig,
+    GuardConfig,
+    LaunchConfig,
+    LogConfig,
+    PretrainConfig,
+    RunConfig,
+)
 from emu35.errors import Emu35Error
+from emu35.train.clock import Phase, StepClock
+from emu35.train.guard import Guard
 from emu35.train.trainer import fit
 
 
 class TinyTask:
-    def __init__(self, *, seed: int = 0, pause: float = 0.0, nan_at: int = 0) -> None:
+    def __init__(self, *, seed: int = 0, pause: float = 0.0, nan_at: tuple[int, ...] = ()) -> None:
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
@@ -31,8 +40,10 @@ class TinyTask:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.cursor = 0
         self.pause, self.nan_at = pause, nan_at
+        self.guard, self.clock = Guard(GuardConfig(max_skipped=2)), StepClock()
         self.steps: list[int] = []
         self.validations = 0
+        self.slow_validation, self.slow_save = 0.0, 0.0
 
     def train_step(self, step: int) -> dict[str, float]:
         time.sleep(self.pause)
@@ -44,12 +55,17 @@ class TinyTask:
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        value = math.nan if step == self.nan_at else loss.item()
+        value = math.nan if step in self.nan_at else loss.item()
+        if self.guard.accepts(loss=value, grad_norm=norm.item()):
+            with self.clock.marked(Phase.optimizer):
+                self.optimizer.step()
         return {"loss": value, "lr": 1e-2, "grad_norm": norm.item(), "tokens": 32.0}
 
     def validate(self) -> dict[str, float]:
         self.validations += 1
+        for _ in range(int(self.slow_validation / 0.5)):
+            self.clock.beat()  # as a batch does
+            time.sleep(0.5)
         # As greedy with the generators as a validation may be.
         torch.manual_seed(int(1000 * (np.random.rand() + random.random())))
         self.model.eval()
@@ -64,6 +80,11 @@ class TinyTask:
 
     def save(self, folder: Path) -> None:
         torch.rand(1)  # saving must not disturb training either
+        with open(os.devnull, "wb") as sink:
+            for _ in range(int(self.slow_save / 0.5)):
+                sink.write(bytes(2**20))
+                sink.flush()
+                time.sleep(0.5)
         if not dist.is_initialized() or dist.get_rank() == 0:
             state = {
                 "model": self.model.state_dict(),
@@ -83,13 +104,14 @@ class TinyTask:
 
 
 def tiny_config(
-    *, steps: int = 12, validate_every: int = 4, checkpoint_every: int = 5
+    *, steps: int = 12, validate_every: int = 4, checkpoint_every: int = 5, timeout: int = 600
 ) -> RunConfig:
     return RunConfig(
         name="tiny",
         stage=PretrainConfig(steps=steps, validate_every=validate_every),
         checkpoint=CheckpointConfig(every=checkpoint_every, keep_last=2),
         log=LogConfig(every=1),
+        launch=LaunchConfig(timeout=timeout),
     )
 
 
@@ -99,17 +121,28 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--checkpoint-every", type=int, default=5)
+    parser.add_argument("--validate-every", type=int, default=4)
+    parser.add_argument("--timeout", type=int, default=600)
     parser.add_argument("--hang-at", type=int, default=0)
+    parser.add_argument("--hang-rank", type=int, default=0)
+    parser.add_argument("--slow-validation", type=float, default=0.0)
+    parser.add_argument("--slow-save", type=float, default=0.0)
     options = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     task = TinyTask(pause=options.pause)
-    if options.hang_at:
-        task.train_step = _hang  # type: ignore[method-assign]
+    task.slow_validation, task.slow_save = options.slow_validation, options.slow_save
+    if options.hang_at and options.hang_rank == int(os.environ.get("RANK", "0")):
+        _hang_at(options.hang_at, task=task)
     try:
         fit(
             task,
-            config=tiny_config(steps=options.steps, checkpoint_every=options.checkpoint_every),
+            config=tiny_config(
+                steps=options.steps,
+                validate_every=options.validate_every,
+                checkpoint_every=options.checkpoint_every,
+                timeout=options.timeout,
+            ),
             run_dir=options.run_dir,
         )
     except Emu35Error as error:
@@ -122,7 +155,19 @@ def main() -> int:
     return 0
 
 
-def _hang(step: int) -> dict[str, float]:
+def _hang_at(last: int, *, task: TinyTask) -> None:
+    make_step = task.train_step
+
+    def step(number: int) -> dict[str, float]:
+        if number < last:
+            return make_step(number)
+        with task.clock.marked(Phase.data):
+            return _hang()
+
+    task.train_step = step  # type: ignore[method-assign]
+
+
+def _hang() -> dict[str, float]:
     """Stuck in C code, where Python runs no signal handler: as in a collective without peers."""
     print("hanging", flush=True)
     import hashlib
