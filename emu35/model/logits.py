@@ -136,8 +136,8 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class _Space:
-    """Memory for one chunk of logits, taken once: a fresh gigabyte for every chunk costs a CPU
-    half as long again as the projection itself, and two of them at the turn of a chunk.
+    """Memory for one chunk of logits, taken once for all: a new gigabyte for every chunk would be
+    filled with zeros by the system first, and lie beside the old one at the turn of a chunk.
 
     ``projected_CR`` has the weights' type; it is ``logits_CR`` itself where that is fp32.
     """

@@ -7,17 +7,17 @@ cross-entropy and its gradients for both. Plain is ``F.cross_entropy(F.linear(hi
 ours is :func:`~emu35.model.logits.weighted_cross_entropy` on a real (one-layer) model. Loss and
 gradients must agree to a relative 1e-5, or the script fails.
 
-Hidden size 512 stands for the 34B model's 5,120, whose three matrix products would take minutes
+Hidden size 256 stands for the 34B model's 5,120, whose three matrix products would take minutes
 here. They are the same for both contestants and grow with the hidden size; what differs, the passes
 over the logits and their memory, does not. So the time ratio of the real model lies nearer to 1.
 
 Memory is the highest resident memory of a process of its own (on a GPU: of the allocator), less
 what it holds before the loss, weights and hidden states included: logits, workspaces and gradients.
-Plain needs about 28 GB for 8,192 tokens. Where that is more than half of the memory that is free
-(``--memory`` overrides), it is measured for three smaller numbers of tokens, extended along the
-straight line through them, and the script fails if they do not lie on one; the result then says
-``"plain_memory": "extended"`` instead of ``"measured"``. Ours is always measured at full size, and
-``mem_vs_plain_measured`` compares the two at the most tokens that plain was measured at.
+Plain needs about 28 GB for 8,192 tokens. Where that is more than a quarter of the memory that is
+free (``--memory`` overrides), it is measured for three smaller numbers of tokens, extended along
+the straight line through them, and the script fails if they do not lie on one; the result then
+says ``"plain_memory": "extended"`` instead of ``"measured"``. Ours is always measured at full
+size, and ``mem_vs_plain_measured`` compares the two at the most tokens that plain was measured at.
 
 Time is compared at the most tokens that fit for both, in one process, one after the other; the
 figure is the median of the ratios within a round. The last line is JSON: ``mem_vs_plain`` and
@@ -34,6 +34,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, for a smoke test")
     parser.add_argument("--tokens", type=int, default=0, help="default 8192, quick 512")
-    parser.add_argument("--hidden", type=int, default=0, help="default 512, quick 64")
+    parser.add_argument("--hidden", type=int, default=0, help="default 256, quick 64")
     parser.add_argument("--chunk", type=int, default=0, help="default the stage's, quick 64")
-    parser.add_argument("--rounds", type=int, default=0, help="timed rounds (default 5, quick 2)")
+    parser.add_argument("--rounds", type=int, default=0, help="timed rounds (default 3, quick 2)")
     parser.add_argument("--memory", type=float, default=0.0, help="GiB that plain may take")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
@@ -66,7 +67,7 @@ def main() -> int:
 
     size = Size(
         tokens=options.tokens or (512 if options.quick else 8192),
-        hidden=options.hidden or (64 if options.quick else 512),
+        hidden=options.hidden or (64 if options.quick else 256),
         chunk=options.chunk or (64 if options.quick else PretrainConfig().loss_chunk),
         threads=options.threads,
         precision=options.precision,
@@ -74,8 +75,8 @@ def main() -> int:
     if options.only is not None:
         print(json.dumps(measure_here(options.only, size=size)))
         return 0
-    limit = round(options.memory * GIB) or free_memory() // 2
-    return compare(size, limit=limit, rounds=options.rounds or (2 if options.quick else 5))
+    limit = round(options.memory * GIB) or free_memory() // 4
+    return compare(size, limit=limit, rounds=options.rounds or (2 if options.quick else 3))
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -134,7 +135,7 @@ def compare(size: Size, *, limit: int, rounds: int) -> int:
     print(f"{'plain':8} {plain / GIB:14.2f} {medians['plain']:12.2f}{note}")
     figures: dict[str, Any] = {
         "mem_vs_plain": round(ours["bytes"] / plain, 4),
-        "time_vs_plain": round(statistics.median(map(ratio, *seconds.values())), 4),
+        "time_vs_plain": round(statistics.median(map(truediv, *seconds.values())), 4),
         "mem_vs_plain_measured": round(ours_small["bytes"] / measured_plain, 4),
         "planned_vs_measured": round(ours["planned"] / ours["bytes"], 4),
         "plain_memory": "measured" if slope is None else "extended",
@@ -153,10 +154,6 @@ def compare(size: Size, *, limit: int, rounds: int) -> int:
     }
     print(json.dumps(figures))
     return 0
-
-
-def ratio(ours: float, theirs: float) -> float:
-    return ours / theirs
 
 
 def line(found: dict[int, int]) -> tuple[float, float]:
@@ -185,7 +182,9 @@ def measure(name: str, *, size: Size) -> dict[str, int]:
             f"contestant {name} failed at {size.tokens} tokens (exit code {done.returncode}, "
             "-9 usually being a lack of memory); see its message above or give less --memory"
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    say(f"{name} needs {found['bytes'] / GIB:.3f} GiB for {size.tokens} tokens")
+    return found
 
 
 def measure_here(name: str, *, size: Size) -> dict[str, int]:
@@ -297,9 +296,8 @@ def time_rounds(size: Size, *, rounds: int) -> dict[str, list[float]]:
     for done in range(rounds):
         for name, run in runs.items():
             seconds[name].append(time_run(run))
-        if sys.stderr.isatty():
-            end = "\n" if done + 1 == rounds else ""
-            print(f"\rround {done + 1}/{rounds}", end=end, file=sys.stderr)
+        shown = ", ".join(f"{name} {found[-1]:.2f} s" for name, found in seconds.items())
+        say(f"round {done + 1} of {rounds} at {size.tokens} tokens: {shown}")
     return seconds
 
 
@@ -350,6 +348,10 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return psutil.virtual_memory().available
+
+
+def say(text: str) -> None:
+    print(f"[bench] {text}", file=sys.stderr, flush=True)
 
 
 def about_this_machine() -> dict[str, Any]:

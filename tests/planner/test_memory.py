@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from emu35.config import ParallelConfig
+from emu35.config import LMConfig, ParallelConfig
 from emu35.planner.plan import describe, make_plan
 from emu35.run.compose import compose
 
@@ -128,7 +128,9 @@ def test_plan_counts_one_chunk_of_the_loss_and_its_weights_gradient():
     small, large = (memory(*base, f"stage.loss_chunk={n}")["logits"] for n in (100, 200))
     rows, rest = divmod(large - small, 100 * 4)
     assert rest == 0
-    hidden = compose(base).model.hidden_size
+    model = compose(base).model
+    assert isinstance(model, LMConfig)
+    hidden = model.hidden_size
     assert small == 4 * rows * (100 + hidden) + 2 * 4 * 1024 * hidden
 
 
