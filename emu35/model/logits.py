@@ -24,6 +24,9 @@ from megatron.core.tensor_parallel.mappings import (  # noqa: E402
     gather_from_sequence_parallel_region,
 )
 
+_ROWS = 16_384
+"""Vocabulary rows whose gradient is added at a time where the weights are not fp32."""
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class _Rows:
@@ -99,18 +102,21 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(
             weight_VH if needs_grad else weight_VH[:0], dtype=torch.float32
         )
+        space = _Space.of(min(chunk, len(labels_N)), weight_RH=weight_RH)
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             exponentials_CR, sums_C, losses_N[part], local_C = _exponentials(
-                hidden_NH[part], weight_RH=weight_RH, labels_C=labels_N[part], rows=rows
+                space.project(hidden_NH[part], weight_RH=weight_RH),
+                labels_C=labels_N[part],
+                rows=rows,
             )
             if needs_grad:
                 # weight x (softmax - one-hot), in one pass over the vocabulary.
                 weights_C = weights_N[part]
-                grad_CR = exponentials_CR.mul_((weights_C / sums_C)[:, None])
+                exponentials_CR.mul_((weights_C / sums_C)[:, None])
                 held = (local_C >= 0).nonzero().squeeze(1)
-                grad_CR[held, local_C[held]] -= weights_C[held]
-                grad_CR = grad_CR.to(weight_VH.dtype)
+                exponentials_CR[held, local_C[held]] -= weights_C[held]
+                grad_CR = space.in_type_of_weights(exponentials_CR)
                 torch.mm(grad_CR, weight_RH, out=grad_hidden_NH[part])
                 _accumulate(grad_weight_VH[: rows.count], grad_CR=grad_CR, hidden=hidden_NH[part])
         if needs_grad:
@@ -128,13 +134,49 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return grad_hidden_NH, grad_weight_VH, None, None, None, None
 
 
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Space:
+    """Memory for one chunk of logits, taken once for all: a new gigabyte for every chunk would be
+    filled with zeros by the system first, and lie beside the old one at the turn of a chunk.
+
+    ``projected_CR`` has the weights' type; it is ``logits_CR`` itself where that is fp32.
+    """
+
+    logits_CR: torch.Tensor
+    projected_CR: torch.Tensor
+
+    @classmethod
+    def of(cls, chunk: int, *, weight_RH: torch.Tensor) -> "_Space":
+        logits_CR = weight_RH.new_empty((chunk, len(weight_RH)), dtype=torch.float32)
+        whole = weight_RH.dtype == torch.float32
+        return cls(
+            logits_CR=logits_CR,
+            projected_CR=logits_CR
+            if whole
+            else logits_CR.new_empty(logits_CR.shape, dtype=weight_RH.dtype),
+        )
+
+    def project(self, hidden_CH: torch.Tensor, *, weight_RH: torch.Tensor) -> torch.Tensor:
+        """Logits fp32 [C, R]; they last until the next call."""
+        projected_CR = self.projected_CR[: len(hidden_CH)]
+        torch.mm(hidden_CH, weight_RH.t(), out=projected_CR)
+        if self.projected_CR is self.logits_CR:
+            return projected_CR
+        return self.logits_CR[: len(hidden_CH)].copy_(projected_CR)
+
+    def in_type_of_weights(self, values_CR: torch.Tensor) -> torch.Tensor:
+        """``values_CR`` as the matrix products with the weights want them."""
+        if self.projected_CR is self.logits_CR:
+            return values_CR
+        return self.projected_CR[: len(values_CR)].copy_(values_CR)
+
+
 def _exponentials(
-    hidden_CH: torch.Tensor, *, weight_RH: torch.Tensor, labels_C: torch.Tensor, rows: _Rows
+    logits_CR: torch.Tensor, *, labels_C: torch.Tensor, rows: _Rows
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """exp(logits - highest) over this rank's rows [C, R], its sum over all rows [C], the
-    cross-entropy [C], and the label's index among this rank's rows [C] (-1 where another rank
-    holds it)."""
-    logits_CR = (hidden_CH @ weight_RH.t()).float()
+    """exp(logits - highest) over this rank's rows [C, R] in place of the logits, its sum over all
+    rows [C], the cross-entropy [C], and the label's index among this rank's rows [C] (-1 where
+    another rank holds it)."""
     highest_C = logits_CR.amax(1)
     if rows.group is not None:
         dist.all_reduce(highest_C, op=dist.ReduceOp.MAX, group=rows.group)
@@ -156,7 +198,11 @@ def _accumulate(total_RH: torch.Tensor, *, grad_CR: torch.Tensor, hidden: torch.
     if total_RH.dtype == grad_CR.dtype:
         total_RH.addmm_(grad_CR.t(), hidden)
     else:
-        total_RH += grad_CR.t() @ hidden
+        # Block by block: the product in bf16, and on a CPU its fp32 copy for the sum, would be as
+        # large as all weights and the total together.
+        blocks = zip(total_RH.split(_ROWS), grad_CR.split(_ROWS, 1), strict=True)
+        for total, grad_CQ in blocks:
+            total += grad_CQ.t() @ hidden
 
 
 def _own_rows(model: Emu35Model) -> _Rows:

@@ -13,9 +13,11 @@ Each term is a formula of its own, so that a reader can check it:
   pipeline holds up to pp - i micro-batches, interleaved (1 + (pp - 1) / (pp vpp)) as many layers
   (same paper, appendix). A layer that is recomputed keeps its input alone, and one layer at a time
   is whole again in backward; selective recomputation keeps what its modules take in.
-- logits: one chunk of the loss, ``loss_chunk`` rows of fp32 logits and as many of their gradient,
-  and the output layer's gradient, which the loss sums in fp32 over its chunks and hands on in the
-  weights' type.
+- logits: one chunk of the loss, ``loss_chunk`` rows of logits that become their own gradient in
+  place (fp32, and with bf16 weights a bf16 copy for the matrix products); the output layer's
+  gradient, which the loss sums in fp32 over its chunks and hands on in the weights' type; and the
+  hidden states of the tokens with a loss, with their gradient (``scripts/bench/loss.py`` measures
+  it).
 
 Not counted: kernels' workspaces, communication buffers, the allocator's fragmentation, and what
 unfused norms keep besides (on a CPU, where nothing is fused, a quarter more than said here).
@@ -87,14 +89,41 @@ def language_model_memory(
         element=element,
         micro_batches=micro_batches,
     )
-    rows = -(-vocabulary_size // parallel.tp)
     return Memory(
         weights=held.total * element,
         gradients=held.total * GRADIENT_BYTES,
         optimizer=optimizer_bytes(held.total, precision=stage.precision, shards=shards),
         activations=activations,
-        logits=2 * 4 * min(stage.loss_chunk, tokens) * rows
-        + rows * model.hidden_size * (4 if element == 4 else 4 + element),
+        logits=loss_bytes(
+            tokens=tokens,
+            chunk=stage.loss_chunk,
+            hidden_size=model.hidden_size,
+            vocabulary_size=vocabulary_size,
+            parallel=parallel,
+            precision=stage.precision,
+        ),
+    )
+
+
+def loss_bytes(
+    *,
+    tokens: int,
+    chunk: int,
+    hidden_size: int,
+    vocabulary_size: int,
+    parallel: ParallelConfig,
+    precision: Precision,
+) -> int:
+    """What the chunked loss of ``tokens`` tokens needs besides weights and incoming hidden states,
+    forward and backward, when every token has a loss."""
+    element = weight_bytes(precision)
+    rows = -(-vocabulary_size // parallel.tp)
+    # In bf16, a second copy in the weights' type: of the chunk for its matrix products, of the
+    # gradient for each chunk's share of it and at the end.
+    each = 4 if element == 4 else 4 + element
+    hidden = (2 + (parallel.sp and parallel.tp > 1)) * element  # sp gathers the ranks' slices
+    return (
+        each * min(chunk, tokens) * rows + each * rows * hidden_size + hidden * tokens * hidden_size
     )
 
 

@@ -2,16 +2,22 @@
 
     python scripts/bench/train_step.py [--quick] [--threads N] [--profile]
 
-A step is forward, backward, gradient clipping and AdamW in fp32 on one packed row of plain causal
-tokens. Ours is the step that training runs: the batch through megatron-core's schedule, the
-chunked loss, the optimizer that the stage builds. The other two get the same weights, the same
-optimizer settings (fused AdamW, no decay on norms) and no logging. All three losses must agree at
-the start and still after the timed updates; otherwise the script fails rather than compare
-different work.
+A step is forward, backward, gradient clipping and AdamW in fp32 on one row of tokens. Ours is the
+step that training runs: the batch through megatron-core's schedule, the chunked loss, the optimizer
+that the stage builds. The others get the same weights, the same optimizer settings (fused AdamW, no
+decay on norms) and no logging. Two cases:
 
-The steps are interleaved (ours, HF, plain, ours, ...), and the figures are medians of the ratios
-within a round, so that a machine that slows down slows all three. The last line is JSON:
-``plain_vs_hf`` = our time / HF's time, ``plain_vs_torch`` = our time / plain torch's time.
+- plain: one causal document of 1,024 tokens; ours, HF and a hundred lines of plain torch.
+- packed: one row of 8,192 tokens that holds 16 documents, as pretraining packs them. Positions
+  restart and attention stays within a document: ours by the intervals of the segment backend, HF by
+  the equal S x S mask in its sdpa attention, the only way its model has without a GPU.
+
+All losses of a case must agree at the start and still after the timed updates; otherwise the
+script fails rather than compare different work. The steps are interleaved (ours, HF, plain, ours,
+...), and the figures are medians of the ratios within a round, so that a machine that slows down
+slows all of them. The last line is JSON: ``plain_vs_hf`` = our time / HF's time, ``plain_vs_torch``
+= our time / plain torch's time, ``packed_vs_hf`` = our time / HF's time on the packed row.
+``--quick`` times fewer rounds of the same steps.
 """
 
 import argparse
@@ -21,25 +27,34 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from bench_venv import run_in_venv
 
+if TYPE_CHECKING:
+    from contestants import Contestants, Step
+
 REQUIREMENTS = ["transformers>=5.0"]
 INSIDE = "EMU35_BENCH_INSIDE"
-VOCABULARY, LENGTH, LEARNING_RATE, CLIP = 8192, 1024, 1e-4, 1.0
-NAMES = ("emu35", "HF Qwen3", "plain torch")
-
-Step = Callable[[], float]
-"""Makes one training step and returns the loss before it."""
+PLAIN_LENGTH = 1024
+# fmt: off
+PACKED_LENGTHS = (
+    517, 1289, 63, 704, 258, 951, 129, 385, 831, 97, 642, 190, 768, 446, 321, 601,
+)
+# fmt: on
+"""Sixteen documents, 63 to 1,289 tokens long, 8,192 together."""
+LOSS_TOLERANCE = 1e-4
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds, for a smoke test")
-    parser.add_argument("--rounds", type=int, default=0, help="timed rounds (default 20, quick 4)")
+    parser.add_argument("--rounds", type=int, default=0, help="plain rounds (default 20, quick 4)")
+    parser.add_argument(
+        "--packed-rounds", type=int, default=0, help="packed rounds (default 5, quick 1)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     options = parser.parse_args()
@@ -51,10 +66,11 @@ def main() -> int:
             script=Path(__file__).resolve(),
             arguments=sys.argv[1:],
         )
-    return measure(options)
+    return compare(options)
 
 
-def measure(options: argparse.Namespace) -> int:
+def compare(options: argparse.Namespace) -> int:
+    """Both cases, one after the other, so that neither holds memory while the other is timed."""
     # megatron-core says at import, at length, which GPU libraries it does without.
     warnings.filterwarnings("ignore", module="megatron")
     import torch
@@ -62,201 +78,83 @@ def measure(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
-    steps = build_steps()
-    warm_up = 1 if options.quick else 3
-    rounds = options.rounds or (4 if options.quick else 20)
-    first = [step() for step in steps]
-    check_equal(first, tolerance=1e-4, when="before the first update")
-    for _ in range(warm_up - 1):
-        for step in steps:
-            step()
-    if options.profile:
-        for name, step in zip(NAMES, steps, strict=True):
-            profile(step, name=name)
-    seconds: list[list[float]] = []
-    last: list[float] = []
-    for done in range(rounds):
-        timed = [time_step(step) for step in steps]
-        last = [loss for loss, _ in timed]
-        seconds.append([duration for _, duration in timed])
-        show_progress(done + 1, rounds)
-    # Rounding grows from update to update; different work would be off by far more.
-    check_equal(last, tolerance=1e-4, when=f"after {warm_up + rounds - 1} updates")
-    report(seconds, first=first, last=last)
+
+    from contestants import on_packed_row, on_plain_row
+
+    from emu35.config import ParallelConfig, RunConfig
+    from emu35.parallel.mesh import init_mesh
+
+    mesh = init_mesh(ParallelConfig(), seed=RunConfig().seed)
+    plain = measure(
+        on_plain_row(PLAIN_LENGTH, mesh=mesh),
+        title=f"plain: 1 x {PLAIN_LENGTH} tokens",
+        warm_up=1 if options.quick else 3,
+        rounds=options.rounds or (4 if options.quick else 20),
+        show_profile=options.profile,
+    )
+    packed = measure(
+        on_packed_row(PACKED_LENGTHS, mesh=mesh),
+        title=f"packed: 1 x {sum(PACKED_LENGTHS)} tokens, {len(PACKED_LENGTHS)} documents",
+        warm_up=1,
+        rounds=options.packed_rounds or (1 if options.quick else 5),
+        show_profile=options.profile,
+    )
+    print(json.dumps(figures(plain, packed=packed)))
     return 0
 
 
-def build_steps() -> list[Step]:
-    """The three contestants, with equal weights, on the same tokens."""
-    import torch
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Times:
+    """Seconds of every round, by contestant."""
 
-    from emu35.checkpoint.hf import to_hf
-    from emu35.config import LMConfig
-    from emu35.parallel.mesh import local_device
+    seconds: dict[str, list[float]]
 
-    config = LMConfig(
-        num_layers=8,
-        hidden_size=256,
-        ffn_hidden_size=768,
-        num_attention_heads=8,
-        num_kv_heads=4,
-        head_dim=32,
-        max_position_embeddings=LENGTH,
-    )
-    tokens_BS = torch.randint(
-        0, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(0)
-    )
-    task, model = our_task(config, tokens_BS=tokens_BS)
-    state = {name: value.detach().clone() for name, value in model.named_parameters()}
-    weights = to_hf(state, config=config, vocabulary_size=VOCABULARY)
-    tokens_BS = tokens_BS.to(local_device())
-    return [
-        lambda: task.train_step(1)["loss"],
-        hf_step(config, weights=weights, tokens_BS=tokens_BS),
-        plain_step(config, weights=weights, tokens_BS=tokens_BS),
-    ]
+    def median_ms(self, name: str) -> float:
+        return round(1e3 * statistics.median(self.seconds[name]), 2)
+
+    def ours_to(self, other: str) -> float:
+        """Median over rounds of our time / theirs."""
+        pairs = zip(self.seconds["emu35"], self.seconds[other], strict=True)
+        return round(statistics.median(ours / theirs for ours, theirs in pairs), 4)
 
 
-def our_task(config: Any, *, tokens_BS: Any) -> tuple[Any, Any]:
-    """The task that pretraining hands to the trainer, on a loader that repeats one batch."""
-    from emu35.config import (
-        LossWeights,
-        OptimConfig,
-        ParallelConfig,
-        PretrainConfig,
-        RunConfig,
-        Schedule,
-    )
-    from emu35.data.loader import TokenLoader
-    from emu35.model.build import build_chunks
-    from emu35.model.init import initialize
-    from emu35.parallel.mesh import init_mesh
-    from emu35.train.objective import weights_by_modality
-    from emu35.train.step import LMTask
+def measure(
+    contestants: "Contestants", *, title: str, warm_up: int, rounds: int, show_profile: bool
+) -> Times:
+    """Time all contestants round by round and print what was found.
 
-    run = RunConfig(
-        model=config,
-        stage=PretrainConfig(global_batch_size=1),
-        optim=OptimConfig(
-            lr=LEARNING_RATE, warmup_steps=0, schedule=Schedule.constant, clip_grad=CLIP
-        ),
-    )
-    mesh = init_mesh(ParallelConfig(), seed=run.seed)
-    chunks = build_chunks(config, vocabulary_size=VOCABULARY, parallel=run.parallel)
-    initialize(chunks[0], seed=run.seed)
-    task = LMTask(
-        config=run,
-        mesh=mesh,
-        chunks=chunks,
-        loader=cast(TokenLoader, OneBatch(tokens_BS)),
-        validation={},
-        token_weights=weights_by_modality(LossWeights()),
-    )
-    return task, chunks[0]
+    Raises:
+        SystemExit: their losses differ.
+    """
+    steps, tokens = contestants.steps, contestants.row.tokens_BS.numel()
+    first = {name: step() for name, step in steps.items()}
+    check_equal(first, when=f"before the first update ({title})")
+    for _ in range(warm_up - 1):
+        for step in steps.values():
+            step()
+    if show_profile:
+        for name, step in steps.items():
+            profile(step, name=f"{title}, {name}")
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    last = first
+    for done in range(rounds):
+        timed = {name: time_step(step) for name, step in steps.items()}
+        last = {name: loss for name, (loss, _) in timed.items()}
+        for name, (_, duration) in timed.items():
+            seconds[name].append(duration)
+        show_progress(done + 1, rounds)
+    # Rounding grows from update to update; different work would be off by far more.
+    check_equal(last, when=f"after {warm_up + rounds - 1} updates ({title})")
+    times = Times(seconds=seconds)
+    print(f"{title:38} {'ms/step':>9} {'tokens/s':>9} {'first loss':>11} {'last loss':>11}")
+    for name in steps:
+        duration = times.median_ms(name)
+        rate = 1e3 * tokens / duration
+        print(f"  {name:36} {duration:9.1f} {rate:9.0f} {first[name]:11.6f} {last[name]:11.6f}")
+    return times
 
 
-class OneBatch:
-    """Stands in for the loader: the same plain causal row at every step."""
-
-    def __init__(self, tokens_BS: Any) -> None:
-        import torch
-
-        from emu35.data.batch import Batch
-
-        labels_BS, valid_BS = tokens_BS.roll(-1, 1), torch.ones_like(tokens_BS, dtype=torch.bool)
-        valid_BS[:, -1] = False
-        self.batch = Batch(
-            tokens=tokens_BS,
-            labels=labels_BS,
-            label_modality=torch.zeros_like(tokens_BS, dtype=torch.uint8),
-            label_valid=valid_BS,
-            positions=torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS).contiguous(),
-            document_start=torch.zeros_like(tokens_BS),
-            sample_ids=[0],
-        )
-
-    def next_step(self) -> list[Any]:
-        return [self.batch]
-
-
-def hf_step(config: Any, *, weights: dict[str, Any], tokens_BS: Any) -> Step:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCABULARY,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_hidden_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-    )
-    assert model.config._attn_implementation == "sdpa", "the fastest of HF's own on a CPU"
-    return torch_step(
-        model,
-        weights=weights,
-        loss=lambda: model(input_ids=tokens_BS, labels=tokens_BS).loss,
-        device=tokens_BS.device,
-    )
-
-
-def plain_step(config: Any, *, weights: dict[str, Any], tokens_BS: Any) -> Step:
-    from plain_transformer import PlainTransformer
-
-    model = PlainTransformer(config, vocabulary_size=VOCABULARY)
-    return torch_step(
-        model, weights=weights, loss=lambda: model(tokens_BS), device=tokens_BS.device
-    )
-
-
-def torch_step(
-    model: Any, *, weights: dict[str, Any], loss: Callable[[], Any], device: Any
-) -> Step:
-    """The usual loop body around a torch module, with the optimizer settings of ours."""
-    import torch
-
-    from emu35.config import OptimConfig
-
-    model.load_state_dict(weights)
-    model.to(device).train()
-    settings = OptimConfig()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [p for p in parameters if p.ndim > 1],
-                "weight_decay": settings.weight_decay,
-            },
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=LEARNING_RATE,
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.eps,
-        fused=True,
-    )
-
-    def step() -> float:
-        # Without a GPU our CPU shim watches every torch call of the process. Its cost is ours
-        # alone, so the others run outside it.
-        with torch._C.DisableTorchFunction():
-            optimizer.zero_grad()
-            value = loss()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-            optimizer.step()
-            return value.item()
-
-    return step
-
-
-def time_step(step: Step) -> tuple[float, float]:
+def time_step(step: "Step") -> tuple[float, float]:
     """Loss and seconds of one step, the device's queue empty at both ends."""
     synchronize()
     began = time.perf_counter()
@@ -272,13 +170,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def check_equal(losses: list[float], *, tolerance: float, when: str) -> None:
-    if max(losses) - min(losses) > tolerance:
-        shown = ", ".join(f"{n} {v:.6f}" for n, v in zip(NAMES, losses, strict=True))
+def check_equal(losses: dict[str, float], *, when: str) -> None:
+    if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCE:
+        shown = ", ".join(f"{name} {value:.6f}" for name, value in losses.items())
         raise SystemExit(f"losses differ {when}: {shown}; the times would compare different work")
 
 
-def profile(step: Step, *, name: str) -> None:
+def profile(step: "Step", *, name: str) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -293,34 +191,30 @@ def show_progress(done: int, total: int) -> None:
         print(f"\rround {done}/{total}", end="\n" if done == total else "", file=sys.stderr)
 
 
-def report(seconds: list[list[float]], *, first: list[float], last: list[float]) -> None:
+def figures(plain: Times, *, packed: Times) -> dict[str, Any]:
+    """The last line: ratios first, then what they were made of."""
     import torch
     import transformers
 
-    medians = [statistics.median(column) for column in zip(*seconds, strict=True)]
-    print(f"{'':12} {'ms/step':>9} {'tokens/s':>9} {'first loss':>11} {'last loss':>11}")
-    for name, duration, start, end in zip(NAMES, medians, first, last, strict=True):
-        rate = LENGTH / duration
-        print(f"{name:12} {1e3 * duration:9.1f} {rate:9.0f} {start:11.6f} {end:11.6f}")
-    figures = {
-        "plain_vs_hf": ratio((ours, hf) for ours, hf, _ in seconds),
-        "plain_vs_torch": ratio((ours, plain) for ours, _, plain in seconds),
-        "ms_emu35": round(1e3 * medians[0], 2),
-        "ms_hf": round(1e3 * medians[1], 2),
-        "ms_torch": round(1e3 * medians[2], 2),
-        "rounds": len(seconds),
-        "sequence_length": LENGTH,
+    return {
+        "plain_vs_hf": plain.ours_to("HF Qwen3"),
+        "plain_vs_torch": plain.ours_to("plain torch"),
+        "packed_vs_hf": packed.ours_to("HF Qwen3"),
+        "ms_emu35": plain.median_ms("emu35"),
+        "ms_hf": plain.median_ms("HF Qwen3"),
+        "ms_torch": plain.median_ms("plain torch"),
+        "packed_ms_emu35": packed.median_ms("emu35"),
+        "packed_ms_hf": packed.median_ms("HF Qwen3"),
+        "rounds": len(plain.seconds["emu35"]),
+        "packed_rounds": len(packed.seconds["emu35"]),
+        "sequence_length": PLAIN_LENGTH,
+        "packed_sequence_length": sum(PACKED_LENGTHS),
+        "packed_documents": len(PACKED_LENGTHS),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
-    print(json.dumps(figures))
-
-
-def ratio(pairs: Iterable[tuple[float, float]]) -> float:
-    """Median over rounds of ours / theirs."""
-    return round(statistics.median(ours / theirs for ours, theirs in pairs), 4)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Memory by formula: against a real training step where one fits, and in its proportions."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from emu35.config import ParallelConfig
+from emu35.config import LMConfig, ParallelConfig
 from emu35.planner.plan import describe, make_plan
 from emu35.run.compose import compose
 
@@ -135,6 +139,33 @@ def test_uneven_stages_are_planned_by_the_fullest():
     assert uneven["weights"] > even["weights"]
     # The last stage holds one micro-batch at a time: three layers there, four layers' worth before.
     assert uneven["activations"] == even["activations"] * 3 // 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_loss_formula_is_what_a_process_really_grows_by(precision: str, repository: Path) -> None:
+    """The benchmark measures resident memory over the whole vocabulary, where logits and the
+    gradient of the weights both count."""
+    script = repository / "scripts" / "bench" / "loss.py"
+    size = ["--tokens", "192", "--chunk", "64", "--hidden", "128", "--precision", precision]
+    done = subprocess.run(
+        [sys.executable, str(script), "--only", "emu35", *size],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["bytes"] == pytest.approx(found["planned"], rel=0.2)
+
+
+def test_plan_counts_one_chunk_of_the_loss_and_its_weights_gradient():
+    base = ["model=tiny", "stage.precision=fp32", "data.sequence_length=1024"]
+    small, large = (memory(*base, f"stage.loss_chunk={n}")["logits"] for n in (100, 200))
+    rows, rest = divmod(large - small, 100 * 4)
+    assert rest == 0
+    model = compose(base).model
+    assert isinstance(model, LMConfig)
+    hidden = model.hidden_size
+    assert small == 4 * rows * (100 + hidden) + 2 * 4 * 1024 * hidden
 
 
 def test_images_are_planned_without_a_guess_at_activations():
