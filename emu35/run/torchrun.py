@@ -64,8 +64,10 @@ class Node:
     meeting: str = ""
 
 
-def torchrun_command(config: RunConfig, *, run_dir: Path, node: Node) -> list[str]:
-    """The torchrun command of one node.
+def torchrun_command(
+    config: RunConfig, *, run_dir: Path, node: Node, program: Sequence[str] | None = None
+) -> list[str]:
+    """The torchrun command of one node, whose ranks execute ``program`` (default: the worker).
 
     Raises:
         LaunchError: the node's number or the address of node 0 are missing or impossible.
@@ -80,9 +82,7 @@ def torchrun_command(config: RunConfig, *, run_dir: Path, node: Node) -> list[st
         *_rendezvous(config, run_dir=run_dir, node=node),
         f"--max-restarts={launch.max_restarts}",
         f"--shutdown-timeout={SAVE_SECONDS}",
-        "-m",
-        RANK,
-        str(run_dir),
+        *(program or ("-m", RANK, str(run_dir))),
     ]
 
 
@@ -127,13 +127,18 @@ def _address(master: str) -> tuple[str, int]:
     return host, int(port) if colon else 29500
 
 
-def run_node(config: RunConfig, *, run_dir: Path, node: Node) -> int:
+def run_node(
+    config: RunConfig, *, run_dir: Path, node: Node, program: Sequence[str] | None = None
+) -> int:
     """Run this node's ranks to their end; returns the exit code, 75 if all were stopped and saved.
+
+    ``program`` is what torchrun executes on a rank: a script and its arguments, by default the
+    worker on ``run_dir``.
 
     Raises:
         LaunchError: torchrun cannot be started, or a rank failed.
     """
-    command = torchrun_command(config, run_dir=run_dir, node=node)
+    command = torchrun_command(config, run_dir=run_dir, node=node, program=program)
     try:
         (run_dir / LOGS).mkdir(exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix="emu35-")
