@@ -40,7 +40,8 @@ set -e
 {exports}{setup}run={run}
 newest() {{ find "$run/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1; }}
 before=$(newest)
-read -r master < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+master=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 port=$((20000 + SLURM_JOB_ID % 20000))
 code=0
 {srun} || code=$?

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
+NODES = ("n1", "n2")
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 
 
@@ -58,9 +59,9 @@ class SlurmCluster:
 
 @contextmanager
 def slurm_cluster(folder: Path) -> Generator[SlurmCluster]:
-    """Start a cluster of the nodes n1 and n2 in ``folder``, and stop it by its PID files."""
+    """Start a cluster of two nodes in ``folder``, and stop it by its PID files."""
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-    pid_files = [folder / f"{name}.pid" for name in ("slurmd.n1", "slurmd.n2", "slurmctld")]
+    pid_files = [folder / f"{name}.pid" for name in (*(f"slurmd.{n}" for n in NODES), "slurmctld")]
     cluster = SlurmCluster(folder=folder, environment=environment)
     munge_socket = _start_munged(folder)
     try:
@@ -68,7 +69,7 @@ def slurm_cluster(folder: Path) -> Generator[SlurmCluster]:
         (folder / "state").mkdir()
         # -i: there is no state to recover, and none to protect.
         _run("slurmctld", "-i", environment=environment)
-        for node in ("n1", "n2"):
+        for node in NODES:
             _run("slurmd", "-N", node, environment=environment)
         _wait_until_idle(cluster)
         yield cluster
@@ -102,9 +103,9 @@ ReturnToService=2
 KillWait=5
 MailProg=/bin/true
 SchedulerParameters=sched_interval=2,bf_interval=2
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+NodeName={NODES[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1
+NodeName={NODES[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
