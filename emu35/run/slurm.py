@@ -32,8 +32,7 @@ _CALL_SECONDS = 60
 _STRAGGLER_SECONDS = 60
 """How long the other nodes may go on when the first one has ended, whatever the reason."""
 
-_SCRIPT = """\
-#!/bin/bash
+_SCRIPT = r"""#!/bin/bash
 {directives}
 
 set -e
