@@ -99,7 +99,7 @@ def test_job_that_says_everything(capsys):
         *JOB,
         "run_dir=/shared/run",
         "launch.slurm.account=vision",
-        "launch.slurm.partition=a100,h100",
+        'launch.slurm.partition="a100,h100"',
         "launch.slurm.qos=long",
         "launch.slurm.time=2-00:00:00",
         "launch.slurm.gpus=4",

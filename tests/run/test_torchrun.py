@@ -98,13 +98,10 @@ def are_up(folder: Path, *, attempt: int = 0) -> bool:
     return all((folder / f"up{rank}.{attempt}").exists() for rank in (0, 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_ranks_that_saved_are_answered_with_75_and_not_started_again(
-    tmp_path: Path, start, number: signal.Signals
-) -> None:
+def test_ranks_that_saved_are_answered_with_75_and_not_started_again(tmp_path: Path, start) -> None:
     node = start("train(run_dir)", "launch.max_restarts=3")
     wait_for(lambda: are_up(tmp_path))
-    node.send_signal(number)
+    node.terminate()
     _, errors = node.communicate(timeout=90)
     assert node.returncode == 75, errors
     assert "rank 0 saved after SIGUSR1" in errors
