@@ -129,7 +129,8 @@ def _cancel_job(job: Job, *, state: JobState, run_dir: Path, force: bool) -> str
         raise LaunchError(f"{run_dir / CANCEL_FILE} cannot be written: {error.strerror}") from None
     if force or state.waits:
         _scancel(job)
-        lost = "; the steps since its newest checkpoint are lost" if state.runs else ""
+        # Slurm sends SIGTERM first, on which ranks save, and SIGKILL after its KillWait.
+        lost = "; what it cannot save within seconds is lost" if state.runs else ""
         return f"job {job.id} was {state.state} and is cancelled{lost}"
     if state.state != "RUNNING":
         return f"job {job.id} is {state.state}; {_how_to_force(run_dir)}"
@@ -191,4 +192,4 @@ def _is_free(run_dir: Path, *, seconds: float) -> bool:
 
 def _how_to_force(run_dir: Path) -> str:
     again = f"emu35 launch cancel {shlex.quote(str(run_dir))} --force"
-    return f"`{again}` ends it at once and loses the steps since its newest checkpoint"
+    return f"`{again}` ends it at once, where steps since its newest checkpoint may be lost"

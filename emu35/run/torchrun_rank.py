@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from emu35.errors import Emu35Error, Interrupted
+from emu35.errors import Emu35Error, Interrupted, LaunchError
 from emu35.run import outcomes, worker
 from emu35.run.rundir import LOGS
 
@@ -24,12 +24,22 @@ def main() -> int:
         return Emu35Error.exit_code
     outcomes.report(None)
     try:
-        code = worker.main([str(run_dir)])
+        worker.run(run_dir)
+    except Interrupted as error:
+        outcomes.report(worker.tell(error))
+        return 0
+    except LaunchError as error:
+        # Ranks that did not find each other may do so at the next attempt.
+        outcomes.report(1)
+        return worker.tell(error)
+    except Emu35Error as error:
+        outcomes.report(error.exit_code)
+        return worker.tell(error)
     except BaseException:
         outcomes.report(1)
         raise
-    outcomes.report(code)
-    return 0 if code == Interrupted.exit_code else code
+    outcomes.report(0)
+    return 0
 
 
 def _print_to(log: Path) -> None:

@@ -113,23 +113,35 @@ def rank_environment(config: RunConfig) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this rank to its end; returns the exit code."""
-    run_dir = Path((sys.argv[1:] if arguments is None else arguments)[0])
     try:
-        config = read_config(run_dir)
-        if LAUNCHER_PID in os.environ:
-            end_with(int(os.environ[LAUNCHER_PID]))
-            run_stage(config, run_dir=run_dir)
-        elif os.environ.get("RANK", "0") == "0":
-            # torchrun and Slurm start ranks without our launcher: rank 0 keeps others out.
-            owner = int(os.environ.get(SUPERVISOR_PID, os.getpid()))
-            with locked(run_dir, owner=owner):
-                run_stage(config, run_dir=run_dir)
-        else:
-            run_stage(config, run_dir=run_dir)
+        run(Path((sys.argv[1:] if arguments is None else arguments)[0]))
     except Emu35Error as error:
-        print(f"emu35: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return tell(error)
     return 0
+
+
+def run(run_dir: Path) -> None:
+    """Run the stage of the prepared folder ``run_dir`` on this rank.
+
+    Raises:
+        Emu35Error: as :func:`run_stage`; LaunchError if another run holds the folder.
+    """
+    config = read_config(run_dir)
+    if LAUNCHER_PID in os.environ:
+        end_with(int(os.environ[LAUNCHER_PID]))
+        run_stage(config, run_dir=run_dir)
+    elif os.environ.get("RANK", "0") == "0":
+        # torchrun and Slurm start ranks without our launcher: rank 0 keeps others out.
+        with locked(run_dir, owner=int(os.environ.get(SUPERVISOR_PID, os.getpid()))):
+            run_stage(config, run_dir=run_dir)
+    else:
+        run_stage(config, run_dir=run_dir)
+
+
+def tell(error: Emu35Error) -> int:
+    """Print ``error`` for the user; returns its exit code."""
+    print(f"emu35: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
 
 
 def end_with(launcher: int) -> None:

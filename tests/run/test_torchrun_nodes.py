@@ -16,7 +16,7 @@ from emu35.run.follow import status
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-STEPS, BATCH = 40, 16
+STEPS, BATCH = 30, 16
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -131,6 +131,6 @@ def test_a_killed_rank_restarts_both_nodes_from_the_newest_checkpoint(
     ends = nodes.end()
     assert [code for code, _ in ends] == [0, 0], ends
     output = "".join(text for _, text in ends)
-    assert "training 40 steps from the beginning" in output
+    assert "training 30 steps from the beginning" in output
     assert "resuming at step" in output
     assert rows(run_dir) == reference

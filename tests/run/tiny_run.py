@@ -39,7 +39,7 @@ def overrides(run_dir: Path, *, shards: Path, steps: int, batch: int = 4) -> lis
         "optim.warmup_steps=2",
         "checkpoint.every=0",
         "log.every=1",
-        "launch.timeout=60",
+        "launch.timeout=300",
         "launch.threads=1",
     ]
 
