@@ -77,14 +77,14 @@ def find_run(words: Sequence[str], *, configs: Path | None) -> Path:
 
 
 def status(run_dir: Path) -> RunStatus:
-    """How the run in ``run_dir`` is.
+    """How the run in ``run_dir`` is. A job that nobody here can tell about is UNKNOWN.
 
     Raises:
-        ConfigError, LaunchError: its files cannot be read, or Slurm does not answer.
+        ConfigError, LaunchError: its files cannot be read.
     """
     rows = read_rows(run_dir / "metrics.jsonl")
     job = read_job(run_dir)
-    state = job_state(job) if job else JobState(state="")
+    state = _state_if_known(job) if job else JobState(state="")
     holder = lock_owner(run_dir)
     return RunStatus(
         run_dir=str(run_dir),
@@ -96,6 +96,14 @@ def status(run_dir: Path) -> RunStatus:
         state=state.state,
         detail=state.detail,
     )
+
+
+def _state_if_known(job: Job) -> JobState:
+    """The rest of a status is worth having on hosts without Slurm, too."""
+    try:
+        return job_state(job)
+    except LaunchError as error:
+        return JobState(state="UNKNOWN", detail=str(error))
 
 
 def _newest_checkpoint(run_dir: Path) -> int:

@@ -130,7 +130,10 @@ def test_runs_that_cannot_be_found(
 def test_a_job_without_slurm_on_this_host(run_dir: Path, capsys, monkeypatch, tmp_path: Path):
     (run_dir / "slurm_job.json").write_text('{"id": "17"}')
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "scontrol is not on this host" in say(capsys, "status", str(run_dir), code=2)
+    text = say(capsys, "status", str(run_dir))
+    assert "step 7/50" in text
+    assert "job 17: UNKNOWN (scontrol is not on this host" in text
+    assert "scontrol is not on this host" in say(capsys, "cancel", str(run_dir), code=2)
     (run_dir / "slurm_job.json").write_text("{")
     assert "slurm_job.json cannot be read" in say(capsys, "status", str(run_dir), code=2)
 
