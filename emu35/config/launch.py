@@ -20,8 +20,8 @@ class RendezvousKind(StrEnum):
     """How torchrun's nodes find each other.
 
     ``static``: every node is told its number and the address of node 0. ``c10d``: the nodes meet at
-    that address under an id and agree on their numbers; a node whose torchrun was started again
-    may join the others, which then restart their ranks.
+    that address under an id and agree on their numbers, again before every restart; a node whose
+    torchrun was started again may join the others, which then restart their ranks.
     """
 
     static = "static"
@@ -174,6 +174,12 @@ class LaunchConfig:
                     f"launch.max_restarts={self.max_restarts} with launch=local; local ranks are "
                     "not started again: use launch=torchrun"
                 )
+        elif self.max_restarts and self.nodes > 1 and self.rendezvous is RendezvousKind.static:
+            yield (
+                f"launch.max_restarts={self.max_restarts} on launch.nodes={self.nodes} needs "
+                "launch.rendezvous=c10d: nodes that met statically would look for the ranks of "
+                "the attempt before"
+            )
         if not _WORD.fullmatch(self.rendezvous_id):
             yield (
                 f"launch.rendezvous_id={self.rendezvous_id!r} is no name; use letters, digits "

@@ -92,15 +92,15 @@ def _rendezvous(config: RunConfig, *, run_dir: Path, node: Node) -> list[str]:
         raise LaunchError(
             f"--node-rank {node.rank} is outside 0..{launch.nodes - 1} (launch.nodes)"
         )
-    if node.master is None:
-        if launch.nodes > 1:
-            raise LaunchError(
-                f"launch.nodes={launch.nodes} needs to know node 0; add --master HOST:PORT, and "
-                "--node-rank R on every node"
-            )
+    if node.master is None and launch.nodes > 1:
+        raise LaunchError(
+            f"launch.nodes={launch.nodes} needs to know node 0; add --master HOST:PORT, and "
+            "--node-rank R on every node"
+        )
+    host, port = _address(node.master or "localhost")
+    if launch.nodes == 1:
         # A free port of its own, so that two runs can share a host.
         return ["--standalone", "--local-addr=127.0.0.1"]
-    host, port = _address(node.master)
     meeting = launch.rendezvous_id or node.meeting or f"emu35-{crc32(str(run_dir).encode()):08x}"
     if launch.rendezvous is RendezvousKind.static:
         return [
@@ -197,6 +197,9 @@ class _Agent:
         environment = {
             **rank_environment(config),
             outcomes.FOLDER: str(folder),
+            # torchrun lends its own key-value store to the ranks, and keeps it over restarts: ranks
+            # would find the addresses of the attempt before in it, and wait for them.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             SUPERVISOR_PID: str(os.getpid()),
         }
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})

@@ -246,6 +246,13 @@ def test_values_that_cannot_be_launched(override: str, message: str):
     assert message in str(caught.value)
 
 
+def test_restarts_of_several_nodes_need_a_meeting_before_each():
+    words = ["launch=torchrun", *TWO_NODES, "launch.max_restarts=1"]
+    with pytest.raises(ConfigError, match="needs launch.rendezvous=c10d"):
+        compose(words)
+    assert compose([*words, "launch.rendezvous=c10d"]).launch.max_restarts == 1
+
+
 def test_mounts_are_pairs_and_one_container_is_enough():
     values = ("container=image", "mounts=['data:/data']", "prefix=[apptainer]")
     with pytest.raises(ConfigError) as caught:
