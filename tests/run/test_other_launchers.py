@@ -248,7 +248,7 @@ def test_values_that_cannot_be_launched(override: str, message: str):
 
 def test_restarts_of_several_nodes_need_a_meeting_before_each():
     words = ["launch=torchrun", *TWO_NODES, "launch.max_restarts=1"]
-    with pytest.raises(ConfigError, match="needs launch.rendezvous=c10d"):
+    with pytest.raises(ConfigError, match=r"needs launch\.rendezvous=c10d"):
         compose(words)
     assert compose([*words, "launch.rendezvous=c10d"]).launch.max_restarts == 1
 
