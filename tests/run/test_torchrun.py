@@ -129,8 +129,20 @@ def test_a_signal_while_ranks_start_is_kept(tmp_path: Path, start) -> None:
     assert node.returncode == 75, errors
 
 
-def test_a_killed_rank_is_started_again_with_the_others(tmp_path: Path, start) -> None:
-    body = "up(run_dir)\nif attempt() == 0: time.sleep(600)"
+def test_a_killed_rank_is_started_again_and_the_ranks_find_each_other(
+    tmp_path: Path, start
+) -> None:
+    body = (
+        "import torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "one = torch.ones(1)\n"
+        "dist.all_reduce(one)\n"
+        "up(run_dir)\n"
+        "while attempt() == 0:\n"
+        "    dist.all_reduce(one)\n"
+        "    time.sleep(0.05)\n"
+        "assert one.item() == 2.0"
+    )
     node = start(body, "launch.max_restarts=1")
     wait_for(lambda: are_up(tmp_path))
     os.kill(int((tmp_path / "up1.0").read_text()), signal.SIGKILL)
