@@ -146,6 +146,14 @@ def _add_launch(commands: "Commands[argparse.ArgumentParser]") -> None:
     command = _with_overrides(
         commands, "launch", help="run where launch.kind says: local, torchrun or slurm"
     )
+    command.description = (
+        f"{command.description}. `emu35 launch status RUN_DIR` says how a run is, `emu35 launch "
+        "cancel RUN_DIR` asks it to save and stop; both also take the run's overrides."
+    )
+    command.add_argument("--json", action="store_true", help="status: one JSON object")
+    command.add_argument(
+        "--force", action="store_true", help="cancel: end it at once, without saving"
+    )
     command.add_argument("--dry-run", action="store_true", help="print the command or job script")
     command.add_argument(
         "--node-rank", type=int, default=0, metavar="R", help="torchrun: this node's number"
@@ -186,6 +194,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _launch(arguments: argparse.Namespace) -> int:
     from emu35.run.compose import compose
+    from emu35.run.follow import ACTIONS
+
+    if arguments.overrides[:1] and arguments.overrides[0] in ACTIONS:
+        return _follow(arguments)
     from emu35.run.start import launch
 
     return launch(
@@ -194,3 +206,16 @@ def _launch(arguments: argparse.Namespace) -> int:
         master=arguments.master,
         dry_run=arguments.dry_run,
     )
+
+
+def _follow(arguments: argparse.Namespace) -> int:
+    from emu35.run.follow import cancel, find_run, status
+
+    action, *words = arguments.overrides
+    run_dir = find_run(words, configs=arguments.configs)
+    if action == "cancel":
+        print(cancel(run_dir, force=arguments.force))
+        return 0
+    found = status(run_dir)
+    print(json.dumps(found.plain()) if arguments.json else "\n".join(found.lines()))
+    return 0

@@ -9,6 +9,7 @@ is still alive.
 import errno
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from emu35.config.root import RunConfig
 from emu35.errors import ConfigError, LaunchError
 
 LOCK_FILE = ".lock"
+LOGS = "logs"
+"""Folder of the ranks' logs inside a run folder."""
 _TRACES = ("checkpoints", "metrics.jsonl", "vision_tokenizer")
 _LOCK_PATIENCE_SECONDS = 5.0
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -62,10 +65,12 @@ def open_run(config: RunConfig) -> Generator[OpenRun]:
 
 
 @contextmanager
-def locked(path: Path) -> Generator[int]:
+def locked(path: Path, *, owner: int | None = None) -> Generator[int]:
     """Hold the lock of the run folder ``path``; yields its file descriptor.
 
-    Waits a few seconds, for the ranks of a run that was just killed need a moment to end.
+    ``owner`` is the process that answers for the run (default: this one), named to whoever finds
+    the folder taken. Waits a few seconds, for the ranks of a run that was just killed need a moment
+    to end.
 
     Raises:
         LaunchError: the folder is in use.
@@ -77,13 +82,13 @@ def locked(path: Path) -> Generator[int]:
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
-        _take(lock, path=path)
+        _take(lock, path=path, owner=os.getpid() if owner is None else owner)
         yield lock
     finally:
         os.close(lock)
 
 
-def _take(lock: int, *, path: Path) -> None:
+def _take(lock: int, *, path: Path, owner: int) -> None:
     deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
     while True:
         try:
@@ -91,10 +96,9 @@ def _take(lock: int, *, path: Path) -> None:
             break
         except BlockingIOError:
             if time.monotonic() > deadline:
-                owner = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
                 raise LaunchError(
-                    f"{path} is in use by another emu35 process (pid {owner}); wait for it, stop "
-                    "it, or give this run another run_dir"
+                    f"{path} is in use by another emu35 process ({_read_owner(lock)}); wait for "
+                    "it, stop it, or give this run another run_dir"
                 ) from None
             time.sleep(0.1)
         except OSError as error:
@@ -103,9 +107,50 @@ def _take(lock: int, *, path: Path) -> None:
             raise _unwritable(path, error) from None
     try:
         os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode("ascii"), 0)
+        os.pwrite(lock, f"{owner}\n{socket.gethostname()}\n".encode("ascii", "replace"), 0)
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class LockOwner:
+    """Who holds a run folder: the process ``pid`` (0: it did not say) on ``host``."""
+
+    pid: int
+    host: str
+
+    def __str__(self) -> str:
+        pid = self.pid or "unknown"
+        return f"pid {pid}" if self.here else f"pid {pid} on {self.host}"
+
+    @property
+    def here(self) -> bool:
+        return self.host in ("", socket.gethostname())
+
+
+def lock_owner(path: Path) -> LockOwner | None:
+    """Who holds the lock of the run folder ``path``; None if it is free, or was never taken."""
+    try:
+        lock = os.open(path / LOCK_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LaunchError(f"{path / LOCK_FILE} cannot be read: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read_owner(lock)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise LaunchError(f"{path / LOCK_FILE} cannot be read: {error.strerror}") from None
+    finally:
+        os.close(lock)
+    return None
+
+
+def _read_owner(lock: int) -> LockOwner:
+    pid, _, host = os.pread(lock, 512, 0).decode("ascii", "replace").partition("\n")
+    return LockOwner(pid=int(pid) if pid.isdigit() else 0, host=host.strip())
 
 
 def _has_begun(path: Path) -> bool:

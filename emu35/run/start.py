@@ -10,9 +10,11 @@ from emu35.config.io import CONFIG_FILE
 from emu35.config.launch import LaunchKind
 from emu35.config.root import RunConfig
 from emu35.errors import ConfigError, LaunchError
-from emu35.run.launch import WORKER, run_ranks, slurm_script, submit, torchrun_command
+from emu35.run.local_ranks import WORKER, run_ranks
 from emu35.run.preflight import check_inputs, check_named
 from emu35.run.rundir import OpenRun, open_run
+from emu35.run.slurm import check_no_other, job_script, submit
+from emu35.run.torchrun import Node, run_node, torchrun_command
 from emu35.run.worker import run_stage
 
 
@@ -39,6 +41,7 @@ def run_here(config: RunConfig) -> int:
         _announce(run)
         if config.launch.nproc > 1:
             return run_ranks(config, run_dir=run.path, lock=run.lock)
+        os.environ.update(config.launch.env)
         run_stage(config, run_dir=run.path)
     return 0
 
@@ -46,52 +49,56 @@ def run_here(config: RunConfig) -> int:
 def launch(config: RunConfig, *, node_rank: int, master: str | None, dry_run: bool) -> int:
     """Run where ``launch.kind`` says; with ``dry_run`` only print what would be executed.
 
+    Returns the exit code: 75 if the ranks were stopped and saved. A submitted job answers 0.
+
     Raises:
         ConfigError, LaunchError: as :func:`run_here`, and when ``master`` is missing.
     """
-    kind = config.launch.kind
     run_dir = Path(config.run_dir).expanduser().absolute()
-    if kind is LaunchKind.local:
-        if not dry_run:
-            return run_here(config)
-        print(f"# {config.launch.nproc} ranks, with torchrun's variables (RANK, WORLD_SIZE, ...)")
-        print(shlex.join([sys.executable, "-m", WORKER, str(run_dir)]))
-    elif kind is LaunchKind.slurm:
-        if dry_run:
-            print(slurm_script(config, run_dir=run_dir), end="")
-            return 0
-        check_named(config)
-        with open_run(config) as run:
-            _announce(run)
-            print(submit(config, run_dir=run.path))
-    else:
-        command = _torchrun(config, run_dir=run_dir, node_rank=node_rank, master=master)
-        if dry_run:
-            print(shlex.join(command))
-            return 0
-        check_named(config)
-        if node_rank == 0:
-            with open_run(config) as run:
-                _announce(run)
-        else:
-            _wait_for(run_dir / CONFIG_FILE, seconds=config.launch.timeout)
-        sys.stdout.flush()
-        os.execv(command[0], command)
+    match config.launch.kind:
+        case LaunchKind.local:
+            return _launch_local(config, run_dir=run_dir, dry_run=dry_run)
+        case LaunchKind.torchrun:
+            node = Node(rank=node_rank, master=master)
+            return _launch_node(config, run_dir=run_dir, node=node, dry_run=dry_run)
+        case LaunchKind.slurm:
+            return _launch_job(config, run_dir=run_dir, dry_run=dry_run)
+
+
+def _launch_local(config: RunConfig, *, run_dir: Path, dry_run: bool) -> int:
+    if not dry_run:
+        return run_here(config)
+    print(f"# {config.launch.nproc} ranks, with torchrun's variables (RANK, WORLD_SIZE, ...)")
+    print(shlex.join([sys.executable, "-m", WORKER, str(run_dir)]))
     return 0
 
 
-def _torchrun(config: RunConfig, *, run_dir: Path, node_rank: int, master: str | None) -> list[str]:
-    nodes = config.launch.nodes
-    if nodes > 1 and master is None:
-        raise LaunchError(
-            f"launch.nodes={nodes} needs to know node 0; add --master HOST:PORT, and "
-            "--node-rank R on every node"
-        )
-    if not 0 <= node_rank < nodes:
-        raise LaunchError(f"--node-rank {node_rank} is outside 0..{nodes - 1} (launch.nodes)")
-    return torchrun_command(
-        config, run_dir=run_dir, node_rank=str(node_rank), master=master or "127.0.0.1:29500"
-    )
+def _launch_node(config: RunConfig, *, run_dir: Path, node: Node, dry_run: bool) -> int:
+    command = torchrun_command(config, run_dir=run_dir, node=node)
+    if dry_run:
+        print(shlex.join(command))
+        return 0
+    check_named(config)
+    if node.rank == 0:
+        with open_run(config) as run:
+            _announce(run)
+    else:
+        _wait_for(run_dir / CONFIG_FILE, seconds=config.launch.timeout)
+    return run_node(config, run_dir=run_dir, node=node)
+
+
+def _launch_job(config: RunConfig, *, run_dir: Path, dry_run: bool) -> int:
+    script = job_script(config, run_dir=run_dir)
+    if dry_run:
+        print(script, end="")
+        return 0
+    check_named(config)
+    check_no_other(run_dir)
+    with open_run(config) as run:
+        _announce(run)
+        job = submit(config, run_dir=run.path)
+    print(f"submitted job {job.id}; `emu35 launch status {shlex.quote(str(run_dir))}` follows it")
+    return 0
 
 
 def _wait_for(file: Path, *, seconds: float) -> None:

@@ -24,6 +24,9 @@ from emu35.run.rundir import locked
 LAUNCHER_PID = "EMU35_LAUNCHER_PID"
 """Set by the local launcher, which holds the folder's lock and whose end must be the ranks' end."""
 
+SUPERVISOR_PID = "EMU35_SUPERVISOR_PID"
+"""Set by our launcher of torchrun, which answers for the ranks but holds no lock: rank 0 does."""
+
 DETERMINISTIC_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
@@ -33,7 +36,8 @@ DETERMINISTIC_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 )
 """What ``deterministic: true`` sets, where the user has not."""
 
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
+"""Linux: the signal that a process gets when its parent dies."""
 
 
 def _pretrain(config: RunConfig, run_dir: Path) -> object:
@@ -119,30 +123,58 @@ def threads_per_rank(config: RunConfig) -> int:
     return max(1, len(os.sched_getaffinity(0)) // config.launch.nproc)
 
 
+def rank_environment(config: RunConfig) -> dict[str, str]:
+    """What a launcher hands to every rank: this process's variables, and ``launch.env``."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads_per_rank(config)),
+        "PYTHONUNBUFFERED": "1",
+        **config.launch.env,
+    }
+    if sys.platform == "linux" and config.launch.nodes == 1:
+        # Where the host's own name does not resolve (containers), gloo finds no interface.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return environment
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this rank to its end; returns the exit code."""
-    run_dir = Path((sys.argv[1:] if arguments is None else arguments)[0])
     try:
-        config = read_config(run_dir)
-        if LAUNCHER_PID in os.environ:
-            _end_with(int(os.environ[LAUNCHER_PID]))
-            run_stage(config, run_dir=run_dir)
-        elif os.environ.get("RANK", "0") == "0":
-            # torchrun and Slurm start ranks without our launcher: rank 0 keeps others out.
-            with locked(run_dir):
-                run_stage(config, run_dir=run_dir)
-        else:
-            run_stage(config, run_dir=run_dir)
+        run(Path((sys.argv[1:] if arguments is None else arguments)[0]))
     except Emu35Error as error:
-        print(f"emu35: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return tell(error)
     return 0
 
 
-def _end_with(launcher: int) -> None:
-    """Ask the kernel to kill this rank when the launcher dies: nobody else would notice."""
+def run(run_dir: Path) -> None:
+    """Run the stage of the prepared folder ``run_dir`` on this rank.
+
+    Raises:
+        Emu35Error: as :func:`run_stage`; LaunchError if another run holds the folder.
+    """
+    config = read_config(run_dir)
+    if LAUNCHER_PID in os.environ:
+        end_with(int(os.environ[LAUNCHER_PID]))
+        run_stage(config, run_dir=run_dir)
+    elif os.environ.get("RANK", "0") == "0":
+        # torchrun and Slurm start ranks without our launcher: rank 0 keeps others out.
+        with locked(run_dir, owner=int(os.environ.get(SUPERVISOR_PID, os.getpid()))):
+            run_stage(config, run_dir=run_dir)
+    else:
+        run_stage(config, run_dir=run_dir)
+
+
+def tell(error: Emu35Error) -> int:
+    """Print ``error`` for the user; returns its exit code."""
+    print(f"emu35: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def end_with(launcher: int) -> None:
+    """Ask the kernel to kill this rank when its parent ``launcher`` dies: nobody else would
+    notice."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:  # it died before the request above
         leave(1)
 
@@ -154,17 +186,23 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-if __name__ == "__main__":
+def end_rank(entry: Callable[[], int]) -> NoReturn:
+    """Call ``entry`` and end this process with the exit code it returns."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        exit_code = main()
+        code = entry()
     except KeyboardInterrupt:
         leave(130)
     except BaseException as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if ranks == 1:
             raise
         traceback.print_exception(error)
         leave(1)
-    if exit_code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code and ranks > 1:
         # Other ranks may be inside a collective that this one will never join.
-        leave(exit_code)
-    sys.exit(exit_code)
+        leave(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    end_rank(main)

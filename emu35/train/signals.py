@@ -8,6 +8,9 @@ same step. A second signal leaves at once with 128 + its number.
 The second signal must work even where the main thread is stuck in a collective, and there Python
 runs no signal handler. So the interpreter's wake-up descriptor, which the handler written in C
 feeds immediately, is read by a thread, and that thread leaves the process.
+
+A launcher may start a rank with stop signals blocked (:mod:`emu35.run.torchrun` does so with
+SIGUSR1): then the kernel keeps one that comes before the loop listens until it does.
 """
 
 import contextlib
@@ -26,6 +29,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A launcher that forwards a signal which its whole process group received delivers it twice within
 # milliseconds. That is one request; a person or a scheduler that means it takes longer.
 _SAME_REQUEST_SECONDS = 0.5
+# Below torchrun there are more who pass it on, and not all as the same signal: Slurm signals every
+# process of a step, torchrun sends SIGTERM for whatever it got, our launcher sends SIGUSR1.
+_SAME_REQUEST_SECONDS_TORCHRUN = 5.0
 
 
 class StopRequest:
@@ -41,6 +47,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, object] = {}
         self._sockets: tuple[socket.socket, socket.socket] | None = None
         self._previous_wakeup = -1
+        self._previous_mask: set[int] = set()
 
     @property
     def received(self) -> signal.Signals | None:
@@ -64,6 +71,7 @@ class StopRequest:
         threading.Thread(
             target=self._watch, args=(reader,), name="stop-signals", daemon=True
         ).start()
+        self._previous_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(
@@ -96,9 +104,14 @@ class StopRequest:
             self._received_at = now
             self._request(number)
             _say(f"{signal.Signals(number).name}: saving at the end of this step, then leaving")
-        elif now - self._received_at > _SAME_REQUEST_SECONDS or number != self._received:
+        elif not self._is_copy(number, after=now - self._received_at):
             _say(f"{signal.Signals(number).name} again: leaving at once, nothing saved")
             os._exit(128 + number)
+
+    def _is_copy(self, number: int, *, after: float) -> bool:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return after <= _SAME_REQUEST_SECONDS_TORCHRUN
+        return after <= _SAME_REQUEST_SECONDS and number == self._received
 
     def _request(self, number: int) -> None:
         # Both the handler and the thread come here, in either order; the first one decides.
@@ -106,6 +119,7 @@ class StopRequest:
             self._received = signal.Signals(number)
 
     def _restore(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
         signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             # None stands for a handler that was not installed from Python and cannot be named.

@@ -12,7 +12,7 @@ import pytest
 
 from emu35.errors import LaunchError
 from emu35.run.compose import compose
-from emu35.run.launch import run_ranks
+from emu35.run.local_ranks import run_ranks
 
 pytestmark = pytest.mark.multiproc
 
@@ -20,7 +20,7 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from emu35.run.compose import compose
-from emu35.run.launch import run_ranks
+from emu35.run.local_ranks import run_ranks
 from emu35.run.rundir import open_run
 script, run_dir = sys.argv[1:]
 with open_run(compose([f"run_dir={run_dir}", "launch.nproc=2"])) as run:

@@ -41,7 +41,7 @@ def test_a_rank_dies_with_its_launcher(tmp_path: Path):
     write_config(compose([]), tmp_path)
     rank = (
         "import os, sys, time; from emu35.run import worker; "
-        "worker._end_with(int(os.environ['EMU35_LAUNCHER_PID'])); "
+        "worker.end_with(int(os.environ['EMU35_LAUNCHER_PID'])); "
         "print(os.getpid(), flush=True); time.sleep(600)"
     )
     launcher = (

@@ -1,17 +1,12 @@
-"""Starting the ranks of a run, and answering for them.
+"""Local ranks: processes of this host, started and answered for without torchrun.
 
-``local`` ranks are processes of this host: signals are passed on to them, the first one to fail
-takes the others with it and is named with the end of its log, and the exit code is theirs (75 when
-they were stopped and saved). ``torchrun`` and ``slurm`` only write the command or the job script
-for other launchers to execute.
-
-torchrun is not used for local ranks: it does not pass SIGUSR1 on, and it turns every exit code of a
-rank into 1, so that an interrupted run could not be told from a failed one.
+Signals are passed on to them, the first one to fail takes the others with it and is named with the
+end of its log, and the exit code is theirs (75 when they were stopped and saved). Nothing but this
+process stands between a signal and the ranks, and a rank's exit code arrives as it is; what it
+takes to have the same through torchrun is in :mod:`emu35.run.torchrun`.
 """
 
 import os
-import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,13 +22,10 @@ from typing import BinaryIO
 
 from emu35.config.root import RunConfig
 from emu35.errors import Emu35Error, Interrupted, LaunchError
-from emu35.run.worker import LAUNCHER_PID, threads_per_rank
+from emu35.run.rundir import LOGS
+from emu35.run.worker import LAUNCHER_PID, rank_environment
 
 WORKER = "emu35.run.worker"
-SAVE_SECONDS = 110
-"""From SIGTERM to SIGKILL under torchrun, whose own 30 seconds are few for a large checkpoint."""
-LOGS = "logs"
-"""Folder of the ranks' logs inside a run folder."""
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
@@ -161,29 +153,23 @@ class _Ranks:
         if self.processes[0].returncode == Emu35Error.exit_code:
             return Emu35Error.exit_code  # rank 0 has already told the user
         log = self.log(rank)
-        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        raise LaunchError(f"rank {rank} {how}; {log} ends with:\n{_tail(log)}")
+        how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        raise LaunchError(f"rank {rank} {how}; {log} ends with:\n{tail(log)}")
 
 
 def _environment(config: RunConfig, *, rank: int, port: int) -> dict[str, str]:
     """The variables of torchrun, plus ours."""
     size = str(config.launch.nproc)
-    environment = {
-        **os.environ,
+    return {
+        **rank_environment(config),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": size,
         "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(threads_per_rank(config)),
-        "PYTHONUNBUFFERED": "1",
         LAUNCHER_PID: str(os.getpid()),
     }
-    if sys.platform == "linux":
-        # Where the host's own name does not resolve (containers), gloo finds no interface.
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return environment
 
 
 @contextmanager
@@ -216,78 +202,15 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """The last lines of a rank's log, indented."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
     return "\n".join(f"    {line}" for line in lines) or "    (nothing)"
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """SIGKILL rather than 9."""
     try:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def torchrun_command(
-    config: RunConfig, *, run_dir: Path, node_rank: str = "0", master: str = "127.0.0.1:29500"
-) -> list[str]:
-    """The torchrun command of one node; ``master`` is HOST:PORT of node 0."""
-    host, _, port = master.partition(":")
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nnodes={config.launch.nodes}",
-        f"--nproc-per-node={config.launch.nproc}",
-        f"--node-rank={node_rank}",
-        f"--master-addr={host}",
-        f"--master-port={port or 29500}",
-        f"--shutdown-timeout={SAVE_SECONDS}",
-        "-m",
-        WORKER,
-        str(run_dir),
-    ]
-
-
-def slurm_script(config: RunConfig, *, run_dir: Path) -> str:
-    """A job script that starts one torchrun a node. The run folder must be visible to all nodes."""
-    command = torchrun_command(config, run_dir=run_dir, node_rank="@node@", master="@master@:29500")
-    node = shlex.join(command).replace("@node@", "$SLURM_NODEID").replace("@master@", "$master")
-    logs = run_dir / LOGS
-    return f"""#!/bin/bash
-#SBATCH --job-name={config.name}
-#SBATCH --nodes={config.launch.nodes}
-#SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={config.launch.nproc}
-#SBATCH --output={logs}/slurm-%j.out
-#SBATCH --open-mode=append
-#SBATCH --requeue
-# The ranks save and leave on SIGTERM, for which torchrun gives them {SAVE_SECONDS} seconds.
-#SBATCH --signal=TERM@{SAVE_SECONDS + 10}
-
-set -euo pipefail
-export master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{config.launch.threads or 8}}}
-srun --kill-on-bad-exit=1 bash -c {shlex.quote(node)}
-"""
-
-
-def submit(config: RunConfig, *, run_dir: Path) -> str:
-    """Write the job script into the run folder and submit it; returns what sbatch says.
-
-    Raises:
-        LaunchError: sbatch is not on this host, or refuses the job.
-    """
-    script = run_dir / "launch.sh"
-    try:
-        (run_dir / LOGS).mkdir(exist_ok=True)
-        script.write_text(slurm_script(config, run_dir=run_dir), encoding="utf-8")
-    except OSError as error:
-        raise LaunchError(f"{script} cannot be written: {error.strerror}; free space") from None
-    sbatch = shutil.which("sbatch")
-    if sbatch is None:
-        raise LaunchError(f"sbatch is not on this host; submit {script} where it is")
-    answer = subprocess.run([sbatch, str(script)], capture_output=True, text=True, check=False)
-    if answer.returncode:
-        raise LaunchError(f"sbatch refused {script}: {answer.stderr.strip()}")
-    return answer.stdout.strip()
