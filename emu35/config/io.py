@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "parallel.vpp",
     "parallel.cp",
     "parallel.cp_comm_type",
+    "parallel.zero1",
     "model.attention_backend",
     "data.prefetch_steps",
     "stage.micro_batch_size",
@@ -35,8 +36,7 @@ MAY_CHANGE = (
 )
 """Keys (patterns) that a resumed run may change: where it runs and how something is computed.
 
-What is computed may not change, nor may ``parallel.zero1``: the two optimizers keep their state in
-different forms. ``stage.steps`` is absent on purpose: the cosine schedule depends
+What is computed may not change. ``stage.steps`` is absent on purpose: the cosine schedule depends
 on it, so other steps are another run. The trainer holds checkpoints to the same rule.
 """
 

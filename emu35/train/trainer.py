@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emu35.checkpoint.manager import Checkpoint, CheckpointManager
+from emu35.checkpoint.staged import StagedWrite
 from emu35.config import RunConfig
 from emu35.config.io import run_identity
 from emu35.errors import Emu35Error, Interrupted
@@ -60,8 +61,10 @@ class TrainTask(Protocol):
         """Prepare a run that begins at step 1; a resumed one gets :meth:`load` instead."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write parameters, optimizer and data position into the existing ``folder``."""
+    def save(self, folder: Path) -> StagedWrite | None:
+        """Write parameters, optimizer and data position into the existing ``folder``, or return
+        what is still to be written: with ``checkpoint.async_save`` that happens in the background.
+        """
         ...
 
     def load(self, folder: Path) -> None:
@@ -149,7 +152,7 @@ def fit(task: TrainTask, *, config: RunConfig, run_dir: Path) -> FitResult:
         start_step=progress.step,
         rank=rank(),
     )
-    with closing(log), StopRequest() as stop:
+    with closing(log), closing(manager), StopRequest() as stop:
         loop = _Loop(
             task=task,
             config=config,
@@ -186,11 +189,12 @@ class _Loop:
         while progress.step < total:
             metrics = self._train_step()
             self._leave_if_asked(metrics)
+            self._finish_save(wait=False)
             if self._validation_due():
                 self._validate()
                 self._leave_if_asked()
             if self._checkpoint_due():
-                self._save()
+                self._save_meanwhile()
                 self._leave_if_asked()
         saved = self._save()
         self.log.message(
@@ -234,8 +238,8 @@ class _Loop:
             self.log.validation(self.progress.step, self.progress.validation)
 
     def _save(self) -> Checkpoint:
-        self.progress.seconds = time.monotonic() - self.began
-        self.log.flush()  # rows up to this step must not be lost when the checkpoint is not
+        self._finish_save()
+        self._note_before_saving()
         with self.log.aside("saving"), rng.preserved():
             self.saved = self.manager.save(
                 self.progress.step,
@@ -244,6 +248,32 @@ class _Loop:
                 extra=self.progress.extra(),
             )
         return self.saved
+
+    def _save_meanwhile(self) -> None:
+        """Let the next steps begin while this one is written, where the configuration says so."""
+        if not self.config.checkpoint.async_save:
+            self._save()
+            return
+        self._finish_save()
+        self._note_before_saving()
+        with self.log.aside("saving"), rng.preserved():
+            self.manager.begin(
+                self.progress.step,
+                write=self.task.save,
+                write_alone=rng.save,
+                extra=self.progress.extra(),
+            )
+
+    def _note_before_saving(self) -> None:
+        self.progress.seconds = time.monotonic() - self.began
+        self.log.flush()  # rows up to this step must not be lost when the checkpoint is not
+
+    def _finish_save(self, *, wait: bool = True) -> None:
+        """Complete a save in flight; without ``wait`` only if every rank has written its part."""
+        if not self.manager.in_flight or not (wait or self.manager.is_written()):
+            return
+        with self.log.aside("saving"), rng.preserved():
+            self.saved = self.manager.finish()
 
     def _leave_if_asked(self, metrics: Mapping[str, float] | None = None) -> None:
         """Save and raise when some rank was asked to stop; raise when ``metrics`` are not finite.
@@ -255,6 +285,7 @@ class _Loop:
         )
         if not self.stop.on_any_rank(also=broken):
             return
+        self._finish_save()
         if any_rank(broken):
             raise Emu35Error(self._explain_broken())
         step, total = self.progress.step, self.config.stage.steps

@@ -213,7 +213,7 @@ def test_full_disk_names_the_folder_and_keeps_the_previous(
     small_disk: Path, kilobytes: int
 ) -> None:
     kept = manager(small_disk)
-    kept.save(100, write=lambda folder: (folder / "a").write_bytes(b"a" * 100_000), extra={})
+    kept.save(100, write=lambda f: void((f / "a").write_bytes(b"a" * 100_000)), extra={})
 
     def write(folder: Path) -> None:
         (folder / "a").write_bytes(b"b" * 1024 * kilobytes)
