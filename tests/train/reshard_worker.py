@@ -4,8 +4,8 @@ Usage: reshard_worker.py FOLDER '{"precision": ..., "save": {name: layout}, "loa
 layout], ...]}'
 
 ``FOLDER/NAME`` gets the checkpoint of layout NAME after two steps and ``NAME.json`` the steps that
-followed without an interruption; ``FOLDER/NAME-OTHER`` what OTHER saved right after it had loaded
-NAME, and ``NAME-OTHER.json`` its steps.
+followed without an interruption; ``FOLDER/NAME--OTHER`` what OTHER saved right after it had loaded
+NAME, and ``NAME--OTHER.json`` its steps.
 """
 
 import json
@@ -51,8 +51,8 @@ def main(root: Path, spec: dict) -> None:
         task = make_task({**layout, **common})
         task.load(root / name)
         rng.load(root / name)
-        save(task, root / f"{name}-{other}")
-        go_on(task, result=root / f"{name}-{other}.json")
+        save(task, root / f"{name}--{other}")
+        go_on(task, result=root / f"{name}--{other}.json")
     leave()
 
 

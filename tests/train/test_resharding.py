@@ -70,7 +70,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def check(root: Path, *, pairs: Pairs, precision: str) -> None:
     for name, other in pairs:
-        truth, again = tensors(root / name), tensors(root / f"{name}-{other}")
+        truth, again = tensors(root / name), tensors(root / f"{name}--{other}")
         kinds = {key.split(".")[2] for key in truth if key.startswith("optimizer.state.")}
         masters = {"fp32_param"} if precision == "bf16" else set()
         assert kinds == {"exp_avg", "exp_avg_sq"} | masters
@@ -79,7 +79,7 @@ def check(root: Path, *, pairs: Pairs, precision: str) -> None:
             rows = min(len(tensor), len(again[key]))  # tp pads the vocabulary
             assert again[key].dtype == tensor.dtype
             assert torch.equal(again[key][:rows], tensor[:rows]), (name, other, key)
-        run, uninterrupted = read(root / f"{name}-{other}.json"), read(root / f"{name}.json")
+        run, uninterrupted = read(root / f"{name}--{other}.json"), read(root / f"{name}.json")
         if name == other:
             assert run == uninterrupted, name
         elif precision == "fp32":
