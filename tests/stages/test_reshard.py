@@ -100,8 +100,8 @@ def test_the_optimizer_changes_its_form_and_training_goes_on(
 def test_two_tensor_parallel_ranks_continue_what_one_process_trained(
     fp32_run: Path, tmp_path: Path
 ) -> None:
-    words = ["--step", str(STOP), "parallel.tp=2", "parallel.sp=true", "parallel.zero1=true"]
-    out = convert(fp32_run, tmp_path / "out", *words)
+    words = ["launch.nproc=2", "parallel.tp=2", "parallel.sp=true", "parallel.zero1=true"]
+    out = convert(fp32_run, tmp_path / "out", "--step", str(STOP), *words)
     process = subprocess.Popen(
         [sys.executable, *TORCHRUN, "-m", "emu35.run.worker", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -205,7 +205,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
 
 
 def test_layout_and_rotation_may_change_together(fp32_run: Path, tmp_path: Path) -> None:
-    out = convert(fp32_run, tmp_path / "out", "parallel.pp=2", "checkpoint.async_save=true")
+    words = ["launch.nproc=2", "parallel.pp=2", "checkpoint.async_save=true"]
+    out = convert(fp32_run, tmp_path / "out", *words)
     changed = read_config(out)
     assert changed.parallel.pp == 2
     assert changed.checkpoint == CheckpointConfig(every=STOP, keep_last=5, async_save=True)
