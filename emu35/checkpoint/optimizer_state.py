@@ -14,6 +14,7 @@ and what one layout wrote, any other reads. Reading goes straight into the optim
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -192,7 +193,8 @@ def _sharded(
     assert isinstance(replica, tuple)
     if not piece.shared:  # the one data-parallel rank that has it writes it
         replica = (*replica[:2], 0)
-    stored = place.build() if isinstance(place, ShardedTensorFactory) else [place]
+    built: Any = place.build() if isinstance(place, ShardedTensorFactory) else [place]
+    stored: list[ShardedTensor] = built
     start = 0
     for whole in stored:
         assert whole.data is not None

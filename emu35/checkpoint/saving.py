@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from emu35.checkpoint.agree import gather, on_all_ranks
-from emu35.checkpoint.durable import files_below, folders_below, sync_folder
+from emu35.checkpoint.durable import files_below, folders_below
 from emu35.checkpoint.manifest import (
     FileEntry,
     Manifest,
@@ -31,6 +31,7 @@ from emu35.checkpoint.manifest import (
     write_manifest,
 )
 from emu35.checkpoint.staged import StagedWrite
+from emu35.files import sync_folder
 from emu35.parallel.collectives import all_agree, is_main, rank, world_size
 
 TEMPORARY, REPLACED = ".tmp-", ".replaced-"

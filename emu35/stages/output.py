@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from emu35.checkpoint.durable import sync_folder, write_atomically
 from emu35.errors import DataError, ReleaseError
+from emu35.files import sync_folder, write_atomically
 
 
 def write_output(path: Path, *, content: bytes) -> None:

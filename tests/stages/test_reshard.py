@@ -97,6 +97,7 @@ def test_the_optimizer_changes_its_form_and_training_goes_on(
 
 
 @pytest.mark.multiproc
+@pytest.mark.timeout(600)
 def test_two_tensor_parallel_ranks_continue_what_one_process_trained(
     fp32_run: Path, tmp_path: Path
 ) -> None:
@@ -111,7 +112,7 @@ def test_two_tensor_parallel_ranks_continue_what_one_process_trained(
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=280)
+        output, _ = process.communicate(timeout=580)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -18,7 +18,7 @@ def train(result: Path, *, ranks: int = 1, **spec: object) -> dict:
     return json.loads(result.read_text())
 
 
-def launch(script: Path, place: Path, spec: dict, *, ranks: int) -> None:
+def launch(script: Path, place: Path, spec: dict, *, ranks: int, timeout: float = 240) -> None:
     """Run ``script`` alone or on ``ranks`` torchrun ranks, and end whatever it leaves behind."""
     command = [str(script), str(place), json.dumps(spec)]
     if ranks > 1:
@@ -33,7 +33,7 @@ def launch(script: Path, place: Path, spec: dict, *, ranks: int) -> None:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

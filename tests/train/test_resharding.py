@@ -51,7 +51,7 @@ def reshard(
             load = [(name, other, here[other]) for name, other in now]
             if load or not again:
                 spec |= {"save": {} if again else here, "load": load}
-                launch(WORKER, root, spec, ranks=ranks)
+                launch(WORKER, root, spec, ranks=ranks, timeout=1500)
     assert not rest
 
 
@@ -105,7 +105,7 @@ def test_layouts_continue_themselves_bitwise_and_each_other(tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.multiproc
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_every_pair_of_layouts(tmp_path: Path) -> None:
     layouts = {**SINGLE, **LAYOUTS, **LARGER}
     pairs = all_pairs(layouts)
@@ -115,7 +115,7 @@ def test_every_pair_of_layouts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiproc
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_fp32_masters_of_bf16_survive_exactly_and_dropout_goes_on(tmp_path: Path) -> None:
     layouts = {**SINGLE, **LAYOUTS}
     pairs = all_pairs(layouts)

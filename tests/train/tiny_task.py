@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from emu35.checkpoint.staged import StagedWrite
 from emu35.config import CheckpointConfig, LogConfig, PretrainConfig, RunConfig
 from emu35.errors import Emu35Error
 from emu35.train.trainer import fit
@@ -65,7 +66,7 @@ class TinyTask:
     def start(self) -> None:
         return None
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> StagedWrite | None:
         torch.rand(1)  # saving must not disturb training either
         if not dist.is_initialized() or dist.get_rank() == 0:
             state = {
@@ -74,6 +75,7 @@ class TinyTask:
                 "cursor": self.cursor,
             }
             torch.save(state, folder / "task.pt")
+        return None
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "task.pt", weights_only=True)
