@@ -41,14 +41,17 @@ OPTIMIZER_FILE = "optimizer.json"
 """Present where the optimizer was saved: the number of updates it made."""
 
 
-def save(
+def save(folder: Path, *, chunks: list[Emu35Model], optimizer: MegatronOptimizer | None) -> None:
+    """Write ``folder/state``; every rank calls it. Without an optimizer only weights are kept."""
+    state = plan_save(folder, chunks=chunks, optimizer=optimizer)
+    state.write()
+    state.finish()
+
+
+def plan_save(
     folder: Path, *, chunks: list[Emu35Model], optimizer: MegatronOptimizer | None
 ) -> StateWrite:
-    """Plan ``folder/state``; every rank calls it. Without an optimizer only weights are kept.
-
-    Returns:
-        What is still to be written: its ``write`` and ``finish`` complete the folder.
-    """
+    """The beginning of :func:`save`: what is returned is still to be written."""
     target = folder / STATE_FOLDER
 
     def prepare() -> None:

@@ -133,7 +133,7 @@ class LMTask:
 
     def save(self, folder: Path) -> StateWrite:
         """Data position, and a plan for model and optimizer; every rank calls it."""
-        state = sharded.save(folder, chunks=self.chunks, optimizer=self.optimizer)
+        state = sharded.plan_save(folder, chunks=self.chunks, optimizer=self.optimizer)
         if is_main():
             position = json.dumps(self.loader.state_dict(), indent=1)
             (folder / LOADER_FILE).write_text(position, encoding="utf-8")

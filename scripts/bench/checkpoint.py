@@ -68,7 +68,7 @@ def measure(trainer: Trainer, manager: CheckpointManager, *, step: int) -> dict[
     """Seconds blocked and seconds a step takes, beside the background's writing and without."""
 
     def write(folder: Path) -> StateWrite:
-        return sharded.save(folder, chunks=trainer.chunks, optimizer=trainer.optimizer)
+        return sharded.plan_save(folder, chunks=trainer.chunks, optimizer=trainer.optimizer)
 
     began = time.perf_counter()
     manager.save(step, write=write, extra={})
