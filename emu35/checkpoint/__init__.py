@@ -11,6 +11,13 @@ nothing but a temporary folder that the next start removes. Reading trusts nothi
 folder whose manifest and files all verify is the one that is used, and each one passed over is
 named together with the reason.
 
+What is in the sharded files does not depend on the layout that wrote them: every tensor has its
+name and place in the whole model, the optimizer's too, with ZeRO-1 or without
+(:mod:`~emu35.checkpoint.optimizer_state`), so a run resumes on other ranks as it is, and
+:mod:`~emu35.checkpoint.reshard` copies a checkpoint without any. A save is planned together,
+written by each rank alone and listed together (:mod:`~emu35.checkpoint.saving`,
+:mod:`~emu35.checkpoint.staged`); the middle part may happen while training goes on.
+
 A *release* is the folder of the official code: ``config.json`` and safetensors under the official
 tensor names. :mod:`~emu35.checkpoint.hf` maps names and layouts both ways (pure functions on
 tensors), :mod:`~emu35.checkpoint.hf_config` maps the architecture, and

@@ -1,8 +1,4 @@
-"""Files that survive a crash: hashing, syncing, atomic replacement, and paths that stay inside.
-
-``fsync`` on a file makes its bytes durable, ``fsync`` on a folder makes its names durable; a rename
-is atomic for whoever looks, but only durable once the folder that holds it was synced.
-"""
+"""What a folder of a checkpoint or release holds: hashes, names, and paths that stay inside."""
 
 import hashlib
 import os
@@ -28,30 +24,6 @@ def file_sha256(path: Path, *, sync: bool = False) -> str:
         if sync:
             os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names inside ``path`` durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, *, content: bytes) -> None:
-    """Write a whole file under a temporary name beside it, sync it and rename it into place."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def files_below(folder: Path) -> list[str]:

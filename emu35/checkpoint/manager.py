@@ -1,12 +1,8 @@
 """Saving, finding and rotating the checkpoints of a run.
 
-The life of a save, each line on every rank and each followed by an exchange of failures::
-
-    .tmp-step_00000300/          rank 0 makes the temporary folder
-      (the writer's files)       every rank writes
-      manifest.json              every rank hashes and syncs its share, rank 0 lists them
-    step_00000300/               rank 0 renames, then syncs the root
-                                 rank 0 rotates: only now may anything be deleted
+A save (:mod:`emu35.checkpoint.saving`) fills a temporary folder and renames it at the very end;
+only then may anything be deleted. One save at a time may be written in the background
+(:meth:`CheckpointManager.begin`).
 
 Two more names can be met after a kill. ``.replaced-step_N`` is an older folder of the same step,
 put aside for the instant between two renames; the next start puts it back if the new one never
@@ -22,24 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from emu35.checkpoint.agree import gather, on_all_ranks
-from emu35.checkpoint.durable import files_below, folders_below, sync_folder
 from emu35.checkpoint.manifest import (
     DamagedError,
-    FileEntry,
-    Manifest,
     check_file,
-    current_versions,
-    describe_file,
     differences,
     plain,
     read_manifest,
-    write_manifest,
 )
+from emu35.checkpoint.saving import REPLACED, TEMPORARY, Saving, Write, unwritten
 from emu35.config import CheckpointConfig
 from emu35.errors import CheckpointError
 from emu35.parallel.collectives import is_main, rank, world_size
 
-TEMPORARY, REPLACED, OLD = ".tmp-", ".replaced-", ".old-"
+OLD = ".old-"
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -159,6 +150,7 @@ class CheckpointManager:
         self.identity = plain(identity)
         self._tell = message if is_main() else _say_nothing
         self._damaged: set[int] = set()
+        self._saving: Saving | None = None
         on_all_ranks(
             self._remove_leftovers, blame=lambda why: f"cannot clean the folder {root}: {why}"
         )
@@ -186,7 +178,7 @@ class CheckpointManager:
         self,
         step: int,
         *,
-        write: Callable[[Path], object],
+        write: Write,
         extra: Mapping[str, Any],
         write_alone: Callable[[Path], object] | None = None,
     ) -> Checkpoint:
@@ -201,66 +193,75 @@ class CheckpointManager:
             CheckpointError: on every rank alike when a rank could not write; the temporary folder
                 is gone and the previous checkpoints are as they were.
         """
-        final = self.root / step_folder(step)
-        temporary = self.root / f"{TEMPORARY}{final.name}"
+        self._begin(step, write=write, extra=extra, write_alone=write_alone, background=False)
+        return self.finish()
 
-        def blame(why: str) -> str:
-            return f"cannot save {final}: {why}. {self._space()}"
+    def begin(
+        self,
+        step: int,
+        *,
+        write: Write,
+        extra: Mapping[str, Any],
+        write_alone: Callable[[Path], object] | None = None,
+    ) -> None:
+        """As :meth:`save`, but return as soon as the state is copied; :meth:`finish` must follow.
 
-        try:
-            on_all_ranks(lambda: self._prepare(temporary), blame=blame)
-            if write_alone is not None:
-                on_all_ranks(lambda: write_alone(temporary), blame=blame)
-            on_all_ranks(lambda: write(temporary), blame=blame)
-            names = on_all_ranks(lambda: _written_files(temporary), blame=blame)
-            share = gather(names)[0][rank() :: world_size()]
-            entries = on_all_ranks(lambda: _describe(temporary, names=share), blame=blame)
-            manifest = Manifest(
-                step=step,
-                files={name: entry for part in gather(entries) for name, entry in part.items()},
-                identity=self.identity,
-                extra=plain(extra),
-                versions=current_versions(),
-            )
-            on_all_ranks(lambda: self._publish(temporary, manifest=manifest), blame=blame)
-        except BaseException:
-            if is_main():
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        self._damaged.discard(step)
+        Until then :attr:`in_flight` holds, no other save may begin, and on the disk the previous
+        checkpoint is the newest one.
+
+        Raises:
+            CheckpointError: as :meth:`save`, for what failed so far.
+        """
+        self._begin(step, write=write, extra=extra, write_alone=write_alone, background=True)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save has begun and is not finished; the same on every rank."""
+        return self._saving is not None
+
+    def is_written(self) -> bool:
+        """Whether every rank has written its part of the save in flight. One small collective."""
+        return self._saving is not None and self._saving.is_written()
+
+    def finish(self) -> Checkpoint:
+        """Complete the save in flight, waiting for what is not written yet. Collective.
+
+        Raises:
+            CheckpointError: as :meth:`save`.
+        """
+        saving, self._saving = self._saving, None
+        assert saving is not None, "no save has begun"
+        manifest = saving.finish()
+        self._damaged.discard(manifest.step)
         if is_main():
-            self._rotate(step)
-        return Checkpoint(path=final, step=step, extra=manifest.extra, identity=self.identity)
+            self._rotate(manifest.step)
+        return Checkpoint(
+            path=saving.final, step=manifest.step, extra=manifest.extra, identity=self.identity
+        )
 
-    def _prepare(self, temporary: Path) -> None:
-        if not is_main():
-            return
-        if not self.root.is_dir():
-            self.root.mkdir(parents=True)
-            sync_folder(self.root.parent)
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir()
+    def close(self) -> None:
+        """Give up a save in flight, as an error elsewhere demands. Not collective."""
+        if self._saving is not None:
+            self._saving.abandon()
 
-    def _publish(self, temporary: Path, *, manifest: Manifest) -> None:
-        if not is_main():
-            return
-        write_manifest(manifest, folder=temporary)
-        for folder in folders_below(temporary):
-            sync_folder(folder)
-        final = self.root / step_folder(manifest.step)
-        aside = self.root / f"{REPLACED}{final.name}"
-        if final.exists():
-            if aside.exists():
-                shutil.rmtree(aside)
-            final.rename(aside)
-        try:
-            temporary.rename(final)
-        except OSError:
-            if aside.exists():
-                aside.rename(final)
-            raise
-        sync_folder(self.root)
+    def _begin(
+        self,
+        step: int,
+        *,
+        write: Write,
+        extra: Mapping[str, Any],
+        write_alone: Callable[[Path], object] | None,
+        background: bool,
+    ) -> None:
+        assert self._saving is None, "one save at a time: finish the one in flight"
+        final = self.root / step_folder(step)
+        saving = Saving(
+            final=final,
+            manifest=unwritten(step, identity=self.identity, extra=extra),
+            blame=lambda why: f"cannot save {final}: {why}. {self._space()}",
+        )
+        saving.begin(write=write, write_alone=write_alone, background=background)
+        self._saving = saving
 
     def _rotate(self, saved: int) -> None:
         """Delete what need not stay, now that ``saved`` is safely there.
@@ -310,15 +311,6 @@ class CheckpointManager:
                 words.append(f"the checkpoint of step {step} needed {size:,} bytes and is intact")
                 break
         return "; ".join(words) + ". Free some space and run the same command again"
-
-
-def _written_files(folder: Path) -> list[str]:
-    """What the writers left in ``folder``; only the main rank looks, the others take its word."""
-    return files_below(folder) if is_main() else []
-
-
-def _describe(folder: Path, *, names: list[str]) -> dict[str, FileEntry]:
-    return {name: describe_file(folder, name=name) for name in names}
 
 
 def _raise_first(problem: str | None) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from emu35 import __version__
-from emu35.checkpoint.durable import file_sha256, is_inside, write_atomically
+from emu35.checkpoint.durable import file_sha256, is_inside
+from emu35.files import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -24,11 +24,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emu35.checkpoint.durable import files_below, folders_below, is_inside, sync_folder
+from emu35.checkpoint.durable import files_below, folders_below, is_inside
 from emu35.checkpoint.hf_config import read_json
 from emu35.checkpoint.manifest import FileEntry, check_file, current_versions, describe_file
 from emu35.config import TokenizerConfig, TokenizerKind
 from emu35.errors import ReleaseError
+from emu35.files import sync_folder
 from emu35.tokens.template import PromptTemplate
 
 FACTS = "emu35.json"

@@ -10,7 +10,6 @@ safetensors library (offsets must tile the file exactly).
 """
 
 import json
-import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from emu35.checkpoint.durable import is_inside, sync_folder, write_atomically
+from emu35.checkpoint.durable import is_inside
 from emu35.errors import ReleaseError
+from emu35.files import replacing, write_atomically
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -196,20 +196,12 @@ def _shard_name(index: int, *, count: int) -> str:
 
 
 def _write_shard(part: dict[str, torch.Tensor], *, path: Path) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
+    with replacing(path) as temporary:
         # The library makes files that only their owner can read; ours are made as any other.
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file(part, temporary, metadata=_METADATA)
         temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def _check_index(

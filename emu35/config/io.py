@@ -4,7 +4,6 @@ The file holds every field, resolved, so that a rank needs neither Hydra nor the
 and a run can be understood years later from its folder alone.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from emu35.config.root import KINDS, RunConfig
 from emu35.config.schema import Misfits, Plain, build, is_mapping, to_plain, with_defaults
 from emu35.errors import ConfigError
+from emu35.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
 """Name of the configuration inside a run folder."""
@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "engine.layers",
     "engine.recompute*",
     "engine.overlap_*",
+    "parallel.zero1",
     "model.attention_backend",
     "data.prefetch_steps",
     "stage.micro_batch_size",
@@ -41,8 +42,7 @@ MAY_CHANGE = (
 )
 """Keys (patterns) that a resumed run may change: where it runs and how something is computed.
 
-What is computed may not change, nor may ``parallel.zero1``: the two optimizers keep their state in
-different forms. ``stage.steps`` is absent on purpose: the cosine schedule depends
+What is computed may not change. ``stage.steps`` is absent on purpose: the cosine schedule depends
 on it, so other steps are another run. The trainer holds checkpoints to the same rule.
 """
 
@@ -70,15 +70,7 @@ def write_config(config: RunConfig, path: Path | str) -> None:
     if target.is_dir():
         target = target / CONFIG_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(to_yaml(to_plain(config)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(target, content=to_yaml(to_plain(config)).encode())
 
 
 def to_yaml(tree: Plain) -> str:

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from emu35 import files
 from emu35.errors import DataError
 from emu35.tokens.serialize import Modality, TokenSequence
 from emu35.tokens.vocabulary import Vocabulary
@@ -127,31 +128,16 @@ def atomic_file(path: Path) -> Generator[BinaryIO, None, None]:
     Raises:
         DataError: when the disk is full; ``path`` is left as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with files.atomic_file(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
                 f"no space left to write {path}; nothing half written was kept. "
                 "Free some space and run the same command again"
             ) from error
         raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def member_header(name: str, size: int) -> bytes:

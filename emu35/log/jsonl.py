@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emu35.errors import Emu35Error
+from emu35.files import write_atomically
 
 Row = Mapping[str, float | int | None]
 _COUNTS = ("step", "tokens", "tokens_total", "skipped_steps")
@@ -118,7 +119,7 @@ class MetricsFile:
             self._warn(f"{self._path.name}: removed {torn} damaged line(s)")
         if not torn and len(kept) == len(rows) and content.endswith(b"\n"):
             return
-        _replace(self._path, b"".join(line + b"\n" for line in kept))
+        write_atomically(self._path, content=b"".join(line + b"\n" for line in kept))
 
 
 def _is_validation(row: Row) -> bool:
@@ -140,13 +141,3 @@ def _parse(content: bytes) -> tuple[list[tuple[dict[str, Any], bytes]], int]:
         else:
             damaged += 1
     return rows, damaged
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Exchange the content of ``path`` in one step, so that a kill leaves the old or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

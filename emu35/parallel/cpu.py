@@ -41,7 +41,6 @@ def _install_on_cpu() -> None:
     _installed.append(mode)
     _patch_rng_tracker()
     _patch_pipeline_messages()
-    _patch_distributed_optimizer()
     _patch_gradient_norm()
 
 
@@ -206,46 +205,6 @@ def _patch_pipeline_messages() -> None:
 
     p2p._p2p_ops = tagged
     p2p._batched_p2p_ops = lambda **kwargs: list(tagged(**kwargs).values())
-
-
-def _patch_distributed_optimizer() -> None:
-    """Three faults of ZeRO-1 checkpoints over torch's own AdamW (no TE, no Apex), all at load.
-
-    ``state_dict`` asserts a single step before there is any state; the per-parameter copy looks up
-    a ``step`` that the checkpoint keeps elsewhere; and afterwards all parameters share one step
-    tensor, so that the step grows by the number of parameters at every update, silently.
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    sharded_state_dict = DistributedOptimizer.sharded_state_dict
-    load_state_dict = DistributedOptimizer.load_state_dict
-
-    def sharded(self: Any, model_state: Any, is_loading: bool = False, **kwargs: Any) -> Any:
-        if is_loading and not self.optimizer.state:
-            self._init_optimizer_states_with_dummy_values()
-        return sharded_state_dict(self, model_state, is_loading=is_loading, **kwargs)
-
-    def set_states(self: Any, model_param: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group]["params"][order]
-        targets = {"param": main_param, **self.optimizer.state[main_param]}
-        for name, target in targets.items():
-            if name in tensors:
-                target.copy_(tensors[name])
-
-    @torch.no_grad()
-    def load(self: Any, state_dict: Any) -> None:
-        load_state_dict(self, state_dict)
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                if param in self.optimizer.state:
-                    own_step = torch.tensor(float(group["step"]))
-                    self.optimizer.state[param]["step"] = own_step
-
-    patched: Any = DistributedOptimizer
-    patched.sharded_state_dict = sharded
-    patched._set_main_param_and_optimizer_states = set_states
-    patched.load_state_dict = load
 
 
 def _patch_output_recomputation() -> None:

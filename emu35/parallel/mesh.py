@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,14 +60,15 @@ def init_mesh(parallel: ParallelConfig, *, seed: int, timeout: int = 600) -> Mes
             f"does not divide the {world} ranks started; start a multiple of "
             f"{parallel.model_ranks} ranks"
         )
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _forget_layout()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=(timeout + LATER_SECONDS) // 60 + 1,
+        # mcore would keep a second set of groups, over gloo, for checkpoints of its own.
+        create_gloo_process_groups=False,
     )
     mesh = current_mesh()
     # Weights do not depend on this seed (see emu35.model.init), only dropout does: replicas and
@@ -147,9 +149,19 @@ def join_process_group(*, timeout: int = 600) -> None:
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
 
 
+def _forget_layout() -> None:
+    """End the groups of the layout before; left alone, each keeps threads that go on polling."""
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    groups: Any = parallel_state._global_process_group_list
+    parallel_state.destroy_model_parallel()
+    for group in dict.fromkeys(groups or []):
+        if group is not None and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
+
+
 def leave() -> None:
     """Destroy the groups; needed for a clean end of multi-rank processes."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    _forget_layout()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from emu35.config.io import resolve
+from emu35.config.io import resolve, run_identity
 from emu35.config.root import KINDS, RunConfig
 from emu35.config.rules import find_problems
 from emu35.config.schema import (
@@ -25,6 +25,7 @@ from emu35.config.schema import (
     did_you_mean,
     field_types,
     is_mapping,
+    to_plain,
     unknown_key,
     with_defaults,
 )
@@ -67,6 +68,36 @@ def compose(overrides: Iterable[str], *, configs: Path | None = None) -> RunConf
     if config is None or problems:
         raise ConfigError(problems)
     return config
+
+
+def adapt(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """``config``, that of a run, with other values where a run may change them.
+
+    Raises:
+        ConfigError: naming every mistake in the overrides, every key that makes it another run, and
+            every rule that is broken.
+    """
+    parsed = _parse(overrides, folders=[find_configs()])
+    problems = list(parsed.problems)
+    problems += [
+        f"{group}={option} chooses a whole group; here a run's own values are changed one by one, "
+        "as in parallel.tp=2"
+        for group, option in parsed.groups.items()
+    ]
+    misfits: Misfits = {}
+    changed = _fit(to_plain(config), parsed.edits, misfits=misfits)
+    problems += misfits.values()
+    if changed is not None:
+        before, after = run_identity(config), run_identity(changed)
+        problems += [
+            f"{key} decides what is computed: with another value it is another run; leave it out"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key)
+        ]
+        problems += find_problems(changed)
+    if changed is None or problems:
+        raise ConfigError(problems)
+    return changed
 
 
 def find_configs() -> Path:

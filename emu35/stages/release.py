@@ -6,16 +6,13 @@ Exporting, importing and exporting again gives the same bytes. The checks themse
 :mod:`emu35.stages.release_verify`.
 """
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from emu35.checkpoint import sharded
-from emu35.checkpoint.durable import sync_folder
 from emu35.checkpoint.hf import to_hf
 from emu35.checkpoint.hf_config import (
     CONFIG_JSON,
@@ -64,6 +61,7 @@ from emu35.model.build import build_model
 from emu35.model.shapes import parameter_count
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import single_process_mesh
+from emu35.stages.output import appearing, refuse_nonempty
 from emu35.stages.release_verify import Check, VerifyOptions, verify
 from emu35.tokens.release_files import text_tokenizer_config, write_text_tokenizer
 from emu35.tokens.template import PromptTemplate
@@ -121,14 +119,14 @@ def export(options: ExportOptions, *, message: Message = print) -> Path:
         ReleaseError: ``out`` is not empty, the disk is full, or the image tokenizer is missing.
         CheckpointError: the run has no usable checkpoint.
     """
-    _refuse_nonempty(options.out)
+    refuse_nonempty(options.out)
     found = describe(options.run, step=options.step, message=message)
     template = options.template or found.template
     precision = options.dtype or found.precision
     model = load_model(found, precision=found.precision)
     vocabulary = vocabulary_of(found.tokenizer)
     area = int(found.extra.get("image_area", IMAGE_AREA))
-    with _appearing(options.out) as folder:
+    with appearing(options.out) as folder:
         write_safetensors(
             to_hf(
                 dict(model.named_parameters()),
@@ -169,13 +167,13 @@ def import_(options: ImportOptions, *, message: Message = print) -> Path:
     Raises:
         ReleaseError: the source is damaged or of another architecture, or ``out`` is not empty.
     """
-    _refuse_nonempty(options.out)
+    refuse_nonempty(options.out)
     content = read_json(options.source / CONFIG_JSON)
     if content.get("model_type") == QWEN3:
         origin = _qwen3(options, content=content, message=message)
     else:
         origin = _release(options, message=message)
-    with _appearing(options.out) as folder:
+    with appearing(options.out) as folder:
         run = _run_config(origin, out=options.out)
         _copy_tokenizers(origin, run=run, options=options, folder=folder)
         write_config(run, folder)
@@ -304,40 +302,3 @@ def _filled(origin: _Origin) -> Emu35Model:
     )
     fill(model, state=origin.state)
     return model
-
-
-def _refuse_nonempty(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ReleaseError(f"{out} is a file; name a folder that does not exist yet")
-    if out.is_dir() and any(out.iterdir()):
-        raise ReleaseError(f"{out} is not empty; name a folder that does not exist yet")
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that takes its name when the body succeeds."""
-    temporary = out.absolute().with_name(f".tmp-{out.name}")
-    try:
-        # What a killed attempt left behind.
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(out.absolute())
-        sync_folder(temporary.parent)
-    except OSError as error:
-        free = _free_bytes(temporary)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise ReleaseError(
-            f"cannot write {out}: {error}. {temporary.parent} had {free:,} bytes free; "
-            "free some space or name another folder"
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _free_bytes(path: Path) -> int:
-    for place in (path, *path.parents):
-        with suppress(OSError):
-            return shutil.disk_usage(place).free
-    return 0

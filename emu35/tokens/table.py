@@ -8,10 +8,10 @@ line would give ids the released weights do not understand, and nothing later wo
 import base64
 import hashlib
 import os
-import secrets
 from pathlib import Path
 
 from emu35.errors import TokenizerError
+from emu35.files import write_atomically
 
 TABLE_NAME = "qwen.tiktoken"
 TABLE_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
@@ -73,13 +73,4 @@ def write_file(path: Path, *, content: bytes) -> None:
         OSError: as the file system gives it; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomically(path, content=content)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from emu35.checkpoint import sharded
+from emu35.checkpoint.staged import StateWrite
 from emu35.config import LMConfig, LMStageConfig, RunConfig
 from emu35.data.batch import Batch
 from emu35.data.loader import TokenLoader, ValidationSet
@@ -169,14 +170,15 @@ class LMTask:
             chunk.train()
         return metrics
 
-    def save(self, folder: Path) -> None:
-        """Model, optimizer and data position, on every rank."""
+    def save(self, folder: Path) -> StateWrite:
+        """Data position, and a plan for model and optimizer; every rank calls it."""
         for chunk in self.wrapped:
             chunk.gather_parameters()
-        sharded.save(folder, chunks=self.chunks, optimizer=self.optimizer)
+        state = sharded.plan_save(folder, chunks=self.chunks, optimizer=self.optimizer)
         if is_main():
-            state = self.loader.state_dict()
-            (folder / LOADER_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            position = json.dumps(self.loader.state_dict(), indent=1)
+            (folder / LOADER_FILE).write_text(position, encoding="utf-8")
+        return state
 
     def load(self, folder: Path) -> None:
         """Undo ``save``, in this or another layout."""

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emu35.checkpoint.manager import Checkpoint, CheckpointManager
+from emu35.checkpoint.staged import StagedWrite
 from emu35.config import RunConfig
 from emu35.config.io import run_identity
 from emu35.errors import Emu35Error, Interrupted
@@ -78,8 +79,10 @@ class TrainTask(Protocol):
         """Prepare a run that begins at step 1; a resumed one gets :meth:`load` instead."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write parameters, optimizer and data position into the existing ``folder``."""
+    def save(self, folder: Path) -> StagedWrite | None:
+        """Write parameters, optimizer and data position into the existing ``folder``, or return
+        what is still to be written: with ``checkpoint.async_save`` that happens in the background.
+        """
         ...
 
     def load(self, folder: Path) -> None:
@@ -170,7 +173,7 @@ def fit(task: TrainTask, *, config: RunConfig, run_dir: Path) -> FitResult:
         rank=rank(),
     )
     watchdog = Watchdog(clock=task.clock, run_dir=run_dir, timeout=config.launch.timeout)
-    with closing(log), StopRequest() as stop, watchdog:
+    with closing(log), closing(manager), StopRequest() as stop, watchdog:
         loop = _Loop(
             task=task,
             config=config,
@@ -208,11 +211,12 @@ class _Loop:
         while progress.step < total:
             self._train_step(meter)
             self._leave_if_asked()
+            self._finish_save(wait=False)
             if self._validation_due():
                 self._validate()
                 self._leave_if_asked()
             if self._checkpoint_due():
-                self._save()
+                self._save_meanwhile()
                 self._leave_if_asked()
         saved = self._save()
         self.log.message(
@@ -250,6 +254,7 @@ class _Loop:
             self.log.message(f"step {step} changed nothing: {guard.reason}")
         self.log.step(step, metrics)
         if guard.exhausted:
+            self._finish_save()  # what the message names as the last good checkpoint
             raise Emu35Error(self._explain_exhausted())
 
     def _validation_due(self) -> bool:
@@ -270,9 +275,8 @@ class _Loop:
             self.log.validation(self.progress.step, self.progress.validation)
 
     def _save(self) -> Checkpoint:
-        self.progress.seconds = time.monotonic() - self.began
-        self.progress.guard = self.task.guard.state_dict()
-        self.log.flush()  # rows up to this step must not be lost when the checkpoint is not
+        self._finish_save()
+        self._note_before_saving()
         with self._aside(Phase.saving), rng.preserved():
             self.saved = self.manager.save(
                 self.progress.step,
@@ -288,10 +292,38 @@ class _Loop:
         with self.log.aside(phase.value), self.task.clock.marked(phase):
             yield
 
+    def _save_meanwhile(self) -> None:
+        """Let the next steps begin while this one is written, where the configuration says so."""
+        if not self.config.checkpoint.async_save:
+            self._save()
+            return
+        self._finish_save()
+        self._note_before_saving()
+        with self._aside(Phase.saving), rng.preserved():
+            self.manager.begin(
+                self.progress.step,
+                write=self.task.save,
+                write_alone=rng.save,
+                extra=self.progress.extra(),
+            )
+
+    def _note_before_saving(self) -> None:
+        self.progress.seconds = time.monotonic() - self.began
+        self.progress.guard = self.task.guard.state_dict()
+        self.log.flush()  # rows up to this step must not be lost when the checkpoint is not
+
+    def _finish_save(self, *, wait: bool = True) -> None:
+        """Complete a save in flight; without ``wait`` only if every rank has written its part."""
+        if not self.manager.in_flight or not (wait or self.manager.is_written()):
+            return
+        with self._aside(Phase.saving), rng.preserved():
+            self.saved = self.manager.finish()
+
     def _leave_if_asked(self) -> None:
         """Save and raise when some rank was asked to stop; one collective."""
         if not self.stop.on_any_rank():
             return
+        self._finish_save()
         step, total = self.progress.step, self.config.stage.steps
         if step > 0 and (self.saved is None or self.saved.step != step):
             self._save()

@@ -30,7 +30,7 @@ def writer(step: int) -> Callable[[Path], None]:
     return write
 
 
-def manager(root: Path, *, messages: list[str] | None = None, **config: int) -> CheckpointManager:
+def manager(root: Path, *, messages: list[str] | None = None, **config: Any) -> CheckpointManager:
     said = messages if messages is not None else []
     return CheckpointManager(
         root=root, config=CheckpointConfig(**config), identity=IDENTITY, message=said.append

@@ -15,6 +15,29 @@ from emu35.errors import CheckpointError
 RANKS = 2
 
 
+class Later:
+    """Files written in the background, on rank 0 slowly; ``fails``: not those of rank 1."""
+
+    def __init__(self, place: Path, *, fails: bool) -> None:
+        self.place, self.fails = place, fails
+
+    def stage(self) -> None:
+        return None
+
+    def write(self) -> list[str]:
+        if dist.get_rank() == 0:
+            time.sleep(0.5)
+        elif self.fails:
+            raise OSError(28, "No space left on device")
+        names = [f"rank{dist.get_rank()}_{number}.bin" for number in range(3)]
+        for name in names:
+            (self.place / name).write_bytes(name.encode() * 1000)
+        return names
+
+    def finish(self) -> None:
+        dist.barrier()
+
+
 def saves_and_fails(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo",
@@ -58,7 +81,19 @@ def saves_and_fails(rank: int, folder: str) -> None:
     with pytest.raises(CheckpointError, match=r"rank 1: .*No space left"):
         manager.save(20, write=write_together, write_alone=fail_on_rank_1, extra={})
     assert time.monotonic() - began < 30
-    manager.save(30, write=write, extra={"cursor": 6})
+    # In the background as well, and the thread of the rank that succeeded is waited for.
+    for fails in (True, False):
+        manager.begin(
+            30, write=lambda place, fails=fails: Later(place, fails=fails), extra={"cursor": 6}
+        )
+        assert manager.in_flight
+        if fails:
+            with pytest.raises(CheckpointError, match=r"rank 1: .*No space left"):
+                manager.finish()
+            assert list_steps(root) == [10]
+        else:
+            manager.finish()
+        assert not manager.in_flight
     if rank == 0:
         (root / "step_00000030" / "rank1_2.bin").write_bytes(b"")
     dist.barrier()

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from emu35.checkpoint.staged import StateWrite
 from emu35.config import (
     CheckpointConfig,
     LMConfig,
@@ -122,6 +125,40 @@ def test_resume_with_dropout_is_bitwise(tmp_path: Path, shards: Path) -> None:
     plain = tmp_path / "plain"
     train(plain, shards=shards)
     assert rows(plain)[0]["loss"] != rows(whole)[0]["loss"]
+
+
+def test_a_state_written_in_the_background_is_that_of_its_step(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write of step STOP is held back until every later step but the last was made."""
+    written_at: list[int] = []
+    write = StateWrite.write
+
+    def write_late(self: StateWrite) -> list[str]:
+        if threading.current_thread() is not threading.main_thread():
+            limit = time.monotonic() + 60
+            while rows(tmp_path / "async")[-1]["step"] < STEPS - 1 and time.monotonic() < limit:
+                time.sleep(0.01)
+            written_at.append(int(rows(tmp_path / "async")[-1]["step"]))
+        return write(self)
+
+    monkeypatch.setattr(StateWrite, "write", write_late)
+    for name in ("async", "sync"):
+        made = config(tmp_path / name, shards=shards)
+        made.checkpoint.async_save = name == "async"
+        made.log.every = 1
+        pretrain.run(made, run_dir=tmp_path / name)
+    assert written_at == [STEPS - 1]
+    for step in (STOP, STEPS):
+        ours, theirs = (state(tmp_path / name, step=step) for name in ("async", "sync"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    names = [
+        sorted(path.name for path in (tmp_path / name / "checkpoints").rglob("*"))
+        for name in ("async", "sync")
+    ]
+    assert names[0] == names[1]
+    assert rows(tmp_path / "async") == rows(tmp_path / "sync")
 
 
 def test_a_run_from_another_starts_with_its_weights_and_outlives_it(

@@ -195,8 +195,8 @@ def engine(**options: Any) -> EngineConfig:
     return EngineConfig(**options)
 
 
-def train(spec: dict) -> dict:
-    """What rank 0 knows after the steps of ``spec``."""
+def make_task(spec: dict) -> LMTask:
+    """The task of ``spec``; it lays out this process's world, again where it was laid out."""
     config = configure(spec)
     problems = [*config.parallel.problems(), *config.engine.problems()]
     assert not problems, problems
@@ -221,7 +221,7 @@ def train(spec: dict) -> dict:
         packed=spec.get("packed", True),
         lengths=spec.get("lengths"),
     )
-    task = LMTask(
+    return LMTask(
         config=config,
         mesh=mesh,
         chunks=chunks,
@@ -230,24 +230,39 @@ def train(spec: dict) -> dict:
         token_weights=weights_by_modality(stage.loss_weights),
         batch_mask=with_spans if spans else causal_mask,
     )
+
+
+def make_steps(task: LMTask, *, count: int) -> list[dict[str, float]]:
+    first = task.loader.state_dict()["step"] + 1
+    return [dict(task.train_step(first + i)) for i in range(count)]
+
+
+def sums(task: LMTask) -> dict[str, float]:
+    """One number a parameter of this rank, enough to notice any difference."""
+    return {
+        f"{index}.{name}": parameter.detach().double().sum().item()
+        for index, chunk in enumerate(task.chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+
+
+def train(spec: dict) -> dict:
+    """What rank 0 knows after the steps of ``spec``."""
+    task = make_task(spec)
     observed = observe(task, spec=spec)
     if "load" in spec:
         task.load(Path(spec["load"]))
-    first = documents.step + 1
-    metrics = [dict(task.train_step(first + i)) for i in range(spec.get("steps", 5))]
+    metrics = make_steps(task, count=spec.get("steps", 5))
     validation = task.validate() if spec.get("validate", True) else {}
     if "save" in spec:
         folder = Path(spec["save"])
         if is_main():
             folder.mkdir()
         barrier()
-        task.save(folder)
-    weights = {
-        name: parameter.detach().double().sum().item()
-        for chunk in chunks
-        for name, parameter in chunk.named_parameters()
-    }
-    return {"metrics": metrics, "validation": validation, "weights": weights, **observed}
+        state = task.save(folder)
+        state.write()
+        state.finish()
+    return {"metrics": metrics, "validation": validation, "weights": sums(task), **observed}
 
 
 def serve() -> None:

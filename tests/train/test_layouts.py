@@ -15,8 +15,14 @@ from rank_pool import WORKER, RankPool
 
 
 def train(result: Path, *, ranks: int = 1, **spec: object) -> dict:
-    """Run the worker alone or on ``ranks`` torchrun ranks, and end whatever it leaves behind."""
-    command = [str(WORKER), str(result), json.dumps(spec)]
+    """Run the worker alone or on ``ranks`` ranks."""
+    launch(WORKER, result, spec, ranks=ranks)
+    return json.loads(result.read_text())
+
+
+def launch(script: Path, place: Path, spec: dict, *, ranks: int, timeout: float = 240) -> None:
+    """Run ``script`` alone or on ``ranks`` torchrun ranks, and end whatever it leaves behind."""
+    command = [str(script), str(place), json.dumps(spec)]
     if ranks > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [*torchrun, *command]
@@ -29,13 +35,12 @@ def train(result: Path, *, ranks: int = 1, **spec: object) -> dict:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert process.returncode == 0, output
-    return json.loads(result.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -204,26 +209,3 @@ def test_bf16_trains_close_to_fp32(reference: dict, pools: dict[int, RankPool]) 
     run = pools[1].train(spans=True, precision="bf16")
     for a, b in zip(run["metrics"], reference["metrics"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
-
-
-def test_resume_is_bitwise(tmp_path: Path) -> None:
-    """The task's own state; the trainer adds the random states (see test_trainer)."""
-    whole = train(tmp_path / "whole.json", steps=6)
-    train(tmp_path / "first.json", steps=3, save=str(tmp_path / "checkpoint"))
-    rest = train(tmp_path / "rest.json", steps=3, load=str(tmp_path / "checkpoint"))
-    assert rest["metrics"] == whole["metrics"][3:]
-    assert rest["weights"] == whole["weights"]
-
-
-@pytest.mark.multiproc
-def test_zero1_resumes_and_tensor_parallel_continues_a_single_process(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole.json", steps=5)
-    zero1 = {"ranks": 2, "zero1": True}
-    train(tmp_path / "a.json", steps=2, save=str(tmp_path / "zero1"), **zero1)
-    rest = train(tmp_path / "b.json", steps=3, load=str(tmp_path / "zero1"), **zero1)
-    losses = [row["loss"] for row in whole["metrics"]]
-    assert [row["loss"] for row in rest["metrics"]] == pytest.approx(losses[2:], rel=1e-5)
-
-    train(tmp_path / "c.json", steps=2, save=str(tmp_path / "single"))
-    rest = train(tmp_path / "d.json", steps=3, load=str(tmp_path / "single"), ranks=2, tp=2)
-    assert [row["loss"] for row in rest["metrics"]] == pytest.approx(losses[2:], rel=1e-5)

@@ -5,18 +5,22 @@ checkpoint has to carry, and its data come from a cursor, as with the real loade
 """
 
 import argparse
+import copy
+import errno
 import math
 import os
 import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from emu35.checkpoint.staged import StagedWrite
 from emu35.config import (
     CheckpointConfig,
     GuardConfig,
@@ -78,7 +82,7 @@ class TinyTask:
     def start(self) -> None:
         return None
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> StagedWrite | None:
         torch.rand(1)  # saving must not disturb training either
         with open(os.devnull, "wb") as sink:
             for _ in range(int(self.slow_save / 0.5)):
@@ -92,6 +96,7 @@ class TinyTask:
                 "cursor": self.cursor,
             }
             torch.save(state, folder / "task.pt")
+        return None
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "task.pt", weights_only=True)
@@ -103,13 +108,60 @@ class TinyTask:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
 
+class StagedTask(TinyTask):
+    """Leaves its state to be written in the background, ``write_pause`` seconds a write;
+    ``fail_at`` is the step whose state cannot be written."""
+
+    def __init__(self, *, write_pause: float = 0.0, fail_at: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+        self.write_pause, self.fail_at = write_pause, fail_at
+
+    def save(self, folder: Path) -> "TinyWrite":
+        return TinyWrite(self, folder=folder)
+
+
+class TinyWrite:
+    def __init__(self, task: StagedTask, *, folder: Path) -> None:
+        self.task, self.folder = task, folder
+        self.state: dict[str, Any] | None = None
+        self.step = task.cursor
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def stage(self) -> None:
+        self.state = copy.deepcopy(self._live())
+
+    def write(self) -> list[str]:
+        time.sleep(self.task.write_pause)
+        if self.step == self.task.fail_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        name = "task.pt" if self.rank == 0 else f"task_{self.rank}.pt"
+        torch.save(self._live() if self.state is None else self.state, self.folder / name)
+        return [name]
+
+    def finish(self) -> None:
+        if self.rank == 0:
+            (self.folder / "contents").write_text("complete")
+
+    def _live(self) -> dict[str, Any]:
+        return {
+            "model": self.task.model.state_dict(),
+            "optimizer": self.task.optimizer.state_dict(),
+            "cursor": self.task.cursor,
+        }
+
+
 def tiny_config(
-    *, steps: int = 12, validate_every: int = 4, checkpoint_every: int = 5, timeout: int = 600
+    *,
+    steps: int = 12,
+    validate_every: int = 4,
+    checkpoint_every: int = 5,
+    timeout: int = 600,
+    async_save: bool = False,
 ) -> RunConfig:
     return RunConfig(
         name="tiny",
         stage=PretrainConfig(steps=steps, validate_every=validate_every),
-        checkpoint=CheckpointConfig(every=checkpoint_every, keep_last=2),
+        checkpoint=CheckpointConfig(every=checkpoint_every, keep_last=2, async_save=async_save),
         log=LogConfig(every=1),
         launch=LaunchConfig(timeout=timeout),
     )
@@ -127,10 +179,14 @@ def main() -> int:
     parser.add_argument("--hang-rank", type=int, default=0)
     parser.add_argument("--slow-validation", type=float, default=0.0)
     parser.add_argument("--slow-save", type=float, default=0.0)
+    parser.add_argument("--write-pause", type=float, help="save in the background, this slowly")
     options = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
+    staged = options.write_pause is not None
     task = TinyTask(pause=options.pause)
+    if staged:
+        task = StagedTask(pause=options.pause, write_pause=options.write_pause)
     task.slow_validation, task.slow_save = options.slow_validation, options.slow_save
     if options.hang_at and options.hang_rank == int(os.environ.get("RANK", "0")):
         _hang_at(options.hang_at, task=task)
@@ -142,6 +198,7 @@ def main() -> int:
                 validate_every=options.validate_every,
                 checkpoint_every=options.checkpoint_every,
                 timeout=options.timeout,
+                async_save=staged,
             ),
             run_dir=options.run_dir,
         )

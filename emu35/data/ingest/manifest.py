@@ -23,8 +23,9 @@ from typing import Any
 from emu35.data.index import index_path, read_index
 from emu35.data.ingest.options import Existing
 from emu35.data.readers.discover import InputFile
-from emu35.data.shards import atomic_file, sync_folder
+from emu35.data.shards import atomic_file
 from emu35.errors import DataError
+from emu35.files import sync_folder
 
 _BOOKS = ".ingest"
 _FORMAT = 1

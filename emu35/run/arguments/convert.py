@@ -1,4 +1,5 @@
-"""``emu35 convert export|import|verify``: between a run and the official release formats."""
+"""``emu35 convert export|import|verify|reshard``: between a run and the official release formats,
+and from a run to one of another layout."""
 
 import argparse
 import json
@@ -15,13 +16,17 @@ TEMPLATES = ("official", "plain")
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Describe the subcommand."""
-    text = "a run to a release, a release (or Qwen3) to a run, and the proof that they are equal"
+    text = (
+        "a run to a release, a release (or Qwen3) to a run, the proof that they are equal, and a "
+        "run to another layout"
+    )
     actions = commands.add_parser("convert", help=text, description=text).add_subparsers(
         required=True, metavar="ACTION"
     )
     _add_export(actions)
     _add_import(actions)
     _add_verify(actions)
+    _add_reshard(actions)
 
 
 def _add_export(actions: "Commands[argparse.ArgumentParser]") -> None:
@@ -86,6 +91,30 @@ def _add_verify(actions: "Commands[argparse.ArgumentParser]") -> None:
         "--json", action="store_true", help="one JSON object; the report goes to stderr"
     )
     command.set_defaults(handler=_verify)
+
+
+def _add_reshard(actions: "Commands[argparse.ArgumentParser]") -> None:
+    text = (
+        "a checkpoint of a run as a run folder of its own, for another layout, checked; one "
+        "process, and memory for its largest piece"
+    )
+    command = actions.add_parser("reshard", help=text, description=text)
+    command.add_argument("--run", type=Path, required=True, metavar="DIR", help="run folder")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    command.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="type of the parameters (default: as trained)"
+    )
+    command.add_argument(
+        "--weights-only", action="store_true", help="leave the optimizer out, for init_from"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="what changes, such as parallel.tp=2 parallel.zero1=true",
+    )
+    command.set_defaults(handler=_reshard)
 
 
 def _add_template(command: argparse.ArgumentParser) -> None:
@@ -161,6 +190,26 @@ def _verify(arguments: argparse.Namespace) -> int:
     checks = run_checks(options, message=_report)
     print(json.dumps(verification_json(checks)), flush=True)
     require_passed(checks, release=options.release)
+    return 0
+
+
+def _reshard(arguments: argparse.Namespace) -> int:
+    from emu35.config import Precision
+    from emu35.config.io import read_config
+    from emu35.run.compose import adapt
+    from emu35.stages.reshard import ReshardOptions, reshard
+
+    config = adapt(read_config(arguments.run), arguments.overrides)
+    reshard(
+        ReshardOptions(
+            run=arguments.run,
+            out=arguments.out,
+            config=config,
+            step=arguments.step,
+            dtype=Precision(arguments.dtype) if arguments.dtype else None,
+            weights_only=arguments.weights_only,
+        )
+    )
     return 0
 
 

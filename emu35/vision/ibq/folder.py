@@ -7,7 +7,6 @@ then ``n_embed`` and ``embed_dim``. Two defaults of that code must be overridden
 dictionary of tensors; it is read with ``weights_only``, so it cannot run code.
 """
 
-import os
 import pickle
 import zipfile
 from dataclasses import fields
@@ -19,6 +18,7 @@ import yaml
 
 from emu35.config import IBQConfig
 from emu35.errors import ReleaseError
+from emu35.files import replacing
 from emu35.vision.ibq.model import IBQ
 
 CONFIG = "config.yaml"
@@ -56,9 +56,9 @@ def write_folder(model: IBQ, *, folder: Path) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _Replacing(folder / WEIGHTS) as path:
+        with replacing(folder / WEIGHTS) as path:
             torch.save(state, path)
-        with _Replacing(folder / CONFIG) as path:
+        with replacing(folder / CONFIG) as path:
             path.write_text(yaml.safe_dump(config_to_yaml(model.config), sort_keys=False))
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as RuntimeError.
@@ -202,22 +202,3 @@ def _check_keys(
 def _some(names: list[str]) -> str:
     rest = len(names) - NAMED_KEYS
     return ", ".join(names[:NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")
-
-
-class _Replacing:
-    """A temporary path beside ``path``; takes its place, synced, when the block succeeds."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        return self._temporary
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._temporary.unlink(missing_ok=True)
-            return
-        with self._temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self._temporary, self._path)
