@@ -163,6 +163,7 @@ def wrap_and_optimize(
             overlap_param_gather=engine.overlap_param_gather,
         ),
         [*wrapped],
+        use_gloo_process_groups=False,
     )
     for group in optimizer.param_groups:
         # mcore marks the norms' group with a multiplier of 0 and leaves applying it to its own
