@@ -1,1 +1,2 @@
-"""Ranks: process groups, seeds, the collectives emu35 itself calls, and the CPU shim."""
+"""Ranks: process groups and seeds (``mesh``), the collectives emu35 itself calls, what a device can
+do at best (``device``), and the CPU shim."""

@@ -20,7 +20,14 @@ import torch
 from emu35.checkpoint import sharded
 from emu35.checkpoint.manager import CheckpointManager
 from emu35.checkpoint.staged import StateWrite
-from emu35.config import CheckpointConfig, LMConfig, OptimConfig, ParallelConfig, Precision
+from emu35.config import (
+    CheckpointConfig,
+    EngineConfig,
+    LMConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+)
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
 from emu35.parallel.mesh import init_mesh, leave
@@ -50,7 +57,11 @@ class Trainer:
         for chunk in self.chunks:
             initialize(chunk, seed=1, pad_id=0)
         self.wrapped, self.optimizer = wrap_and_optimize(
-            self.chunks, optim=OptimConfig(), parallel=parallel, precision=precision
+            self.chunks,
+            optim=OptimConfig(),
+            parallel=parallel,
+            engine=EngineConfig(),
+            precision=precision,
         )
 
     @property

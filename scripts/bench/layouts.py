@@ -37,7 +37,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one-recompute": {"ranks": 1, "recompute": "full"},
 }
 RANKS = 2
-MODEL = {
+MODEL: dict[str, Any] = {
     "num_layers": 8,
     "hidden_size": 256,
     "ffn_hidden_size": 768,
