@@ -38,6 +38,8 @@ LOGS = "logs"
 _SILENT_BEATS, _SILENT_SECONDS = 4, 5.0
 """A sign of life that is this many intervals old, and this many seconds (half a short timeout),
 comes from a rank that cannot give another."""
+_BETWEEN = ("torch/distributed/c10d_logger.py", "torch/overrides.py", "emu35/parallel/cpu.py")
+"""Files through which a call passes on its way to a collective."""
 _LEAST_BYTES = 65536
 """Less than this read or written between two looks is no progress: signs of life are bytes too."""
 
@@ -242,7 +244,7 @@ def collective_of(frames: Sequence[FrameType]) -> str:
         code = frame.f_code
         if code.co_filename.endswith("torch/distributed/distributed_c10d.py"):
             inside = code.co_name
-        elif inside and not code.co_filename.endswith("torch/distributed/c10d_logger.py"):
+        elif inside and not code.co_filename.endswith(_BETWEEN):
             place = "/".join(Path(code.co_filename).parts[-3:])
             return f"in {inside}, called by {code.co_name} ({place}:{frame.f_lineno})"
     return ""

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.unpickle import METADATA, refuse_code
@@ -73,11 +75,12 @@ def test_an_entry_that_runs_code(folder: Path, tmp_path: Path) -> None:
     path, metadata = metadata_of(folder)
     evil = folder / sharded.STATE_FOLDER / "evil.distcp"
     torch.save(Touch(tmp_path / "owned"), evil)
-    index = next(i for i in metadata.storage_data if "_extra_state" in i.fqn)
-    place = metadata.storage_data[index]
-    place.relative_path, place.offset, place.length = evil.name, 0, evil.stat().st_size
+    metadata.state_dict_metadata["history"] = BytesStorageMetadata()
+    metadata.storage_data[MetadataIndex("history")] = _StorageInfo(
+        relative_path=evil.name, offset=0, length=evil.stat().st_size
+    )
     path.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match="_extra_state"):
+    with pytest.raises(CheckpointError, match="history"):
         refuse_code(folder)
     assert not (tmp_path / "owned").exists()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from emu35.checkpoint import sharded
 from emu35.config import EngineConfig, LayerSpec, LMConfig

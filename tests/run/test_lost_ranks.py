@@ -22,7 +22,7 @@ LAUNCHER = """
 import sys
 from emu35.errors import Emu35Error
 from emu35.run.compose import compose
-from emu35.run.launch import run_ranks
+from emu35.run.local_ranks import run_ranks
 from emu35.run.rundir import open_run
 run_dir, *command = sys.argv[1:]
 try:
