@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from emu35.checkpoint.agree import gather, on_all_ranks
 from emu35.checkpoint.durable import files_below, folders_below
 from emu35.checkpoint.manifest import (
@@ -77,7 +79,11 @@ class Saving:
             staged = self._staged
             if background and staged is not None:
                 on_all_ranks(staged.stage, blame=self.blame)
-                self._thread = threading.Thread(target=self._write_apart, name="checkpoint")
+                # A thread begins on the first device, whichever its process works on.
+                device = torch.cuda.current_device() if torch.cuda.is_available() else None
+                self._thread = threading.Thread(
+                    target=self._write_apart, kwargs={"device": device}, name="checkpoint"
+                )
                 self._thread.start()
 
     def is_written(self) -> bool:
@@ -131,8 +137,10 @@ class Saving:
             shutil.rmtree(self.temporary)
         self.temporary.mkdir()
 
-    def _write_apart(self) -> None:
+    def _write_apart(self, *, device: int | None) -> None:
         try:
+            if device is not None:
+                torch.cuda.set_device(device)
             self._write()
         except BaseException as error:  # raised by finish, on the main thread
             self._error = error

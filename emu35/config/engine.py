@@ -67,7 +67,6 @@ class EngineConfig:
         overlap_grad_reduce: reduce gradients of a bucket while backward goes on.
         overlap_param_gather: gather ZeRO-1's parameters while forward goes on.
         overlap_p2p: send and receive between virtual pipeline stages while computing.
-        overlap_tp: overlap tensor-parallel exchange with matrix products (transformer-engine).
         fp8: number format of the linears.
         fp8_recipe: how FP8 is scaled.
         fp8_amax_history: steps that ``delayed`` looks back.
@@ -83,7 +82,6 @@ class EngineConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     overlap_p2p: bool = False
-    overlap_tp: bool = False
     fp8: FP8 = FP8.off
     fp8_recipe: FP8Recipe = FP8Recipe.tensorwise
     fp8_amax_history: int = 1024
@@ -113,10 +111,8 @@ class EngineConfig:
                 "engine.overlap_param_gather=true works on the buckets of "
                 "engine.overlap_grad_reduce=true; set that too"
             )
-        if self.layers is LayerSpec.local:
-            for name, wanted in (("fp8", self.fp8 is not FP8.off), ("overlap_tp", self.overlap_tp)):
-                if wanted:
-                    yield f"engine.{name} needs transformer-engine; set engine.layers=te"
+        if self.layers is LayerSpec.local and self.fp8 is not FP8.off:
+            yield f"engine.fp8={self.fp8} needs transformer-engine; set engine.layers=te"
         if self.bf16_edge_layers and self.fp8 is FP8.off:
             yield "engine.bf16_edge_layers needs engine.fp8; set it or drop this"
         if self.bf16_edge_layers and self.fp8_recipe is FP8Recipe.delayed:
@@ -125,12 +121,11 @@ class EngineConfig:
                 "recipe"
             )
         if (
-            self.fp8 is not FP8.off
-            and self.fp8_recipe is FP8Recipe.delayed
+            self.layers is LayerSpec.te
             and self.recompute is Recompute.selective
             and RecomputeModule.layernorm in self.recompute_modules
         ):
             yield (
-                "engine.fp8_recipe=delayed cannot recompute layernorm; use another recipe or other "
-                "engine.recompute_modules"
+                "engine.recompute_modules: layernorm cannot be recomputed with engine.layers=te, "
+                "which fuses each norm with the projection behind it; use core_attn or mlp"
             )

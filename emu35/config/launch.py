@@ -139,7 +139,8 @@ class LaunchConfig:
     Attributes:
         nproc: ranks a node.
         threads: CPU threads a rank, 0 for an equal share of its node.
-        timeout: of a collective and of the nodes' meeting, in seconds.
+        timeout: seconds after which a run in which nothing moves is ended, and of the nodes'
+            meeting.
         max_restarts: how often torchrun starts all ranks again after one failed; they resume from
             the newest checkpoint. Without effect on local ranks.
         rendezvous: how torchrun's nodes find each other.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from emu35.config.check import divisors
 from emu35.config.data import ImageDataConfig, TokenDataConfig
-from emu35.config.engine import FP8
+from emu35.config.engine import FP8, FP8Recipe
 from emu35.config.model import IBQConfig, LMConfig
 from emu35.config.parallel import CPCommType, ParallelConfig
 from emu35.config.root import RunConfig
@@ -91,7 +91,8 @@ def _layout(config: RunConfig) -> Iterator[str]:
         if parallel.zero1:
             yield "stage=ibq keeps its optimizer whole on every rank; set parallel.zero1=false"
         return
-    if not isinstance(model, LMConfig) or min(parallel.tp, parallel.pp, parallel.cp) < 1:
+    sizes = (parallel.tp, parallel.pp, parallel.vpp, parallel.cp)
+    if not isinstance(model, LMConfig) or min(sizes) < 1:
         return
     for name, size in (
         ("num_kv_heads", model.num_kv_heads),
@@ -146,10 +147,9 @@ def _engine(config: RunConfig) -> Iterator[str]:
             "engine.overlap_p2p=true overlaps the messages of virtual pipeline stages; set "
             "parallel.vpp above 1 or drop it"
         )
-    if engine.overlap_tp and not parallel.sp:
-        yield "engine.overlap_tp=true overlaps the exchange of parallel.sp=true; set that"
-    if min(parallel.pp, parallel.vpp) < 1:
+    if min(parallel.tp, parallel.pp, parallel.vpp, parallel.cp) < 1:
         return
+    yield from _fp8_shapes(config, model=model)
     fewest = min(parallel.stage_layers(model.num_layers), default=0)
     if engine.recompute_layers > fewest > 0:
         yield (
@@ -161,6 +161,28 @@ def _engine(config: RunConfig) -> Iterator[str]:
             f"engine.bf16_edge_layers={engine.bf16_edge_layers} exceeds the "
             f"{model.num_layers // parallel.pp} layers of a pipeline stage; use fewer"
         )
+
+
+def _fp8_shapes(config: RunConfig, *, model: LMConfig) -> Iterator[str]:
+    """FP8 matrix products want every dimension in multiples of their block."""
+    engine, parallel, data = config.engine, config.parallel, config.data
+    if engine.fp8 is FP8.off or not isinstance(data, TokenDataConfig):
+        return
+    block = 32 if engine.fp8_recipe is FP8Recipe.mxfp8 else 16
+    tokens = config.stage.micro_batch_size * data.sequence_length // parallel.cp
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size / tp": model.ffn_hidden_size // parallel.tp,
+        "query rows / tp": model.num_attention_heads * model.head_dim // parallel.tp,
+        "key rows / tp": model.num_kv_heads * model.head_dim // parallel.tp,
+        "tokens of a rank": tokens // (parallel.tp if parallel.sp else 1),
+    }
+    for name, size in sizes.items():
+        if size % block:
+            yield (
+                f"engine.fp8={engine.fp8} ({engine.fp8_recipe}) needs multiples of {block}, but "
+                f"{name} is {size}; change the model, the layout or the sequence length"
+            )
 
 
 def _exchanged_heads(parallel: ParallelConfig, *, model: LMConfig) -> Iterator[str]:

@@ -91,7 +91,6 @@ def _overlap(engine: EngineConfig) -> dict[str, Any]:
         "overlap_p2p_comm": engine.overlap_p2p,
         # mcore's batched messages cannot overlap with anything.
         "batch_p2p_comm": not engine.overlap_p2p,
-        "tp_comm_overlap": engine.overlap_tp,
     }
 
 

@@ -17,9 +17,9 @@ cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
-LATER_SECONDS = 60
-"""How long a collective waits beyond the timeout: the watchdog of training comes first, because it
-can name the rank that everybody waits for."""
+LATER = 4
+"""How many timeouts a collective itself waits. The watchdog of training comes first: it can name
+the rank that everybody waits for, and lets those wait whose peers still write or validate."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -66,7 +66,7 @@ def init_mesh(parallel: ParallelConfig, *, seed: int, timeout: int = 600) -> Mes
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
-        distributed_timeout_minutes=(timeout + LATER_SECONDS) // 60 + 1,
+        distributed_timeout_minutes=LATER * timeout // 60 + 1,
         # mcore would keep a second set of groups, over gloo, for checkpoints of its own.
         create_gloo_process_groups=False,
     )
@@ -134,7 +134,7 @@ def join_process_group(*, timeout: int = 600) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout + LATER_SECONDS)
+    limit = timedelta(seconds=LATER * timeout + 60)
     if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         try:
             dist.init_process_group(backend, timeout=limit)

@@ -200,7 +200,6 @@ class IBQTask:
         with torch.no_grad():
             for first in range(0, count, self.stage.micro_batch_size):
                 self.clock.beat()
-                self.clock.beat()
                 samples = range(first, min(first + self.stage.micro_batch_size, count))
                 pixels = np.stack([self.pictures.square(sample) for sample in samples])
                 z_BDHW = self.model.latents(self._to_device(pixels))

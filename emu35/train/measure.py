@@ -1,8 +1,8 @@
 """What a row of metrics says about speed, and which rank holds the others up.
 
-All figures are means since the previous row. ``tflops`` is what one device achieves in model FLOPs
-(see :mod:`emu35.model.flops`) while it trains; validating and saving are left out, as in
-``tokens_per_s``. ``mfu`` is its share of the device's peak.
+All figures are means since the previous row, but ``memory_gib``, the most so far. ``tflops`` is
+what one device achieves in model FLOPs (see :mod:`emu35.model.flops`) while it trains; validating
+and saving are left out, as in ``tokens_per_s``. ``mfu`` is its share of the device's peak.
 """
 
 import socket

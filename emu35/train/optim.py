@@ -55,8 +55,6 @@ def update(optimizer: MegatronOptimizer, *, accepts: Callable[[float], bool]) ->
     if not all(_copies_are_finite(part) for part in parts):
         norm = math.nan
     if not accepts(norm):
-        for part in parts:
-            _begin_state(part)
         return norm
     for part in parts:
         if not part.is_stub_optimizer and (parameters := part.get_parameters()):
@@ -65,20 +63,6 @@ def update(optimizer: MegatronOptimizer, *, accepts: Callable[[float], bool]) ->
             )
     optimizer.step_with_ready_grads()
     return norm
-
-
-def _begin_state(part: Any) -> None:
-    """Give an optimizer that has never stepped the state it would have made: a checkpoint may come
-    before the first accepted step, and one without moments does not load."""
-    inner = part.optimizer
-    if part.is_stub_optimizer or inner.state:
-        return
-    part.init_state_fn(inner, part.config)
-    if isinstance(inner, torch.optim.AdamW):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                device = parameter.device if group["fused"] else None
-                inner.state[parameter]["step"] = torch.tensor(0.0, device=device)
 
 
 def _copies_are_finite(part: MegatronOptimizer) -> bool:
@@ -128,11 +112,15 @@ def wrap_and_optimize(
     Norm weights get no weight decay. With ``parallel.zero1`` the optimizer state and the fp32
     main parameters are split over the data-parallel ranks.
     """
+    # Alone there is nobody to wait for, and nothing that would take the handles back.
+    several = parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+    overlap_reduce = engine.overlap_grad_reduce and several
+    overlap_gather = engine.overlap_param_gather and several
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.zero1,
-        overlap_grad_reduce=engine.overlap_grad_reduce,
-        overlap_param_gather=engine.overlap_param_gather,
+        overlap_grad_reduce=overlap_reduce,
+        overlap_param_gather=overlap_gather,
         check_for_nan_in_grad=False,
         average_in_collective=False,
     )
@@ -140,7 +128,7 @@ def wrap_and_optimize(
         GradientBuckets(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    if engine.overlap_grad_reduce:
+    if overlap_reduce:
         # Reduce at the last micro-batch only.
         no_sync = [chunk.no_sync for chunk in wrapped]
         for chunk in chunks:
@@ -160,7 +148,7 @@ def wrap_and_optimize(
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=parallel.zero1,
-            overlap_param_gather=engine.overlap_param_gather,
+            overlap_param_gather=overlap_gather,
         ),
         [*wrapped],
         use_gloo_process_groups=False,

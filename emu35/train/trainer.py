@@ -33,7 +33,7 @@ from emu35.checkpoint.manager import Checkpoint, CheckpointManager
 from emu35.checkpoint.staged import StagedWrite
 from emu35.config import RunConfig
 from emu35.config.io import run_identity
-from emu35.errors import Emu35Error, Interrupted
+from emu35.errors import CheckpointError, Emu35Error, Interrupted
 from emu35.log.jsonl import null_safe
 from emu35.log.metrics import Logger, is_row, make_logger
 from emu35.parallel.collectives import barrier, is_main, rank
@@ -227,7 +227,8 @@ class _Loop:
     def _start(self) -> None:
         total = self.config.stage.steps
         if self.saved is None:
-            self.task.start()
+            with self._aside(Phase.loading):
+                self.task.start()
             self.log.message(f"training {total} steps from the beginning")
             return
         if self.progress.guard:
@@ -254,7 +255,7 @@ class _Loop:
             self.log.message(f"step {step} changed nothing: {guard.reason}")
         self.log.step(step, metrics)
         if guard.exhausted:
-            self._finish_save()  # what the message names as the last good checkpoint
+            self._finish_save_or_say()  # the message names the last good checkpoint
             raise Emu35Error(self._explain_exhausted())
 
     def _validation_due(self) -> bool:
@@ -319,11 +320,18 @@ class _Loop:
         with self._aside(Phase.saving), rng.preserved():
             self.saved = self.manager.finish()
 
+    def _finish_save_or_say(self) -> None:
+        """Complete a save in flight where something more important is to be told or saved."""
+        try:
+            self._finish_save()
+        except CheckpointError as error:
+            self.log.message(str(error))
+
     def _leave_if_asked(self) -> None:
         """Save and raise when some rank was asked to stop; one collective."""
         if not self.stop.on_any_rank():
             return
-        self._finish_save()
+        self._finish_save_or_say()
         step, total = self.progress.step, self.config.stage.steps
         if step > 0 and (self.saved is None or self.saved.step != step):
             self._save()

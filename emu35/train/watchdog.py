@@ -124,7 +124,10 @@ class Watchdog:
 
     def _transferred(self) -> bool:
         """Whether this process has read or written since the last look."""
-        counters = psutil.Process().io_counters()
+        try:
+            counters = psutil.Process().io_counters()
+        except (psutil.Error, OSError):  # not every container lets a process see its own
+            return False
         count = counters.read_chars + counters.write_chars
         before, self._bytes = self._bytes, count
         return count - before > _LEAST_BYTES + 1024 * self._ranks
@@ -228,12 +231,15 @@ class Watchdog:
         if self._done.is_set():  # the loop ended in the very last moment
             return
         _say(report)
-        with suppress(OSError):  # neither may keep this rank from leaving
+        try:  # nothing here may keep this rank from leaving
             with dump.open("w", encoding="utf-8") as file:
                 print(report, file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
             record.write_bytes(flight_record())
-        os._exit(LaunchError.exit_code)
+        except Exception as error:
+            _say(f"rank {self._rank} could not leave all of them: {error}")
+        finally:
+            os._exit(LaunchError.exit_code)
 
 
 def collective_of(frames: Sequence[FrameType]) -> str:

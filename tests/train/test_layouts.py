@@ -78,6 +78,8 @@ MORE_LAYOUTS = {
     "dp2": {"ranks": 2},
     "dp2-overlap": {"ranks": 2, "engine": {"overlap_grad_reduce": True}},
     "dp4-zero1": {"ranks": 4, "zero1": True, "micro_batch_size": 1},
+    "one-zero1-overlap": {"ranks": 1, "zero1": True, "engine": OVERLAP},
+    "tp2-zero1-overlap": {"ranks": 2, "tp": 2, "zero1": True, "engine": OVERLAP},
     "pp2": {"ranks": 2, "pp": 2},
     "pp2-uneven": {"ranks": 2, "pp": 2, "pp_layers": [3, 1]},
     "pp2-vpp2-overlap": {"ranks": 2, "pp": 2, "vpp": 2, "engine": {"overlap_p2p": True}},
