@@ -357,8 +357,10 @@ class _Loop:
         return (
             f"stopped at step {self.progress.step}: {guard.in_a_row} step(s) in a row could not "
             f"be used (guard.max_skipped={self.config.guard.max_skipped}); of the last one, "
-            f"{guard.reason}. None of them changed the parameters; {known}. Lower optim.lr, "
-            "lengthen optim.warmup_steps or look at the data of these steps, then run again"
+            f"{guard.reason}. None of them changed the parameters; {known}. Look at the data of "
+            "these steps. The same command with a higher guard.max_skipped (or spike factor) goes "
+            "on past them; a lower optim.lr is another run: another run_dir, with stage.init_from "
+            "naming this one"
         )
 
 
