@@ -153,6 +153,8 @@ def _forget_layout() -> None:
     """End the groups of the layout before; left alone, each keeps threads that go on polling."""
     if not parallel_state.model_parallel_is_initialized():
         return
+    # A rank that closes its connections must not be ahead of one that still reads from them.
+    dist.barrier()
     groups: Any = parallel_state._global_process_group_list
     parallel_state.destroy_model_parallel()
     for group in dict.fromkeys(groups or []):
@@ -162,6 +164,7 @@ def _forget_layout() -> None:
 
 def leave() -> None:
     """Destroy the groups; needed for a clean end of multi-rank processes."""
-    _forget_layout()
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

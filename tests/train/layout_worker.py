@@ -7,6 +7,7 @@ a specification a line; rank 0 answers with a line each.
 """
 
 import ctypes
+import faulthandler
 import gc
 import json
 import os
@@ -268,6 +269,7 @@ def train(spec: dict) -> dict:
 def serve() -> None:
     """One rank of a pool: train what each line of standard input says. It ends with the test run,
     however that ends."""
+    faulthandler.enable()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for line in sys.stdin:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import IO
 
 WORKER = Path(__file__).with_name("layout_worker.py")
-PATIENCE_SECONDS = 200.0
+PATIENCE_SECONDS = 120.0
 
 
 class RankPool:
@@ -51,6 +51,9 @@ class RankPool:
         answer = self._answer()
         if not answer:
             ended = [process.poll() for process in self.processes]
+            for process in self.processes:
+                process.send_signal(signal.SIGABRT)  # the workers leave their stacks in the log
+            time.sleep(1.0)
             self.close()
             self.log.seek(0)
             raise AssertionError(
