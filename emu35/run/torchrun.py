@@ -262,9 +262,12 @@ def _die_with_parent():
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
 
     def ask() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the request above
+            os._exit(1)
 
     return ask
 

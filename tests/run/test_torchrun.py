@@ -190,3 +190,19 @@ def test_a_killed_launcher_leaves_neither_torchrun_nor_ranks(tmp_path: Path, sta
     assert len(below) == 3
     node.kill()
     wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in below))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's parent-death signal")
+def test_a_launcher_killed_while_ranks_start_leaves_nobody(tmp_path: Path, start) -> None:
+    node = start("up(run_dir); time.sleep(600)")
+    launcher = psutil.Process(node.pid)
+    below: list[psutil.Process] = []
+    try:
+        wait_for(lambda: len(launcher.children(recursive=True)) == 3)
+        below = launcher.children(recursive=True)
+        node.kill()
+        wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in below))
+    finally:
+        for process in below:
+            if process.is_running():
+                process.kill()
