@@ -166,10 +166,11 @@ def _show(arguments: argparse.Namespace) -> int:
     from emu35.config.io import departures, to_yaml
     from emu35.config.schema import to_plain
     from emu35.run.compose import compose
+    from emu35.run.rundir import without_values
 
     config = compose(arguments.overrides, configs=arguments.configs)
     if arguments.diff:
-        for line in departures(config):
+        for line in without_values(departures(config)):
             print(line)
     else:
         print(to_yaml(to_plain(config)), end="")

@@ -11,7 +11,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ def open_run(config: RunConfig) -> Generator[OpenRun]:
 
     Raises:
         ConfigError: the folder belongs to a run with another configuration (differences listed),
-            or cannot be written.
+            or cannot be written. Values of ``launch.env`` are left out of that list.
         LaunchError: another process is running in it.
     """
     path = Path(config.run_dir).expanduser().absolute()
@@ -159,9 +159,19 @@ def _has_begun(path: Path) -> bool:
     return any((path / name).exists() for name in _TRACES)
 
 
+def without_values(lines: Iterable[str]) -> list[str]:
+    """The lines of a configuration's differences, those of ``launch.env`` without their values:
+    what goes to a terminal or into a log shows no environment."""
+    hidden = "launch.env."
+    return [
+        f"{line.split(':', 1)[0]}: (value not shown)" if line.startswith(hidden) else line
+        for line in lines
+    ]
+
+
 def _accept(config: RunConfig, *, path: Path) -> list[str]:
     """The differences from the folder's own configuration, if all of them are allowed."""
-    lines = config_diff(read_config(path), config)
+    lines = without_values(config_diff(read_config(path), config))
     different = [line for line in lines if not may_change(line.split(":", 1)[0])]
     if different:
         listed = "\n".join(f"    {line}" for line in different)

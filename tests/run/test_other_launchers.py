@@ -234,6 +234,8 @@ def test_without_sbatch_the_script_is_left_for_another_host(capsys, tmp_path: Pa
         ("launch.slurm.gpus=-2", "launch.slurm.gpus=-2 is too small"),
         ("launch.env={A-B: x}", "'A-B' is no name of a variable"),
         ("launch.env={RANK: '0'}", "launch.env.RANK is set by the launcher"),
+        ("launch.env={HF_TOKEN: hf_x}", "export it in the shell that launches"),
+        ("launch.env={wandb_api_key: x}", "launch.env.wandb_api_key would be written"),
         ("launch.env={A: 'x\ny'}", "must be one line of visible text"),
         ("launch.rendezvous_id='a b'", "launch.rendezvous_id='a b' is no name"),
         ("launch.max_restarts=1", "local ranks are not started again"),
