@@ -99,8 +99,8 @@ class Job:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class JobState:
-    """What Slurm says about a job. ``state`` is Slurm's word, or :data:`GONE` if it knows no more of
-    it; ``detail`` are the facts that go with it, in words."""
+    """What Slurm says about a job. ``state`` is Slurm's word, or :data:`GONE` if it knows no more;
+    ``detail`` are the facts that go with it, in words."""
 
     state: str
     detail: str = ""

@@ -52,6 +52,12 @@ def test_torchrun_command_of_a_node(capsys, more: list[str], expected: set[str])
     assert words[-2:] == ["emu35.run.torchrun_rank", "/shared/run"]
 
 
+def test_an_address_of_colons_stands_in_brackets(capsys):
+    words = ("launch=torchrun", *TWO_NODES, "--dry-run", "--master", "[fd00::1]:1234")
+    found = shlex.split(out_of(capsys, *words))
+    assert {"--master-addr=[fd00::1]", "--master-port=1234"} < set(found)
+
+
 def test_nodes_meet_under_one_name_and_runs_under_different_ones(capsys):
     def meeting(run_dir: str, rank: str) -> str:
         text = out_of(
@@ -74,6 +80,8 @@ def test_nodes_meet_under_one_name_and_runs_under_different_ones(capsys):
         (["--node-rank", "3"], "--node-rank 3 is outside 0..0"),
         (["--master", "host0:port"], "--master host0:port is no HOST:PORT"),
         (["--master", "host0:70000"], "--master host0:70000 is no HOST:PORT"),
+        (["--master", "host0:1:2"], "--master host0:1:2 is no HOST:PORT"),
+        (["--master", "host 0:1"], "--master host 0:1 is no HOST:PORT"),
     ],
 )
 def test_a_node_that_cannot_find_the_others(arguments: list[str], message: str, capsys):
