@@ -202,6 +202,8 @@ def _cancel_process(holder: LockOwner, *, run_dir: Path, force: bool) -> str:
 
 def _signal(holder: LockOwner, number: signal.Signals, *, run_dir: Path) -> None:
     try:
+        if holder.replaced:  # by a process that has nothing to do with the run
+            raise ProcessLookupError
         os.kill(holder.pid, number)
     except ProcessLookupError:
         if not _is_free(run_dir, seconds=1.0):

@@ -110,6 +110,14 @@ def test_ranks_without_their_launcher(run_dir: Path, capsys, hold):
     assert "whose launcher" in say(capsys, "cancel", str(run_dir), code=2)
 
 
+def test_a_number_that_another_process_got_is_not_signalled(run_dir: Path, capsys, hold):
+    holder = hold(1)
+    pid, host, started = (run_dir / ".lock").read_text().split()
+    (run_dir / ".lock").write_text(f"{pid}\n{host}\n{float(started) - 3600}\n")
+    assert "whose launcher" in say(capsys, "cancel", str(run_dir), code=2)
+    assert holder.poll() is None
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
