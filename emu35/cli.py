@@ -159,17 +159,18 @@ def _add_launch(commands: "Commands[argparse.ArgumentParser]") -> None:
         "--node-rank", type=int, default=0, metavar="R", help="torchrun: this node's number"
     )
     command.add_argument("--master", metavar="HOST:PORT", help="torchrun: address of node 0")
-    command.set_defaults(handler=_launch)
+    command.set_defaults(handler=_launch, usage_error=command.error)
 
 
 def _show(arguments: argparse.Namespace) -> int:
     from emu35.config.io import departures, to_yaml
     from emu35.config.schema import to_plain
     from emu35.run.compose import compose
+    from emu35.run.rundir import without_values
 
     config = compose(arguments.overrides, configs=arguments.configs)
     if arguments.diff:
-        for line in departures(config):
+        for line in without_values(departures(config)):
             print(line)
     else:
         print(to_yaml(to_plain(config)), end="")
@@ -194,9 +195,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _launch(arguments: argparse.Namespace) -> int:
     from emu35.run.compose import compose
-    from emu35.run.follow import ACTIONS
+    from emu35.run.follow import ACTIONS, check_action
 
-    if arguments.overrides[:1] and arguments.overrides[0] in ACTIONS:
+    check_action(arguments.overrides)
+    action = next((word for word in arguments.overrides[:1] if word in ACTIONS), "")
+    _check_options(arguments, action=action)
+    if action:
         return _follow(arguments)
     from emu35.run.start import launch
 
@@ -208,11 +212,23 @@ def _launch(arguments: argparse.Namespace) -> int:
     )
 
 
+def _check_options(arguments: argparse.Namespace, *, action: str) -> None:
+    """End with a usage error where an option belongs to another action of ``emu35 launch``."""
+    command = f"emu35 launch {action}".rstrip()
+    for option, fits, given in (
+        ("--json", action == "status", arguments.json),
+        ("--force", action == "cancel", arguments.force),
+        ("--dry-run", not action, arguments.dry_run),
+    ):
+        if given and not fits:
+            arguments.usage_error(f"{option} does not go with `{command}`")
+
+
 def _follow(arguments: argparse.Namespace) -> int:
     from emu35.run.follow import cancel, find_run, status
 
     action, *words = arguments.overrides
-    run_dir = find_run(words, configs=arguments.configs)
+    run_dir = find_run(words, configs=arguments.configs, action=action)
     if action == "cancel":
         print(cancel(run_dir, force=arguments.force))
         return 0

@@ -31,6 +31,8 @@ class RendezvousKind(StrEnum):
 _WORD = re.compile(r"[\w.,:@+/-]*")
 """What accounts, partitions and the like are made of, one or several with commas between."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD)(?:_|$)", re.IGNORECASE)
+"""Variables whose values must not get into a configuration, a job script or a log."""
 _TIME = re.compile(
     r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<hm>\d+)(?::(?P<hms>\d+))?)?"
     r"|(?P<minutes>\d+)(?::(?P<s>\d+))?|(?P<H>\d+):(?P<M>\d+):(?P<S>\d+))"
@@ -145,7 +147,8 @@ class LaunchConfig:
             the newest checkpoint. Without effect on local ranks.
         rendezvous: how torchrun's nodes find each other.
         rendezvous_id: name under which they meet; empty: made from the run folder, or the job.
-        env: environment variables of every rank.
+        env: environment variables of every rank. They are written into the run folder, so none
+            may be a secret; torchrun and sbatch take the launching shell's variables along.
         slurm: the job of ``launch=slurm``.
     """
 
@@ -191,8 +194,14 @@ class LaunchConfig:
                 yield f"launch.env: {name!r} is no name of a variable; use letters, digits and _"
             elif name in _OURS:
                 yield f"launch.env.{name} is set by the launcher for every rank; leave it out"
+            elif _SECRET.search(name):
+                yield (
+                    f"launch.env.{name} would be written into the run folder for all to read; "
+                    "export it in the shell that launches; torchrun and sbatch take the "
+                    "environment along"
+                )
             if _has_control(value):
-                yield f"launch.env.{name}={value!r} must be one line of visible text"
+                yield f"launch.env.{name} must be one line of visible text"
         yield from self.slurm.problems()
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from emu35.config.io import CONFIG_FILE, read_config
+from emu35.config.schema import did_you_mean
 from emu35.errors import ConfigError, LaunchError
 from emu35.log.jsonl import read_rows
 from emu35.run.compose import compose
@@ -55,18 +56,42 @@ class RunStatus:
         return asdict(self)
 
 
-def find_run(words: Sequence[str], *, configs: Path | None) -> Path:
-    """The run folder that ``words`` name: its path, or the overrides the run was started with.
+def check_action(words: Sequence[str]) -> None:
+    """Refuse arguments of ``emu35 launch`` that begin with a word which is no override.
 
     Raises:
-        ConfigError: the folder is missing or holds no run, or the overrides do not fit.
+        ConfigError: naming the action that is meant, where one is close.
+    """
+    word = words[0] if words else "="
+    if "=" not in word and not word.startswith("~") and word not in ACTIONS:
+        raise ConfigError(
+            f"`emu35 launch {word}`: {word!r} is neither {' nor '.join(ACTIONS)} nor an override "
+            f"KEY=VALUE.{did_you_mean(word, ACTIONS)}"
+        )
+
+
+def find_run(words: Sequence[str], *, configs: Path | None, action: str = "status") -> Path:
+    """The run folder that ``words`` name: its path, or the overrides the run was started with.
+
+    ``action`` is what is to be done with it, for the messages.
+
+    Raises:
+        ConfigError: the folder is missing or holds no run, several are named, or the overrides do
+            not fit.
     """
     if len(words) == 1 and ("=" not in words[0] or Path(words[0]).expanduser().is_dir()):
         run_dir = Path(words[0])
+    elif any("=" not in word and not word.startswith("~") for word in words):
+        raise ConfigError(
+            f"`emu35 launch {action} {shlex.join(words)}`: name one run, by its folder or its "
+            "overrides"
+        )
     elif words:
         run_dir = Path(compose(words, configs=configs).run_dir)
     else:
-        raise ConfigError("no run is named; use `emu35 launch status RUN_DIR`, or run_dir=RUN_DIR")
+        raise ConfigError(
+            f"no run is named; use `emu35 launch {action} RUN_DIR`, or run_dir=RUN_DIR"
+        )
     run_dir = run_dir.expanduser().absolute()
     if not (run_dir / CONFIG_FILE).is_file():
         what = "holds no run" if run_dir.is_dir() else "does not exist"
@@ -177,6 +202,8 @@ def _cancel_process(holder: LockOwner, *, run_dir: Path, force: bool) -> str:
 
 def _signal(holder: LockOwner, number: signal.Signals, *, run_dir: Path) -> None:
     try:
+        if holder.replaced:  # by a process that has nothing to do with the run
+            raise ProcessLookupError
         os.kill(holder.pid, number)
     except ProcessLookupError:
         if not _is_free(run_dir, seconds=1.0):

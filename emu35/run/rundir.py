@@ -9,12 +9,15 @@ is still alive.
 import errno
 import fcntl
 import os
+import re
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from emu35.config.io import CONFIG_FILE, config_diff, may_change, read_config, write_config
 from emu35.config.root import RunConfig
@@ -25,6 +28,9 @@ LOGS = "logs"
 """Folder of the ranks' logs inside a run folder."""
 _TRACES = ("checkpoints", "metrics.jsonl", "vision_tokenizer")
 _LOCK_PATIENCE_SECONDS = 5.0
+_CLOCK_SECONDS = 10.0
+"""How much the start of one process may seem to move, for it is counted from the host's clock."""
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?")
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -45,7 +51,7 @@ def open_run(config: RunConfig) -> Generator[OpenRun]:
 
     Raises:
         ConfigError: the folder belongs to a run with another configuration (differences listed),
-            or cannot be written.
+            or cannot be written. Values of ``launch.env`` are left out of that list.
         LaunchError: another process is running in it.
     """
     path = Path(config.run_dir).expanduser().absolute()
@@ -107,17 +113,20 @@ def _take(lock: int, *, path: Path, owner: int) -> None:
             raise _unwritable(path, error) from None
     try:
         os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{owner}\n{socket.gethostname()}\n".encode("ascii", "replace"), 0)
+        text = f"{owner}\n{socket.gethostname()}\n{_started(owner)}\n"
+        os.pwrite(lock, text.encode("ascii", "replace"), 0)
     except OSError as error:
         raise _unwritable(path, error) from None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class LockOwner:
-    """Who holds a run folder: the process ``pid`` (0: it did not say) on ``host``."""
+    """Who holds a run folder: the process ``pid`` (0: it did not say) on ``host``, which began at
+    ``started`` (seconds since 1970; 0: unknown)."""
 
     pid: int
     host: str
+    started: float = 0.0
 
     def __str__(self) -> str:
         pid = self.pid or "unknown"
@@ -126,6 +135,20 @@ class LockOwner:
     @property
     def here(self) -> bool:
         return self.host in ("", socket.gethostname())
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the number ``pid`` of this host belongs to another process by now."""
+        now = _started(self.pid)
+        return bool(self.started and now) and abs(now - self.started) > _CLOCK_SECONDS
+
+
+def _started(pid: int) -> float:
+    """When the process ``pid`` began; 0 if there is none, or its owner hides it."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return 0.0
 
 
 def lock_owner(path: Path) -> LockOwner | None:
@@ -149,8 +172,13 @@ def lock_owner(path: Path) -> LockOwner | None:
 
 
 def _read_owner(lock: int) -> LockOwner:
-    pid, _, host = os.pread(lock, 512, 0).decode("ascii", "replace").partition("\n")
-    return LockOwner(pid=int(pid) if pid.isdigit() else 0, host=host.strip())
+    text = os.pread(lock, 512, 0).decode("ascii", "replace")
+    pid, host, started = [line.strip() for line in f"{text}\n\n\n".split("\n")[:3]]
+    return LockOwner(
+        pid=int(pid) if pid.isdigit() else 0,
+        host=host,
+        started=float(started) if _SECONDS.fullmatch(started) else 0.0,
+    )
 
 
 def _has_begun(path: Path) -> bool:
@@ -159,9 +187,19 @@ def _has_begun(path: Path) -> bool:
     return any((path / name).exists() for name in _TRACES)
 
 
+def without_values(lines: Iterable[str]) -> list[str]:
+    """The lines of a configuration's differences, those of ``launch.env`` without their values:
+    what goes to a terminal or into a log shows no environment."""
+    hidden = "launch.env."
+    return [
+        f"{line.split(':', 1)[0]}: (value not shown)" if line.startswith(hidden) else line
+        for line in lines
+    ]
+
+
 def _accept(config: RunConfig, *, path: Path) -> list[str]:
     """The differences from the folder's own configuration, if all of them are allowed."""
-    lines = config_diff(read_config(path), config)
+    lines = without_values(config_diff(read_config(path), config))
     different = [line for line in lines if not may_change(line.split(":", 1)[0])]
     if different:
         listed = "\n".join(f"    {line}" for line in different)

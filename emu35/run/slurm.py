@@ -26,22 +26,43 @@ from emu35.run.rundir import LOGS
 SCRIPT_FILE = "launch.sh"
 JOB_FILE = "slurm_job.json"
 CANCEL_FILE = "cancelled"
-"""Its presence in a run folder tells the job script not to go back into the queue."""
+"""Its presence in a run folder tells the job script not to start the ranks, and not to go back into
+the queue."""
+GONE = "GONE"
+"""The state of a job of which Slurm knows nothing any more; it ended some time ago."""
 
 _CALL_SECONDS = 60
 _STRAGGLER_SECONDS = 60
 """How long the other nodes may go on when the first one has ended, whatever the reason."""
+_FIRST_PORT, _PORTS = 10000, 20000
+_FINAL = frozenset(
+    (
+        *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY"),
+        *("NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED"),
+    )
+)
+"""Slurm's states of jobs that do nothing any more."""
 
 _SCRIPT = r"""#!/bin/bash
 {directives}
 
 set -e
 {exports}{setup}run={run}
-newest() {{ find "$run/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1; }}
+newest() {{
+  find "$run/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1 || true
+}}
 before=$(newest)
-read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-master=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-port=$((20000 + SLURM_JOB_ID % 20000))
+read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST") || true
+master=$(scontrol show node "${{first:-}}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p') || true
+if [[ -z ${{first:-}} || -z $master ]]; then
+  echo "emu35: scontrol did not say where the first node of this job is; submit it again" >&2
+  exit 1
+fi
+port=$(({first_port} + SLURM_JOB_ID % {ports}))  # below those that Linux gives to anybody
+if [[ -e "$run/{cancelled}" ]]; then
+  echo "emu35: cancelled before the ranks started; submit the run again to go on" >&2
+  exit {interrupted}
+fi
 code=0
 {srun} || code=$?
 """
@@ -51,9 +72,12 @@ if [[ $code -eq {interrupted} && ! -e "$run/{cancelled}" ]]; then
   if [[ "$(newest)" == "$before" ]]; then
     echo "emu35: stopped before a step was saved; the job is not put back into the queue" >&2
   else
-    echo "emu35: interrupted and saved; the job goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60  # Slurm ends this script
+    echo "emu35: interrupted and saved; the job is to go back into the queue"
+    if scontrol requeue "$SLURM_JOB_ID"; then
+      sleep 60  # Slurm ends this script
+    else
+      echo "emu35: Slurm did not requeue this job; submit it again" >&2
+    fi
   fi
 fi
 """
@@ -75,7 +99,7 @@ class Job:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class JobState:
-    """What Slurm says about a job. ``state`` is Slurm's word, or GONE if it knows no more of it;
+    """What Slurm says about a job. ``state`` is Slurm's word, or :data:`GONE` if it knows no more;
     ``detail`` are the facts that go with it, in words."""
 
     state: str
@@ -91,14 +115,17 @@ class JobState:
 
     @property
     def over(self) -> bool:
-        return not (self.waits or self.runs or self.state == "COMPLETING")
+        """Only in a state that is known to be final: a word that is not known may be a job that
+        lives, and a second one in its folder would do harm."""
+        return self.state in _FINAL or self.state == GONE
 
 
 def job_script(config: RunConfig, *, run_dir: Path) -> str:
     """The script for sbatch.
 
     Raises:
-        ConfigError: the name or the folder of the run cannot stand in a job script.
+        ConfigError: the name or the folder of the run cannot stand in a job script, or the folder
+            cannot be mounted into the container.
     """
     launch, slurm = config.launch, config.launch.slurm
     text = _SCRIPT.format(
@@ -109,6 +136,10 @@ def job_script(config: RunConfig, *, run_dir: Path) -> str:
         setup="".join(f"{line}\n" for line in slurm.setup),
         run=shlex.quote(str(run_dir)),
         srun=_srun(config, run_dir=run_dir),
+        first_port=_FIRST_PORT,
+        ports=_PORTS,
+        cancelled=CANCEL_FILE,
+        interrupted=Interrupted.exit_code,
     )
     if slurm.requeue:
         text += _REQUEUE.format(interrupted=Interrupted.exit_code, cancelled=CANCEL_FILE)
@@ -162,6 +193,11 @@ def _srun(config: RunConfig, *, run_dir: Path) -> str:
     if slurm.cpus:
         words.append(f"--cpus-per-task={slurm.cpus}")  # srun does not take it from the job
     if slurm.container:
+        if re.search(r"[:,]", str(run_dir)):
+            raise ConfigError(
+                f"run_dir={run_dir} cannot be mounted into launch.slurm.container, where ':' and "
+                "',' separate mounts; use a folder without them"
+            )
         mounts = [*slurm.mounts, f"{run_dir}:{run_dir}"]
         words += [
             f"--container-image={slurm.container}",
@@ -252,7 +288,7 @@ def job_state(job: Job) -> JobState:
         if done.returncode == 0 and lines:
             state, code, end = lines[-1].split("|")
             return JobState(state=state.split()[0], detail=f"exit code {code}, ended {end}")
-    return JobState(state="GONE", detail="Slurm remembers no such job; it ended some time ago")
+    return JobState(state=GONE, detail="Slurm remembers no such job; it ended some time ago")
 
 
 def _controller_state(line: str) -> JobState:

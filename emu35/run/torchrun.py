@@ -10,8 +10,9 @@ for whatever exit code a rank had, it starts ranks again that only did as they w
 :mod:`emu35.run.outcomes`), and a SIGUSR1 ends it. So:
 
 * A stop signal (SIGTERM, SIGINT, SIGUSR1) to this process goes to the ranks, as SIGUSR1, and not to
-  torchrun, which sees its ranks end well. Where no rank runs yet, torchrun is ended. One node is
-  enough: the ranks agree among themselves to save.
+  torchrun, which sees its ranks end well. Where no rank runs yet, torchrun is ended; where all
+  have ended well, it waits for the other nodes and is left alone. One node is enough: the ranks
+  agree among themselves to save.
 * SIGUSR1 is blocked in torchrun, for Slurm signals every process of a step. Ranks inherit the block
   and lift it once they listen, so a signal that comes while they start is kept.
 * A second signal ends torchrun and the ranks at once.
@@ -22,6 +23,7 @@ for whatever exit code a rank had, it starts ranks again that only did as they w
 import argparse
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +51,7 @@ RANK = "emu35.run.torchrun_rank"
 SAVE_SECONDS = 110
 """From SIGTERM to SIGKILL under torchrun, whose own 30 seconds are few for a large checkpoint."""
 
+_MASTER = re.compile(r"(?P<host>\[[^\s\[\]]+\]|[^\s:\[\]]+)(?::(?P<port>[0-9]+))?")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAME_REQUEST_SECONDS = 0.5
 _POLL_SECONDS = 0.1
@@ -120,11 +123,13 @@ def _rendezvous(config: RunConfig, *, run_dir: Path, node: Node) -> list[str]:
 
 
 def _address(master: str) -> tuple[str, int]:
-    host, colon, port = master.rpartition(":")
-    host = host if colon else master
-    if not host or (colon and not (port.isdigit() and 0 < int(port) < 65536)):
-        raise LaunchError(f"--master {master} is no HOST:PORT; as in --master node0:29500")
-    return host, int(port) if colon else 29500
+    match = _MASTER.fullmatch(master)
+    port = int(match["port"] or 29500) if match else 0
+    if match is None or not 0 < port < 65536:
+        raise LaunchError(
+            f"--master {master} is no HOST:PORT; as in --master node0:29500, or [fd00::1]:29500"
+        )
+    return match["host"], port
 
 
 def run_node(
@@ -183,10 +188,13 @@ def _listening() -> Generator[_Requests]:
 
 @dataclass(kw_only=True, slots=True)
 class _Agent:
-    """The torchrun process and the ranks below it. ``asked`` are ranks that have been signalled."""
+    """The torchrun process and the ``nproc`` ranks below it, which tell their outcomes in
+    ``folder``. ``asked`` are ranks that have been signalled."""
 
     process: subprocess.Popen[bytes]
     requests: _Requests
+    folder: Path
+    nproc: int
     asked: set[int] = field(default_factory=set[int])
     ended: bool = False
 
@@ -216,7 +224,7 @@ class _Agent:
             raise LaunchError(f"torchrun could not be started: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-        return cls(process=process, requests=requests)
+        return cls(process=process, requests=requests, folder=folder, nproc=config.launch.nproc)
 
     def wait(self) -> int:
         """Pass stop requests on until torchrun ends; returns its exit code."""
@@ -240,7 +248,7 @@ class _Agent:
 
     def _ask_to_stop(self) -> None:
         ranks = self._ranks()
-        if not ranks and not self.asked and not self.ended:
+        if not ranks and not self.asked and not self.ended and not self._all_ended_well():
             self.ended = True
             self.process.terminate()
         for rank in ranks:
@@ -249,6 +257,13 @@ class _Agent:
                 self.asked.add(rank.pid)
                 with suppress(psutil.NoSuchProcess):
                     rank.send_signal(signal.SIGUSR1)
+
+    def _all_ended_well(self) -> bool:
+        """Whether torchrun only waits for the other nodes."""
+        ends = [
+            outcome.code in (0, Interrupted.exit_code) for outcome in outcomes.reported(self.folder)
+        ]
+        return len(ends) == self.nproc and all(ends)
 
     def _ranks(self) -> list[psutil.Process]:
         try:
@@ -262,9 +277,12 @@ def _die_with_parent():
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
 
     def ask() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the request above
+            os._exit(1)
 
     return ask
 
@@ -281,7 +299,9 @@ def _answer(
     interrupted = [outcome for outcome in told if outcome.code == Interrupted.exit_code]
     if len(interrupted) == config.launch.nproc or (interrupted and code == 0):
         return Interrupted.exit_code
-    if code == 0:
+    if code == 0 or [outcome.code for outcome in told] == [0] * config.launch.nproc:
+        # Ranks that have finished are not undone by what happens to torchrun while it waits for
+        # other nodes.
         return 0
     for outcome in told:
         if outcome.code == Emu35Error.exit_code:

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
+
 from emu35.errors import Emu35Error, Interrupted, LaunchError
 from emu35.run import outcomes, worker
 from emu35.run.rundir import LOGS
@@ -14,7 +16,7 @@ from emu35.run.rundir import LOGS
 
 def main() -> int:
     """Run this rank to its end; returns the exit code that torchrun is to see."""
-    worker.end_with(os.getppid())
+    _end_with_launcher()
     run_dir = Path(sys.argv[1])
     if os.environ["RANK"] != "0":
         _print_to(run_dir / LOGS / f"rank{os.environ['RANK']}.log")
@@ -40,6 +42,22 @@ def main() -> int:
         raise
     outcomes.report(0)
     return 0
+
+
+def _end_with_launcher() -> None:
+    """Die with torchrun, and at once if it or our launcher above it is gone already.
+
+    A parent that died while this rank was starting is not asked after in vain: whoever adopted the
+    rank is no child of the launcher.
+    """
+    torchrun = os.getppid()
+    worker.end_with(torchrun)
+    try:
+        launcher = psutil.Process(torchrun).ppid()
+    except psutil.NoSuchProcess:
+        launcher = 0
+    if launcher != int(os.environ[worker.SUPERVISOR_PID]):
+        worker.leave(1)
 
 
 def _print_to(log: Path) -> None:

@@ -1,13 +1,14 @@
 """Which ranks drop the same units: dropout streams by place in the layout, on four real ranks."""
 
+import contextlib
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 WORKER = Path(__file__).with_name("seeds_worker.py")
@@ -31,8 +32,11 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         output, _ = process.communicate(timeout=200)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            # Ranks have sessions of their own: a signal to torchrun's group would miss them.
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.communicate()
     assert process.returncode == 0, output
     return json.loads(result.read_text())
 

@@ -59,7 +59,8 @@ class SlurmCluster:
 
 @contextmanager
 def slurm_cluster(folder: Path) -> Generator[SlurmCluster]:
-    """Start a cluster of two nodes in ``folder``, and stop it by its PID files."""
+    """Start a cluster of two nodes in ``folder``; in the end kill its jobs, and stop it by its PID
+    files."""
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     pid_files = [folder / f"{name}.pid" for name in (*(f"slurmd.{n}" for n in NODES), "slurmctld")]
     cluster = SlurmCluster(folder=folder, environment=environment)
@@ -72,7 +73,10 @@ def slurm_cluster(folder: Path) -> Generator[SlurmCluster]:
         for node in NODES:
             _run("slurmd", "-N", node, environment=environment)
         _wait_until_idle(cluster)
-        yield cluster
+        try:
+            yield cluster
+        finally:
+            _end_jobs(cluster)
     finally:
         for file in (*pid_files, folder / "munged.pid"):
             _stop(file)
@@ -137,6 +141,23 @@ def _wait_until_idle(cluster: SlurmCluster) -> None:
             return
         time.sleep(0.5)
     raise AssertionError(f"the nodes did not come up:\n{cluster.logs()}")
+
+
+def _end_jobs(cluster: SlurmCluster) -> None:
+    """Leave no job to a cluster that is about to stop: its processes would outlive the daemons."""
+    limit = time.monotonic() + 60
+    while jobs := cluster.call("squeue", "-h", "-o", "%A").split():
+        assert time.monotonic() < limit, f"jobs {jobs} do not end:\n{cluster.logs()}"
+        for options in (["--full", "--signal=KILL"], []):
+            # It fails for jobs that have just ended, which the next look at the queue tells.
+            subprocess.run(
+                ["scancel", *options, *jobs],
+                env=dict(cluster.environment),
+                capture_output=True,
+                check=False,
+                timeout=60,
+            )
+        time.sleep(0.5)
 
 
 def _run(name: str, *arguments: str, environment: Mapping[str, str]) -> None:

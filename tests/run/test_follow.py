@@ -110,10 +110,22 @@ def test_ranks_without_their_launcher(run_dir: Path, capsys, hold):
     assert "whose launcher" in say(capsys, "cancel", str(run_dir), code=2)
 
 
+def test_a_number_that_another_process_got_is_not_signalled(run_dir: Path, capsys, hold):
+    holder = hold(1)
+    pid, host, started = (run_dir / ".lock").read_text().split()
+    (run_dir / ".lock").write_text(f"{pid}\n{host}\n{float(started) - 3600}\n")
+    assert "whose launcher" in say(capsys, "cancel", str(run_dir), code=2)
+    assert holder.poll() is None
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["status"], "no run is named"),
+        (["status"], "use `emu35 launch status RUN_DIR`"),
+        (["cancel"], "use `emu35 launch cancel RUN_DIR`"),
+        (["status", "one", "two"], "name one run"),
+        (["cancel", "one", "run_dir=two"], "name one run"),
+        (["stats", "."], "Did you mean 'status'?"),
         (["status", "nowhere"], "nowhere does not exist"),
         (["cancel", "run_dir=nowhere"], "nowhere does not exist"),
         (["status", "."], "holds no run"),
@@ -125,6 +137,27 @@ def test_runs_that_cannot_be_found(
 ):
     monkeypatch.chdir(tmp_path)
     assert message in say(capsys, *words, code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["status", ".", "--force"], "--force does not go with `emu35 launch status`"),
+        (["cancel", ".", "--json"], "--json does not go with `emu35 launch cancel`"),
+        (["cancel", ".", "--dry-run"], "--dry-run does not go with `emu35 launch cancel`"),
+        (["run_dir=x", "--force"], "--force does not go with `emu35 launch`"),
+        (["run_dir=x", "--json"], "--json does not go with `emu35 launch`"),
+    ],
+)
+def test_options_of_another_action(
+    words: list[str], message: str, capsys, tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["launch", *words])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_job_without_slurm_on_this_host(run_dir: Path, capsys, monkeypatch, tmp_path: Path):

@@ -13,6 +13,7 @@ from emu35.config.io import read_config
 from emu35.config.launch import limit_seconds
 from emu35.errors import ConfigError
 from emu35.run.compose import compose
+from emu35.run.slurm import JobState
 
 
 def out_of(capsys, *arguments: str) -> str:
@@ -51,6 +52,12 @@ def test_torchrun_command_of_a_node(capsys, more: list[str], expected: set[str])
     assert words[-2:] == ["emu35.run.torchrun_rank", "/shared/run"]
 
 
+def test_an_address_of_colons_stands_in_brackets(capsys):
+    words = ("launch=torchrun", *TWO_NODES, "--dry-run", "--master", "[fd00::1]:1234")
+    found = shlex.split(out_of(capsys, *words))
+    assert {"--master-addr=[fd00::1]", "--master-port=1234"} < set(found)
+
+
 def test_nodes_meet_under_one_name_and_runs_under_different_ones(capsys):
     def meeting(run_dir: str, rank: str) -> str:
         text = out_of(
@@ -73,6 +80,8 @@ def test_nodes_meet_under_one_name_and_runs_under_different_ones(capsys):
         (["--node-rank", "3"], "--node-rank 3 is outside 0..0"),
         (["--master", "host0:port"], "--master host0:port is no HOST:PORT"),
         (["--master", "host0:70000"], "--master host0:70000 is no HOST:PORT"),
+        (["--master", "host0:1:2"], "--master host0:1:2 is no HOST:PORT"),
+        (["--master", "host 0:1"], "--master host 0:1 is no HOST:PORT"),
     ],
 )
 def test_a_node_that_cannot_find_the_others(arguments: list[str], message: str, capsys):
@@ -151,12 +160,29 @@ def test_job_on_processors_in_another_runtime(capsys):
 
 STAND_INS = """
 scontrol() {
-  if [[ $1 == requeue ]]; then echo "requeued $2"; exit 0; fi
-  if [[ $2 == hostnames ]]; then printf 'n0\\nn1\\n'; else echo "Name=$3 NodeAddr=10.0.0.7 X=1"; fi
+  if [[ $1 == requeue ]]; then
+    if [[ $DURING == *"no requeue"* ]]; then return 1; fi
+    echo "requeued $2"; exit 0
+  fi
+  if [[ $2 == hostnames ]]; then printf "$HOSTS"; else echo "Name=$3 NodeAddr=10.0.0.7 X=1"; fi
 }
 srun() { printf '%s\\n' "$@"; eval "$DURING"; return "$CODE"; }
 SLURM_JOB_NODELIST=x SLURM_JOB_ID=20123
 """
+
+
+def execute(
+    script: str, *, code: int = 0, during: str = "true", hosts: str = "n0\\nn1\\n"
+) -> "subprocess.CompletedProcess[str]":
+    """Run the job script where srun takes no time, and ends with ``code``."""
+    return subprocess.run(
+        ["bash", "-c", STAND_INS + script],
+        env={**os.environ, "CODE": str(code), "DURING": during, "HOSTS": hosts},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,6 +191,7 @@ SLURM_JOB_NODELIST=x SLURM_JOB_ID=20123
         (75, 'mkdir -p "$run/checkpoints/step_00000007"', True),
         (75, "true", False),  # nothing was saved: it would go round for ever
         (75, 'mkdir -p "$run/checkpoints/step_00000007"; touch "$run/cancelled"', False),
+        (75, 'mkdir -p "$run/checkpoints/step_00000007"  # no requeue', False),
         (1, 'mkdir -p "$run/checkpoints/step_00000007"', False),
         (0, "true", False),
     ],
@@ -175,19 +202,43 @@ def test_what_the_job_script_does_in_the_end(
     run = tmp_path / "a run's folder"
     (run / "checkpoints" / "step_00000003").mkdir(parents=True)
     script = out_of(capsys, *JOB, f"run_dir={run}", "--dry-run")
-    done = subprocess.run(
-        ["bash", "-c", STAND_INS + script],
-        env={**os.environ, "CODE": str(code), "DURING": during},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = execute(script, code=code, during=during)
     words = done.stdout.splitlines()
-    assert words[words.index("--master") + 1] == "10.0.0.7:20123"
+    assert words[words.index("--master") + 1] == "10.0.0.7:10123"
     assert words[words.index("emu35.run.torchrun") + 1] == str(run)
     assert ("requeued 20123" in words) is requeued, done.stderr
     assert done.returncode == (0 if requeued else code)
+    refused = "did not requeue this job; submit it again" in done.stderr
+    assert refused is ("no requeue" in during)
+
+
+def test_a_cancel_before_the_ranks_start_is_kept(capsys, tmp_path: Path):
+    (tmp_path / "cancelled").touch()
+    done = execute(out_of(capsys, *JOB, f"run_dir={tmp_path}", "--dry-run"))
+    assert "cancelled before the ranks started" in done.stderr
+    assert (done.returncode, done.stdout) == (75, "")
+
+
+def test_strict_setup_lines_do_not_end_a_first_start(capsys, tmp_path: Path):
+    strict = "launch.slurm.setup=['set -euo pipefail']"
+    script = out_of(capsys, *JOB, strict, f"run_dir={tmp_path}/run", "--dry-run")
+    assert "emu35.run.torchrun" in execute(script).stdout
+    done = execute(script, hosts="")
+    assert "scontrol did not say where the first node" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("state", "over"), [("COMPLETED", True), ("GONE", True), ("RESIZING", False), ("NEW", False)]
+)
+def test_only_final_states_are_over(state: str, over: bool):
+    assert JobState(state=state).over is over
+
+
+def test_a_folder_that_cannot_be_mounted(capsys):
+    words = ["launch.slurm.container=image", "run_dir=/shared/a:b", "--dry-run"]
+    assert main(["launch", *JOB, *words]) == 2
+    assert "run_dir=/shared/a:b cannot be mounted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -234,6 +285,8 @@ def test_without_sbatch_the_script_is_left_for_another_host(capsys, tmp_path: Pa
         ("launch.slurm.gpus=-2", "launch.slurm.gpus=-2 is too small"),
         ("launch.env={A-B: x}", "'A-B' is no name of a variable"),
         ("launch.env={RANK: '0'}", "launch.env.RANK is set by the launcher"),
+        ("launch.env={HF_TOKEN: hf_x}", "export it in the shell that launches"),
+        ("launch.env={wandb_api_key: x}", "launch.env.wandb_api_key would be written"),
         ("launch.env={A: 'x\ny'}", "must be one line of visible text"),
         ("launch.rendezvous_id='a b'", "launch.rendezvous_id='a b' is no name"),
         ("launch.max_restarts=1", "local ranks are not started again"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from emu35.cli import main
 from emu35.config import RunConfig
 from emu35.config.io import read_config
 from emu35.errors import ConfigError, LaunchError
@@ -46,6 +47,15 @@ def test_what_may_change_is_changed_and_told(tmp_path: Path):
     with open_run(compose([f"run_dir={tmp_path}", "log.every=3"])) as run:
         assert run.changes == ["log.every: 10 -> 3"]
     assert read_config(tmp_path).log.every == 3
+
+
+def test_values_of_the_environment_are_not_told(tmp_path: Path, capsys):
+    words = [f"run_dir={tmp_path}", "launch.env={HOST_ID: hidden}"]
+    begin(compose(words[:1]), folder=tmp_path)
+    with open_run(compose(words)) as run:
+        assert run.changes == ["launch.env.HOST_ID: (value not shown)"]
+    assert main(["show", "--diff", *words]) == 0
+    assert "hidden" not in capsys.readouterr().out
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path):

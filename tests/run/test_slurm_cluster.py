@@ -117,7 +117,7 @@ def test_a_job_saves_before_its_limit_goes_back_into_the_queue_and_finishes(
     assert found["state"] == "PENDING", run.output()
     assert 2 <= found["step"] == found["checkpoint"] < STEPS
     assert "stopped by SIGUSR1" in run.output()
-    assert "interrupted and saved; the job goes back into the queue" in run.output()
+    assert "interrupted and saved; the job is to go back into the queue" in run.output()
 
     # Slurm holds a requeued job back for two minutes.
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,12 +51,13 @@ from emu35.config.io import write_config
 from emu35.errors import Emu35Error
 from emu35.run.compose import compose
 from emu35.run.torchrun import Node, run_node
-run_dir, *overrides = sys.argv[1:]
+run_dir, node, master, *overrides = sys.argv[1:]
 config = compose(["launch=torchrun", "launch.nproc=2", f"run_dir={run_dir}", *overrides])
 write_config(config, run_dir)
 try:
     program = [run_dir + "/rank.py", run_dir]
-    sys.exit(run_node(config, run_dir=Path(run_dir), node=Node(), program=program))
+    node = Node(rank=int(node), master=master or None)
+    sys.exit(run_node(config, run_dir=Path(run_dir), node=node, program=program))
 except Emu35Error as error:
     sys.exit(f"emu35: {error}")
 """
@@ -66,11 +68,13 @@ def start(tmp_path: Path):
     """Start two ranks whose stage is ``body``; whatever is left of them is killed at the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def start_node(body: str, *overrides: str) -> "subprocess.Popen[str]":
+    def start_node(
+        body: str, *overrides: str, node: int = 0, master: str = ""
+    ) -> "subprocess.Popen[str]":
         lines = "\n".join(f"    {line}" for line in body.splitlines())
         (tmp_path / "rank.py").write_text(RANK.format(body=lines))
         process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(tmp_path), *overrides],
+            [sys.executable, "-c", LAUNCHER, str(tmp_path), str(node), master, *overrides],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -168,6 +172,29 @@ def test_a_crash_says_where_to_look(tmp_path: Path, start) -> None:
     assert "ValueError: a bug" in (tmp_path / "logs" / "rank1.log").read_text()
 
 
+def test_a_signal_while_torchrun_waits_for_another_node_undoes_nothing(
+    tmp_path: Path, start
+) -> None:
+    body = (
+        "up(run_dir)\nwhile rank == 1 and not Path(run_dir, 'go').exists():\n    time.sleep(0.05)"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        master = f"127.0.0.1:{probe.getsockname()[1]}"
+    words = ("launch.nodes=2", "launch.nproc=1")
+    first, second = (start(body, *words, node=node, master=master) for node in (0, 1))
+    wait_for(lambda: are_up(tmp_path))
+    finished = int((tmp_path / "up0.0").read_text())
+    wait_for(lambda: not psutil.pid_exists(finished))
+    first.send_signal(signal.SIGUSR1)
+    time.sleep(1.0)
+    assert first.poll() is None
+    (tmp_path / "go").touch()
+    for node in (first, second):
+        _, errors = node.communicate(timeout=90)
+        assert node.returncode == 0, errors
+
+
 def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path, start) -> None:
     body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); up(run_dir); time.sleep(600)"
     node = start(body, "launch.max_restarts=3")
@@ -190,3 +217,19 @@ def test_a_killed_launcher_leaves_neither_torchrun_nor_ranks(tmp_path: Path, sta
     assert len(below) == 3
     node.kill()
     wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in below))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the kernel's parent-death signal")
+def test_a_launcher_killed_while_ranks_start_leaves_nobody(tmp_path: Path, start) -> None:
+    node = start("up(run_dir); time.sleep(600)")
+    launcher = psutil.Process(node.pid)
+    below: list[psutil.Process] = []
+    try:
+        wait_for(lambda: len(launcher.children(recursive=True)) == 3)
+        below = launcher.children(recursive=True)
+        node.kill()
+        wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in below))
+    finally:
+        for process in below:
+            if process.is_running():
+                process.kill()

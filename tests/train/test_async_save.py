@@ -5,8 +5,10 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from test_trainer import _children, _end_session, finish, rows, spawn
@@ -114,7 +116,11 @@ def wait_for_writing(run_dir: Path, *, step: int, process: subprocess.Popen[str]
         if (folder / "rng_00000.pt").exists():
             return
         time.sleep(0.01)
-    process.kill()
+    if process.poll() is None:
+        # torchrun alone would leave its ranks, which hold the pipe that is read below.
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
     pytest.fail(f"no save of step {step} began:\n{process.communicate()[0]}")
 
 
