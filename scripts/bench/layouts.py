@@ -57,7 +57,7 @@ def main() -> int:
     if options.rank:
         serve(json.loads(options.rank))
         return 0
-    length = 256 if options.quick else 2048
+    length = 128 if options.quick else 512
     groups = {"one": Group({"ranks": 1, "threads": RANKS}, length=length)}
     for name, layout in LAYOUTS.items():
         ranks = layout.get("ranks", RANKS)
