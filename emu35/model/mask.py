@@ -22,6 +22,12 @@ class AttentionMask:
     end2_BS: torch.Tensor
 
     @classmethod
+    def from_intervals(cls, intervals_BS4: torch.Tensor) -> "AttentionMask":
+        """From (start1, end1, start2, end2) of every row, int64 [B, S, 4]."""
+        start1_BS, end1_BS, start2_BS, end2_BS = intervals_BS4.unbind(-1)
+        return cls(start1_BS=start1_BS, end1_BS=end1_BS, start2_BS=start2_BS, end2_BS=end2_BS)
+
+    @classmethod
     def causal(
         cls, document_start_BS: torch.Tensor, *, span_end_BS: torch.Tensor | None = None
     ) -> "AttentionMask":

@@ -1,7 +1,7 @@
 """What a token's loss is worth, and what is reported about it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -78,22 +78,24 @@ def causal_mask(batch: Batch) -> AttentionMask:
 class MicroBatch:
     """What this rank computes of a batch: label weights raw and divided by their sum over the
     global batch, and the mask (on the CPU). Under context parallelism its tensors hold this rank's
-    columns, those of ``split``."""
+    columns, those of ``split``; ``tokens`` (padding left out) and ``visible_pairs`` of query and
+    key count the whole batch."""
 
     batch: Batch
     weights_BS: torch.Tensor
     normalised_BS: torch.Tensor
     mask: AttentionMask
     split: SequenceSplit | None
+    tokens: int
+    visible_pairs: int
 
     def on(self, device: torch.device) -> "MicroBatch":
         """The same with its tensors on ``device``; the mask stays."""
-        return MicroBatch(
+        return replace(
+            self,
             batch=self.batch.to(device),
             weights_BS=self.weights_BS.to(device),
             normalised_BS=self.normalised_BS.to(device),
-            mask=self.mask,
-            split=self.split,
         )
 
 

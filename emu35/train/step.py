@@ -127,7 +127,7 @@ class LMTask:
             **report.metrics(),
             "lr": rate,
             "grad_norm": grad_norm,
-            **self._sizes(batches),
+            **self._sizes(micro_batches),
         }
 
     def _accepts(self, loss: float, grad_norm: float) -> bool:
@@ -136,13 +136,12 @@ class LMTask:
         loss, grad_norm = worst_over_ranks([loss, grad_norm])
         return self.guard.accepts(loss=loss, grad_norm=grad_norm)
 
-    def _sizes(self, batches: list[Batch]) -> dict[str, float]:
+    def _sizes(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Document tokens of the global batch, and the model FLOPs they cost."""
         assert isinstance(self.config.model, LMConfig)
-        real = [(batch.document_start < batch.tokens.shape[1]).sum() for batch in batches]
-        visible = [self.batch_mask(batch).visible_keys().sum() for batch in batches]
-        sums = torch.stack([torch.stack(real).sum(), torch.stack(visible).sum()])
-        tokens, pairs = sum_over(sums.to(self.mesh.device), self.mesh.dp_group).tolist()
+        own = [[item.tokens, item.visible_pairs] for item in micro_batches]
+        sums = torch.tensor(own, device=self.mesh.device).sum(0)
+        tokens, pairs = sum_over(sums, self.mesh.dp_group).tolist()
         flops = step_flops(
             self.config.model,
             vocabulary_size=self.chunks[0].vocabulary_size,
@@ -201,6 +200,8 @@ class LMTask:
         """The columns of ``batch`` that this rank works on. Dealt out here, once a micro-batch,
         and not in the forward that every virtual pipeline stage calls."""
         mask, split = self.batch_mask(batch), None
+        tokens = int((batch.document_start < batch.tokens.shape[1]).sum())
+        pairs = int(mask.visible_keys().sum())
         if self.mesh.cp_size > 1:
             kind = self.config.parallel.cp_comm_type
             group, device = self.mesh.cp_group, self.mesh.device
@@ -213,6 +214,8 @@ class LMTask:
             normalised_BS=weights_BS * scale,
             mask=mask,
             split=split,
+            tokens=tokens,
+            visible_pairs=pairs,
         ).on(self.mesh.device)
 
     def _groups(self, documents: ValidationSet) -> Iterator[list[Batch]]:

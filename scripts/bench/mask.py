@@ -127,9 +127,7 @@ def dida_mask(length: int, *, picture: int, text: int) -> AttentionMask:
         row = len(intervals)
         intervals += [(start, picture_start, row, row + picture)] * picture
     intervals += [(length, 0, 0, 0)] * (length - len(intervals))
-    columns = torch.tensor([intervals]).unbind(-1)
-    names = ("start1_BS", "end1_BS", "start2_BS", "end2_BS")
-    return AttentionMask(**dict(zip(names, columns, strict=True)))
+    return AttentionMask.from_intervals(torch.tensor([intervals]))
 
 
 def same_blocks(ours: BlockMask, theirs: BlockMask) -> bool:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_lm
 from torch.multiprocessing.spawn import spawn
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.manager import CheckpointManager
 from emu35.checkpoint.source import open_source
-from emu35.config import CheckpointConfig, LMConfig, ParallelConfig, RunConfig, TokenizerConfig
+from emu35.config import CheckpointConfig, ParallelConfig, RunConfig, TokenizerConfig
 from emu35.config.io import write_config
 from emu35.model.build import build_chunks, build_model
 from emu35.model.init import initialize
@@ -18,14 +19,7 @@ from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import init_mesh, leave, single_process_mesh
 from emu35.tokens.vocabulary import vocabulary_of
 
-MODEL = LMConfig(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-)
+MODEL = tiny_lm()
 # An odd number of ids: two tensor-parallel ranks need a padding row.
 TOKENIZER = TokenizerConfig(codebook_size=16)
 LAYOUTS = {

@@ -1,13 +1,12 @@
 """Every backend against the dense oracle, and the oracle against its definition."""
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_lm
 
-from emu35.config import AttentionBackend, LMConfig
+from emu35.config import AttentionBackend
 from emu35.model.attention import dense, segment
 from emu35.model.build import build_model
 from emu35.model.cache import KVCache
@@ -16,23 +15,10 @@ from emu35.model.init import initialize
 from emu35.model.mask import AttentionMask
 from emu35.parallel.mesh import single_process_mesh
 
-TINY = LMConfig(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-)
-
 
 def tiny_model(vocabulary_size: int = 101, **changes: object):
     single_process_mesh()
-    config = copy.copy(TINY)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    model = build_model(config, vocabulary_size=vocabulary_size)
+    model = build_model(tiny_lm(**changes), vocabulary_size=vocabulary_size)
     initialize(model, seed=3, pad_id=0)
     return model
 
@@ -60,13 +46,7 @@ def masks(draw: st.DrawFn) -> AttentionMask:
                 first = draw(st.integers(0, prefix))
                 intervals += [(first, prefix, start, end)] * count
         rows.append(intervals)
-    stacked = torch.tensor(rows)
-    return AttentionMask(
-        start1_BS=stacked[..., 0],
-        end1_BS=stacked[..., 1],
-        start2_BS=stacked[..., 2],
-        end2_BS=stacked[..., 3],
-    )
+    return AttentionMask.from_intervals(torch.tensor(rows))
 
 
 @settings(max_examples=60, deadline=None)

@@ -43,13 +43,7 @@ def long_masks(draw: st.DrawFn) -> AttentionMask:
         else:  # two intervals that only together cover some blocks
             middle = draw(st.integers(0, end))
             intervals += [(0, middle, middle, end)] * count
-    stacked = torch.tensor([intervals])
-    return AttentionMask(
-        start1_BS=stacked[..., 0],
-        end1_BS=stacked[..., 1],
-        start2_BS=stacked[..., 2],
-        end2_BS=stacked[..., 3],
-    )
+    return AttentionMask.from_intervals(torch.tensor([intervals]))
 
 
 @settings(max_examples=40, deadline=None)

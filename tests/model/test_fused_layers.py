@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_lm
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from emu35.checkpoint import sharded
-from emu35.config import EngineConfig, LayerSpec, LMConfig
+from emu35.config import EngineConfig, LayerSpec
 from emu35.errors import LaunchError
 from emu35.model import spec
 from emu35.model.build import build_model
@@ -24,15 +25,7 @@ from emu35.model.norm import RMSNorm, rms_norm
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import single_process_mesh
 
-MODEL = LMConfig(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-)
+MODEL = tiny_lm()
 
 
 class FusedNormLinear(spec.ColumnParallelLinear):

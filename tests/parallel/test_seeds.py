@@ -1,15 +1,11 @@
 """Which ranks drop the same units: dropout streams by place in the layout, on four real ranks."""
 
-import contextlib
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
+from torchrun_ranks import run_ranks
 
 WORKER = Path(__file__).with_name("seeds_worker.py")
 
@@ -19,25 +15,7 @@ pytestmark = pytest.mark.multiproc
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     result = tmp_path_factory.mktemp("seeds") / "drawn.json"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    process = subprocess.Popen(
-        [sys.executable, *torchrun, str(WORKER), str(result)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=200)
-    finally:
-        if process.poll() is None:
-            # Ranks have sessions of their own: a signal to torchrun's group would miss them.
-            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-            process.communicate()
-    assert process.returncode == 0, output
+    run_ranks([str(WORKER), str(result)], ranks=4, timeout=200)
     return json.loads(result.read_text())
 
 

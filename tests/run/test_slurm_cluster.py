@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from slurm_cluster import SlurmCluster, missing_here, slurm_cluster
-from tiny_run import make_shards, newest_step, overrides, rows
+from tiny_run import newest_step, overrides, rows
 
 pytestmark = [
     pytest.mark.multiproc,
@@ -30,8 +30,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("text"))
+def shards(fruit_shards: Path) -> Path:
+    return fruit_shards
 
 
 @pytest.fixture(scope="module")

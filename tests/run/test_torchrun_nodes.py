@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_run import make_shards, newest_step, overrides, rows
+from tiny_run import newest_step, overrides, rows
 
 from emu35.run.follow import status
 
@@ -31,8 +31,8 @@ def emu35(*arguments: str) -> "subprocess.Popen[str]":
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("text"))
+def shards(fruit_shards: Path) -> Path:
+    return fruit_shards
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,7 @@
-"""A tiny training for the launchers: the shards it reads, its overrides, and what it recorded."""
+"""A tiny training for the launchers: its overrides, and what it recorded."""
 
 import json
 from pathlib import Path
-
-from emu35.data.ingest.options import IngestOptions
-from emu35.data.readers.discover import TextUnit
-from emu35.stages.data import ingest
-
-
-def make_shards(folder: Path) -> Path:
-    """Forty lines of text as token shards below ``folder``."""
-    lines = (f"{i} apples and {i * i} pears are {i + i * i} pieces of fruit" for i in range(40))
-    (folder / "fruit.txt").write_text("\n".join(lines) + "\n")
-    ingest(
-        IngestOptions(
-            inputs=[folder / "fruit.txt"],
-            out=folder / "shards",
-            source="fruit",
-            text_unit=TextUnit.lines,
-        )
-    )
-    return folder / "shards"
 
 
 def overrides(run_dir: Path, *, shards: Path, steps: int, batch: int = 4) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_lm
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -17,7 +18,6 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from emu35.checkpoint.staged import StateWrite
 from emu35.config import (
     CheckpointConfig,
-    LMConfig,
     OptimConfig,
     PretrainConfig,
     RunConfig,
@@ -26,47 +26,24 @@ from emu35.config import (
 )
 from emu35.config.data import SourceConfig
 from emu35.config.io import write_config
-from emu35.data.ingest.options import IngestOptions
-from emu35.data.readers.discover import TextUnit
 from emu35.errors import CheckpointError, DataError
 from emu35.model import mcore_config
 from emu35.run import worker
 from emu35.run.preflight import check_inputs
 from emu35.stages import pretrain, sft
-from emu35.stages.data import ingest
 
 STEPS, STOP = 6, 3
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    lines = (f"{i} apples and {i * i} pears are {i + i * i} pieces of fruit" for i in range(40))
-    (folder / "fruit.txt").write_text("\n".join(lines) + "\n")
-    ingest(
-        IngestOptions(
-            inputs=[folder / "fruit.txt"],
-            out=folder / "shards",
-            source="fruit",
-            text_unit=TextUnit.lines,
-        )
-    )
-    return folder / "shards"
+def shards(fruit_shards: Path) -> Path:
+    return fruit_shards
 
 
 def config(run_dir: Path, *, shards: Path, stage: Any = None, **model: Any) -> RunConfig:
     config = RunConfig(
         run_dir=str(run_dir),
-        model=LMConfig(
-            num_layers=2,
-            hidden_size=32,
-            ffn_hidden_size=48,
-            num_attention_heads=4,
-            num_kv_heads=2,
-            head_dim=16,
-            max_position_embeddings=128,
-            **model,
-        ),
+        model=tiny_lm(max_position_embeddings=128, **model),
         data=TokenDataConfig(
             sequence_length=128, sources={"fruit": SourceConfig(path=str(shards))}
         ),

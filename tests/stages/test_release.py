@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import tiny_lm
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.manager import CheckpointManager
@@ -44,17 +45,7 @@ from emu35.stages.release import (
 from emu35.tokens.template import PromptTemplate
 from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
 
-MODEL = LMConfig(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-    hidden_dropout=0.1,
-    attention_dropout=0.1,
-)
+MODEL = tiny_lm(hidden_dropout=0.1, attention_dropout=0.1)
 TOKENIZER = TokenizerConfig(kind=TokenizerKind.bytes, codebook_size=16)
 
 

@@ -1,17 +1,14 @@
 """``emu35 convert reshard``: a run folder for another layout that goes on like the old one."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_language_model_runs import STEPS, STOP, config, rows, shards, state
+from torchrun_ranks import run_ranks
 
 from emu35 import cli
 from emu35.checkpoint import reshard as streaming
@@ -23,7 +20,6 @@ from emu35.errors import CheckpointError
 from emu35.stages import pretrain
 
 __all__ = ["shards"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 MASTER = "optimizer.state.fp32_param."
 
 
@@ -103,21 +99,7 @@ def test_two_tensor_parallel_ranks_continue_what_one_process_trained(
 ) -> None:
     words = ["launch.nproc=2", "parallel.tp=2", "parallel.sp=true", "parallel.zero1=true"]
     out = convert(fp32_run, tmp_path / "out", "--step", str(STOP), *words)
-    process = subprocess.Popen(
-        [sys.executable, *TORCHRUN, "-m", "emu35.run.worker", str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=580)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, output
+    output = run_ranks(["-m", "emu35.run.worker", str(out)], ranks=2, timeout=580)
     assert f"resuming at step {STOP}" in output
     assert_continued(out, run=fp32_run)
 

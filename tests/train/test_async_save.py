@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from test_trainer import _children, _end_session, finish, rows, spawn
-from tiny_task import StagedTask, tiny_config
+from tiny_task import StagedTask, fit_until, tiny_config
 
 from emu35.checkpoint.manager import find_checkpoint, list_steps
 from emu35.errors import CheckpointError, Interrupted
@@ -24,15 +24,8 @@ PAUSE = 0.3
 
 def train(run_dir: Path, *, async_save: bool = True, stop_at: int = 0) -> StagedTask:
     task = StagedTask(write_pause=PAUSE if async_save else 0.0)
-    make_step = task.train_step
-
-    def step(number: int) -> dict[str, float]:
-        if number == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return make_step(number)
-
-    task.train_step = step  # type: ignore[method-assign]
-    fit(task, config=tiny_config(async_save=async_save), run_dir=run_dir)
+    config = tiny_config(async_save=async_save)
+    fit_until(task, config=config, run_dir=run_dir, stop_at=stop_at)
     return task
 
 

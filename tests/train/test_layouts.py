@@ -1,46 +1,11 @@
 """One truth: the same losses from every layout, micro-batch size and packing."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rank_pool import WORKER, RankPool
-
-
-def train(result: Path, *, ranks: int = 1, **spec: object) -> dict:
-    """Run the worker alone or on ``ranks`` ranks."""
-    launch(WORKER, result, spec, ranks=ranks)
-    return json.loads(result.read_text())
-
-
-def launch(script: Path, place: Path, spec: dict, *, ranks: int, timeout: float = 240) -> None:
-    """Run ``script`` alone or on ``ranks`` torchrun ranks, and end whatever it leaves behind."""
-    command = [str(script), str(place), json.dumps(spec)]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*torchrun, *command]
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, output
+from rank_pool import RankPool
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_layouts import launch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torchrun_ranks import run_ranks
 
 WORKER = Path(__file__).with_name("reshard_worker.py")
 
@@ -51,7 +51,7 @@ def reshard(
             load = [(name, other, here[other]) for name, other in now]
             if load or not again:
                 spec |= {"save": {} if again else here, "load": load}
-                launch(WORKER, root, spec, ranks=ranks, timeout=1500)
+                run_ranks([str(WORKER), str(root), json.dumps(spec)], ranks=ranks, timeout=1500)
     assert not rest
 
 

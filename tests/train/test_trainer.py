@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_task import TinyTask, tiny_config
+from tiny_task import TinyTask, fit_until, tiny_config
 
 from emu35.config import RunConfig
 from emu35.config.io import run_identity
@@ -31,15 +31,7 @@ def train(
 ) -> TinyTask:
     """Run the tiny task; ``stop_at`` sends this very process a SIGTERM during that step."""
     task = TinyTask(nan_at=nan_at)
-    make_step = task.train_step
-
-    def step(number: int) -> dict[str, float]:
-        if number == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return make_step(number)
-
-    task.train_step = step  # type: ignore[method-assign]
-    fit(task, config=config or tiny_config(), run_dir=run_dir)
+    fit_until(task, config=config or tiny_config(), run_dir=run_dir, stop_at=stop_at)
     return task
 
 

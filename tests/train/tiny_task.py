@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -148,6 +149,19 @@ class TinyWrite:
             "optimizer": self.task.optimizer.state_dict(),
             "cursor": self.task.cursor,
         }
+
+
+def fit_until(task: TinyTask, *, config: RunConfig, run_dir: Path, stop_at: int = 0) -> None:
+    """Train in this process; ``stop_at`` sends it a SIGTERM during that step."""
+    make_step = task.train_step
+
+    def step(number: int) -> dict[str, float]:
+        if number == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_step(number)
+
+    task.train_step = step  # type: ignore[method-assign]
+    fit(task, config=config, run_dir=run_dir)
 
 
 def tiny_config(
