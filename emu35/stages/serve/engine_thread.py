@@ -1,0 +1,411 @@
+"""The one thread that uses the engine.
+
+Whoever wants something puts a :class:`Submit` or an :class:`Abort` into the mailbox; both are plain
+data that could be sent to other ranks. Between two steps the thread takes what lies there, applies
+it in order, and after the step it hands every call its updates, one wake-up of the event loop a
+step. While nothing is asked it sleeps.
+
+A step that fails (diverged weights, memory) fails the requests in flight, and only these: they are
+taken out of the engine, the health is bad until a step succeeds again, and the thread goes on. If
+the engine cannot even let go of them, it is not used any more.
+"""
+
+import asyncio
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from emu35.errors import Emu35Error
+from emu35.inference.engine import Engine, EngineStats
+from emu35.inference.grammar import NextKind
+from emu35.inference.request import Finish, Generated, Request, Update
+from emu35.stages.serve.metrics import Metrics
+
+
+class EngineFailure(Exception):
+    """The engine failed while it worked on a call; ``str()`` says how."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submit:
+    """Generate ``requests``, all or none, under the numbers ``keys``."""
+
+    requests: tuple[Request, ...]
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Abort:
+    """End the requests ``keys`` (None: all) at once, where they have not ended."""
+
+    keys: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stop:
+    """Leave."""
+
+
+Command: TypeAlias = Submit | Abort | Stop
+_Item: TypeAlias = tuple[int, Update] | EngineFailure
+
+
+class Call:
+    """The requests of one HTTP call, in flight. Iterate for (place of the request, update)."""
+
+    def __init__(self, keys: tuple[int, ...], *, abort: Callable[[tuple[int, ...]], None]) -> None:
+        self.keys = keys
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._items: asyncio.Queue[_Item] = asyncio.Queue()
+        self._running = set(range(len(keys)))
+        self._abort = abort
+
+    def put(self, item: _Item) -> None:
+        """Hand over what the engine did; in the event loop."""
+        self._items.put_nowait(item)
+
+    async def next(self, *, patience: float | None = None) -> list[tuple[int, Update]]:
+        """Everything that has come, at least one item; empty when ``patience`` (seconds) ran out.
+
+        Raises:
+            EngineFailure: the engine failed; nothing more comes.
+        """
+        try:
+            items = [await asyncio.wait_for(self._items.get(), patience)]
+        except TimeoutError:
+            return []
+        while not self._items.empty():
+            items.append(self._items.get_nowait())
+        updates: list[tuple[int, Update]] = []
+        for item in items:
+            if isinstance(item, EngineFailure):
+                self._running.clear()
+                raise item
+            updates.append(item)
+            if item[1].finished is not None:
+                self._running.discard(item[0])
+        return updates
+
+    @property
+    def running(self) -> bool:
+        """Whether anything more will come."""
+        return bool(self._running)
+
+    async def updates(self) -> AsyncIterator[tuple[int, Update]]:
+        """Every update until all requests have ended.
+
+        Raises:
+            EngineFailure: as :meth:`next`.
+        """
+        while self.running:
+            for item in await self.next():
+                yield item
+
+    def close(self) -> None:
+        """Abort what still runs: nobody reads it any more."""
+        if self._running:
+            self._abort(tuple(self.keys[place] for place in self._running))
+            self._running.clear()
+
+
+@dataclass(kw_only=True, slots=True)
+class _Flight:
+    """A request in the engine."""
+
+    call: Call
+    place: int
+    accepted: float
+    admitted: float | None = None
+    first_token: float | None = None
+    tokens: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class _Pace:
+    """How long requests have lately taken, in seconds: what Retry-After is guessed from."""
+
+    mean: float = 1.0
+
+    def note(self, seconds: float) -> None:
+        self.mean += 0.2 * (seconds - self.mean)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Flights:
+    """Requests in flight by their number in the engine, oldest first."""
+
+    by_index: dict[int, _Flight] = field(default_factory=dict[int, _Flight])
+    index_of: dict[int, int] = field(default_factory=dict[int, int])  # key -> index
+
+    def add(self, key: int, *, index: int, flight: _Flight) -> None:
+        self.by_index[index], self.index_of[key] = flight, index
+
+    def pop(self, index: int) -> _Flight:
+        flight = self.by_index.pop(index)
+        del self.index_of[flight.call.keys[flight.place]]
+        return flight
+
+
+class EngineThread:
+    """Made and used from the event loop; ``make`` builds the engine inside the thread.
+
+    ``failure`` is what health shows: the last step's, None while all is well.
+    """
+
+    def __init__(self, make: Callable[[], Engine], *, metrics: Metrics) -> None:
+        self._make = make
+        self._metrics = metrics
+        self._mailbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop = asyncio.get_running_loop()
+        self._made: asyncio.Future[None] = self._loop.create_future()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._calls: dict[int, Call] = {}  # by the first key; until the engine has them
+        self._keys = 0
+        self._flights = _Flights()
+        self._pace = _Pace()
+        self.stats: EngineStats | None = None
+        self.failure: str | None = None
+
+    async def start(self) -> None:
+        """Build the engine; returns when it is ready.
+
+        Raises:
+            Whatever building it raises.
+        """
+        self._thread.start()
+        await self._made
+
+    async def stop(self) -> None:
+        """Abort what runs (its calls get their last update) and end the thread."""
+        self._mailbox.put(Stop())
+        await self._ended
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._flights.by_index)
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which a place is likely to be free."""
+        stats = self.stats
+        rounds = 1.0 if stats is None else (stats.waiting + 1) / max(stats.active, 1)
+        return max(1, min(120, round(self._pace.mean * rounds)))
+
+    async def submit(self, requests: Sequence[Request]) -> Call:
+        """Hand over ``requests``, all of them or none.
+
+        Raises:
+            ConfigError: one of them can never run.
+            QueueFull: the waiting line is full.
+            EngineFailure: the engine is not usable any more.
+        """
+        keys = tuple(range(self._keys, self._keys + len(requests)))
+        self._keys += len(requests)
+        call = Call(keys, abort=self._post_abort)
+        self._calls[keys[0]] = call
+        self._mailbox.put(Submit(requests=tuple(requests), keys=keys))
+        try:
+            await call.accepted
+        except asyncio.CancelledError:
+            call.close()
+            raise
+        return call
+
+    def abort_all(self) -> None:
+        """Abort everything in flight; the calls get their last update."""
+        self._mailbox.put(Abort(keys=None))
+
+    def _post_abort(self, keys: tuple[int, ...]) -> None:
+        self._mailbox.put(Abort(keys=keys))
+
+    # What follows runs in the thread.
+
+    def _run(self) -> None:
+        try:
+            engine = self._make()
+        except BaseException as error:  # whoever awaits start() gets it
+            self._post(_fail, self._made, error)
+            self._post(_succeed, self._ended)
+            return
+        self.stats = engine.stats
+        self._post(_succeed, self._made)
+        try:
+            while self._apply(self._commands(wait=not engine.busy), engine=engine):
+                if engine.busy:
+                    self._step(engine)
+                self.stats = engine.stats
+        except BaseException as error:
+            self._die(error)
+            while not isinstance(command := self._mailbox.get(), Stop):
+                if isinstance(command, Submit):
+                    self._refuse(command, EngineFailure(self.failure))
+        self._post(_succeed, self._ended)
+
+    def _commands(self, *, wait: bool) -> list[Command]:
+        """What lies in the mailbox; with ``wait`` at least one. The place where ranks of a
+        tensor-parallel group would agree on what they do next."""
+        commands = [self._mailbox.get()] if wait else []
+        while not self._mailbox.empty():
+            commands.append(self._mailbox.get())
+        return commands
+
+    def _apply(self, commands: Sequence[Command], *, engine: Engine) -> bool:
+        """Do as told; False to leave."""
+        for command in commands:
+            if isinstance(command, Submit):
+                self._submit(command, engine=engine)
+            elif isinstance(command, Abort):
+                self._abort(command.keys, engine=engine)
+            else:
+                self._abort(None, engine=engine)
+                return False
+        return True
+
+    def _submit(self, command: Submit, *, engine: Engine) -> None:
+        indices: list[int] = []
+        try:
+            for request in command.requests:
+                indices.append(engine.submit(request))
+        except Emu35Error as error:
+            for index in indices:
+                engine.abort(index)
+            self._refuse(command, error)
+            return
+        call, now = self._calls.pop(command.keys[0]), time.perf_counter()
+        for place, (key, index) in enumerate(zip(command.keys, indices, strict=True)):
+            flight = _Flight(call=call, place=place, accepted=now)
+            self._flights.add(key, index=index, flight=flight)
+            self._metrics.tokens.labels("prompt").inc(len(command.requests[place].prompt))
+        self._post(_succeed, call.accepted)
+
+    def _refuse(self, command: Submit, error: Exception) -> None:
+        if (call := self._calls.pop(command.keys[0], None)) is not None:
+            self._post(_fail, call.accepted, error)
+
+    def _abort(self, keys: tuple[int, ...] | None, *, engine: Engine) -> None:
+        updates: list[Update] = []
+        for key in tuple(self._flights.index_of) if keys is None else keys:
+            index = self._flights.index_of.get(key)
+            if index is not None and (update := engine.abort(index)) is not None:
+                updates.append(update)
+        self._deliver(updates)
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            updates = engine.step()
+        except Exception as error:
+            self._fail_step(error, engine=engine)
+            return
+        self.failure = None
+        self._note_admitted(engine.stats.waiting)
+        self._deliver(updates)
+
+    def _fail_step(self, error: Exception, *, engine: Engine) -> None:
+        self.failure = _describe(error)
+        self._metrics.failures.inc()
+        _report("a step of the engine failed; its requests got an error", error)
+        flights = list(self._flights.by_index)
+        for index in flights:
+            engine.abort(index)  # raising here ends the thread's use of this engine
+        self._fail_flights(flights)
+
+    def _fail_flights(self, indices: Sequence[int]) -> None:
+        calls = {id(flight.call): flight.call for flight in map(self._flights.pop, indices)}
+        failure = EngineFailure(self.failure)
+        for call in calls.values():
+            self._post(call.put, failure)
+        self._metrics.ended.labels("error").inc(len(indices))
+
+    def _die(self, error: BaseException) -> None:
+        self.failure = f"{_describe(error)}; the engine cannot go on: restart the server"
+        _report("the engine thread failed and serves nothing more", error)
+        self._fail_flights(list(self._flights.by_index))
+        for call in list(self._calls.values()):
+            self._post(_fail, call.accepted, EngineFailure(self.failure))
+        self._calls.clear()
+
+    def _deliver(self, updates: Sequence[Update]) -> None:
+        items: list[tuple[Call, _Item]] = []
+        now = time.perf_counter()
+        for update in updates:
+            flight = self._flights.by_index.get(update.index)
+            if flight is None:
+                continue
+            self._measure(flight, update, now=now)
+            items.append((flight.call, (flight.place, update)))
+            if update.finished is not None:
+                self._flights.pop(update.index)
+        if items:
+            self._post(_put, items)
+
+    def _note_admitted(self, waiting: int) -> None:
+        """Requests leave the waiting line in order, so its length tells which ones have."""
+        outside = [f for f in self._flights.by_index.values() if f.admitted is None]
+        now = time.perf_counter()
+        for flight in outside[: max(0, len(outside) - waiting)]:
+            flight.admitted = now
+            self._metrics.queue_time.observe(now - flight.accepted)
+
+    def _measure(self, flight: _Flight, update: Update, *, now: float) -> None:
+        metrics = self._metrics
+        if flight.first_token is None and update.tokens:
+            flight.first_token = now
+            metrics.first_token_time.observe(now - flight.accepted)
+        flight.tokens += len(update.tokens)
+        for token in update.tokens:
+            metrics.tokens.labels(_KINDS[token.kind]).inc()
+        if update.finished is None:
+            return
+        self._measure_whole(flight, update.finished, now=now)
+
+    def _measure_whole(self, flight: _Flight, finished: Generated, *, now: float) -> None:
+        metrics = self._metrics
+        metrics.ended.labels(finished.finish.value).inc()
+        metrics.images.inc(len(finished.document.images))
+        if flight.first_token is not None and flight.tokens > 1:
+            metrics.token_time.observe((now - flight.first_token) / (flight.tokens - 1))
+        if finished.finish is not Finish.abort:
+            self._pace.note(now - flight.accepted)
+
+    def _post(self, function: Callable[..., object], *arguments: object) -> None:
+        self._loop.call_soon_threadsafe(function, *arguments)
+
+
+_KINDS = {
+    NextKind.FORCED: "forced",
+    NextKind.AMONG: "size",
+    NextKind.TEXT: "text",
+    NextKind.VISUAL: "visual",
+}
+
+
+def _put(items: Sequence[tuple[Call, _Item]]) -> None:
+    for call, item in items:
+        call.put(item)
+
+
+def _succeed(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _fail(future: "asyncio.Future[None]", error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _describe(error: BaseException) -> str:
+    return str(error) if isinstance(error, Emu35Error) else f"{type(error).__name__}: {error}"
+
+
+def _report(what: str, error: BaseException) -> None:
+    trace = "" if isinstance(error, Emu35Error) else "".join(traceback.format_exception(error))
+    sys.stderr.write(f"emu35: {what}: {error}\n{trace}")
+    sys.stderr.flush()
