@@ -71,9 +71,7 @@ LAYOUT = st.lists(
 def test_all_events_together_are_the_document(ids: list[int], cuts: list[int]) -> None:
     events = events_of(ids, cuts=cuts)
     document = deserialize(ids, TOKENIZER)
-    assert text_of(events) == "".join(
-        part.text for part in document.parts if isinstance(part, Text)
-    )
+    assert text_of(events) == "".join(document.texts)
     done = [event for event in events if isinstance(event, ImageDone)]
     assert [event.number for event in done] == list(range(len(document.images)))
     for event, codes_HW in zip(done, document.images, strict=True):
