@@ -4,7 +4,8 @@ Whoever shows an answer while it comes (a terminal, a web page) feeds each
 :class:`~emu35.inference.request.Update` and gets text that can be printed as it stands, pictures
 that begin, grow and end, and thoughts told apart from the answer. All events of a sequence together
 are its document: their text is the text, and their images are the images, that
-:func:`~emu35.tokens.serialize.deserialize` finds in the same ids.
+:func:`~emu35.tokens.serialize.deserialize` finds in the same ids; what is a thought is what
+:func:`~emu35.tokens.answer.read_answer` takes for one.
 
 A character may be split over tokens, so bytes are held back until they make one; what can no longer
 become a character is shown as U+FFFD, exactly where the document has it.
@@ -119,6 +120,7 @@ class Progress:
         self._vocabulary = tokenizer.vocabulary
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._thought = _Thought.none
+        self._answered = False  # ESS or EOS has come: no thought begins any more
         self._stray = False  # in a run of layout tokens outside an image
         self._image: _OpenImage | None = None
         self._images = 0
@@ -168,14 +170,13 @@ class Progress:
         self._flush()
         if kind is _Kind.inside:
             if not self._stray:
-                self._events.append(Problem(STRAY))
+                self._broken(STRAY)
             self._stray = True
             return
         self._stray = False
         if kind is _Kind.boi:
-            self._thought = _Thought.none
             self._image = _OpenImage(ids=[id])
-        else:
+        elif not self._answered:
             self._thought = self._thought_after(id)
 
     def _thought_after(self, id: int) -> _Thought:
@@ -184,8 +185,15 @@ class Progress:
             return _Thought.whole
         if id == vocabulary.boc:
             return _Thought.image
-        ends = (vocabulary.eog, vocabulary.eoc, vocabulary.ess, vocabulary.eos, vocabulary.bss)
-        return _Thought.none if id in ends else self._thought
+        self._answered = id in (vocabulary.ess, vocabulary.eos)
+        ends = id in (vocabulary.eog, vocabulary.eoc) or self._answered
+        return _Thought.none if ends else self._thought
+
+    def _broken(self, reason: str) -> None:
+        """Where an image should be there is none: the thought before it was about this one."""
+        self._events.append(Problem(reason))
+        if self._thought is _Thought.image:
+            self._thought = _Thought.none
 
     def _extend_image(self, id: int) -> None:
         image, vocabulary = self._image, self._vocabulary
@@ -232,9 +240,10 @@ class Progress:
         if isinstance(part, Image):
             self._events.append(ImageDone(number=self._images, codes_HW=part.codes_HW))
             self._images += 1
+            self._thought = _Thought.none
         else:
             assert isinstance(part, Broken)
-            self._events.append(Problem(part.reason))
+            self._broken(part.reason)
 
     def _flush(self) -> None:
         """The run of text is over: what was held back becomes no character any more."""

@@ -21,6 +21,7 @@ from emu35.inference.progress import (
     TextPiece,
     ThoughtPiece,
 )
+from emu35.tokens.answer import read_answer
 from emu35.tokens.serialize import deserialize, image_tokens
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
 
@@ -48,9 +49,13 @@ def image(height: int, width: int, *, first: int = 0) -> list[int]:
     return image_tokens(codes, TOKENIZER)
 
 
+JOINT = "\n\n"
+WORDS = st.text(st.characters(exclude_characters="\n"), max_size=4)
 PIECES = st.one_of(
-    st.text(max_size=4).map(TOKENIZER.encode),
-    st.binary(max_size=4).map(list),  # UTF-8 that is broken, or goes on in the next piece
+    WORDS.map(TOKENIZER.encode),
+    st.binary(max_size=4)
+    .filter(lambda b: b"\n" not in b)
+    .map(list),  # UTF-8 that is broken, or goes on in the next piece
     st.builds(image, st.integers(1, 3), st.integers(1, 3), first=st.integers(0, 7)),
     st.sampled_from([[V.bog], [V.eog], [V.boc], [V.eoc], [V.ess], [V.pad], [V.eos]]),
     st.sampled_from([[V.eol], [V.img], [V.eoi]]),  # what the official decoder permits in text
@@ -79,6 +84,29 @@ def test_all_events_together_are_the_document(ids: list[int], cuts: list[int]) -
     assert [e.reason for e in events if isinstance(e, Problem)] == document.problems
     assert [type(event) for event in events].count(End) == 1
     assert isinstance(events[-1], End)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pieces=st.lists(PIECES, max_size=10), cuts=st.lists(st.integers(0, 60), max_size=8))
+@example(pieces=[[V.bog], [65], [V.eoc], [66]], cuts=[])
+@example(pieces=[[V.bog], [65], [V.eoi], [66]], cuts=[])
+@example(pieces=[[V.boc], [65], [V.eoi], [66]], cuts=[])
+@example(pieces=[[V.ess], [V.bog], [65]], cuts=[])
+def test_thoughts_are_those_of_the_answer(pieces: list[list[int]], cuts: list[int]) -> None:
+    ids = [id for piece in pieces for id in piece]
+    events = events_of(ids, cuts=cuts)
+    answer = read_answer(deserialize(ids, TOKENIZER))
+
+    def thought(image: bool) -> str:
+        return "".join(e.text for e in events if isinstance(e, ThoughtPiece) and e.image == image)
+
+    # Where the form is broken the reader joins thoughts by empty lines and sets others as text.
+    assert thought(False) == (answer.thought or "").replace(JOINT, "")
+    drawn = "".join(image.thought or "" for image in answer.images).replace(JOINT, "")
+    if not any("stands as text" in problem for problem in answer.problems):
+        assert thought(True) == drawn
+    else:
+        assert len(thought(True)) >= len(drawn)
 
 
 @settings(max_examples=100, deadline=None)
