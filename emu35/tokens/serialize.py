@@ -24,7 +24,11 @@ from emu35.tokens.document import Broken, Document, Image, Part, Special, Text, 
 from emu35.tokens.text import TextTokenizer
 from emu35.tokens.vocabulary import Vocabulary
 
-_SIZE = re.compile(r"([1-9][0-9]{0,5})\*([1-9][0-9]{0,5})")
+GRID_SIZE = re.compile(r"([1-9][0-9]{0,5})\*([1-9][0-9]{0,5})")
+"""How an image's size is spelled: height, then width."""
+
+STRAY = "image tokens outside an image"
+"""The reason of a ``Broken`` part that does not begin with BOI."""
 
 
 class Modality(IntEnum):
@@ -166,7 +170,7 @@ def split_parts(ids: Iterable[int], tokenizer: TextTokenizer) -> list[Part]:
         elif kind == _TEXT:
             parts.append(Text(tokenizer.decode(piece)))
         else:
-            parts.append(Broken(tuple(piece), "image tokens outside an image"))
+            parts.append(Broken(tuple(piece), STRAY))
         start = end
     return parts
 
@@ -245,7 +249,7 @@ def _read_image(ids: list[int], tokenizer: TextTokenizer) -> Image | Broken:
     if vocabulary.img not in ids:
         return broken("image without a size")
     begin = ids.index(vocabulary.img)
-    match = _SIZE.fullmatch(tokenizer.decode(ids[1:begin]))
+    match = GRID_SIZE.fullmatch(tokenizer.decode(ids[1:begin]))
     if match is None or tokenizer.encode(match[0]) != ids[1:begin]:
         return broken("image without a size")
     height, width = int(match[1]), int(match[2])

@@ -3,6 +3,15 @@
 The official prompt is one string that is tokenized with specials parsed. Here the user's question
 is encoded as plain text and only the template places specials, so the ids are equal for every
 question that spells no special token, and a question that spells one cannot break out of it.
+
+A dialogue goes on where its last answer ended::
+
+    BOS {opening} USER: {question}{images} ASSISTANT: BSS {answer} ESS
+        USER: {question}{images} ASSISTANT: BSS ...
+
+The release publishes no form of several turns. This one is inferred: ESS is how an answer ends in
+training, and a turn is asked as the first one was. In the unconditional stream every turn keeps its
+place and its pictures, asked and answered, and loses its words.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +25,7 @@ from numpy.typing import NDArray
 from emu35.tokens.document import Image
 from emu35.tokens.serialize import image_tokens
 from emu35.tokens.text import TextTokenizer
+from emu35.tokens.vocabulary import Vocabulary
 
 
 class Task(StrEnum):
@@ -24,7 +34,7 @@ class Task(StrEnum):
     t2i = "t2i"
     """Text to image."""
     x2i = "x2i"
-    """Text and up to three reference images to image."""
+    """Text and reference images to image (the release was shown up to three)."""
     howto = "howto"
     """Step by step guidance in text and images."""
     story = "story"
@@ -33,6 +43,8 @@ class Task(StrEnum):
     """Exploring a world, step by step."""
     vla = "vla"
     """Embodied manipulation."""
+    chat = "chat"
+    """Text, or a question about images, to text: the general prompt, which names no task."""
 
 
 class PromptTemplate(StrEnum):
@@ -41,6 +53,16 @@ class PromptTemplate(StrEnum):
 
     official = "official"
     plain = "plain"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Turn:
+    """An earlier turn of a dialogue: what was asked, with reference ``images`` [H, W] codes, and
+    the ids that came. ESS and EOS at their end are dropped, and so is an image that was cut off."""
+
+    question: str
+    answer: tuple[int, ...]
+    images: tuple[NDArray[np.integer], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +87,8 @@ class TaskNumbers:
     """What the official configurations recommend for a task.
 
     ``guidance`` is for the Emu3.5 model and ``guidance_image`` for its image-tuned sibling;
-    ``image_area`` is in pixels. ``one_image`` tasks are done when their image is.
+    ``image_area`` is in pixels. ``one_image`` tasks are done when their image is; tasks without
+    ``images`` answer in text alone.
     """
 
     guidance: float
@@ -75,6 +98,7 @@ class TaskNumbers:
     text: Sampling
     image: Sampling
     one_image: bool
+    images: bool = True
 
 
 def _one_image(*, guidance_image: float) -> TaskNumbers:
@@ -111,6 +135,16 @@ TASKS: Mapping[Task, TaskNumbers] = MappingProxyType(
             text=Sampling(top_k=200, top_p=0.5, temperature=0.7), image_top_k=5120
         ),
         Task.vla: _interleaved(text=Sampling(top_k=1024, top_p=0.9, temperature=1.0)),
+        Task.chat: TaskNumbers(
+            guidance=1.0,
+            guidance_image=1.0,
+            max_new_tokens=2048,
+            image_area=518_400,
+            text=Sampling(top_k=1024, top_p=0.9, temperature=1.0),
+            image=Sampling(top_k=10240, top_p=1.0, temperature=1.0),
+            one_image=False,
+            images=False,
+        ),
     }
 )
 
@@ -131,6 +165,8 @@ ASPECT_RATIOS: Mapping[str, tuple[int, int] | None] = MappingProxyType(
 """Width to height -> (height, width) in codes at one megapixel; ``auto``: the model decides."""
 
 _HOWTO = " Please generate a response with interleaved text and images."
+_CLOSING = " ASSISTANT: "
+_NEXT = " USER: "
 
 
 def build_prompt(
@@ -138,41 +174,98 @@ def build_prompt(
     question: str,
     *,
     images: Sequence[Image | NDArray[np.integer]] = (),
+    earlier: Sequence[Turn] = (),
     tokenizer: TextTokenizer,
     template: PromptTemplate = PromptTemplate.official,
 ) -> Prompt:
     """Conditional and unconditional ids for ``question`` with reference ``images`` [H, W] codes.
 
     Images follow each other without a separator, before the question for ``x2i`` and after it for
-    every other task; the unconditional prompt keeps them and drops the question.
+    every other task; the unconditional prompt keeps them and drops the question. ``earlier`` turns
+    come first (see the module); the plain template, which knows no turns, puts questions and
+    answers one after the other, as one document.
 
     Raises:
         DataError: if an image's codes do not fit the codebook.
+        TokenizerError: if an id of an earlier answer lies outside the vocabulary.
     """
     vocabulary = tokenizer.vocabulary
-    grids = [image.codes_HW if isinstance(image, Image) else image for image in images]
-    pictures = [id for codes_HW in grids for id in image_tokens(codes_HW, tokenizer)]
+    plain = template is PromptTemplate.plain
+    opening, unasked, closing = ("", "", "") if plain else _words(task)
+    begin, end = ([], []) if plain else ([vocabulary.bss], [vocabulary.ess])
+    conditional, unconditional = [vocabulary.bos], [vocabulary.bos]
 
-    def written(before: str, after: str) -> list[int]:
-        # Without a picture the two texts are one: byte pairs merge across the seam.
-        if not pictures:
-            return tokenizer.encode(before + after)
-        return [*tokenizer.encode(before), *pictures, *tokenizer.encode(after)]
+    def ask(question: str, images: Sequence[Image | NDArray[np.integer]]) -> None:
+        pictures = _pictures(images, tokenizer=tokenizer)
+        first = task is Task.x2i
+        asked = (opening, question + closing) if first else (opening + question, closing)
+        conditional.extend([*_around(pictures, asked, tokenizer=tokenizer), *begin])
+        kept = _around(pictures, (unasked, closing), tokenizer=tokenizer)
+        unconditional.extend([*kept, *begin])
 
-    if template is PromptTemplate.plain:
-        asked = written("", question) if task is Task.x2i else written(question, "")
-        return Prompt(
-            conditional=[vocabulary.bos, *asked], unconditional=[vocabulary.bos, *pictures]
-        )
+    for turn in earlier:
+        ask(turn.question, turn.images)
+        answer = answer_ids(turn.answer, vocabulary=vocabulary)
+        conditional += [*answer, *end]
+        unconditional += [*image_ids(answer, vocabulary=vocabulary), *end]
+        opening = unasked = "" if plain else _NEXT
+    ask(question, images)
+    return Prompt(conditional=conditional, unconditional=unconditional)
+
+
+def answer_ids(ids: Sequence[int], *, vocabulary: Vocabulary) -> list[int]:
+    """``ids`` of an answer without the ESS and EOS that end it, and without an image at their end
+    that was cut off: what a later turn builds on.
+
+    Raises:
+        TokenizerError: if an id lies outside the vocabulary.
+    """
+    for id in ids:
+        vocabulary.check(id)
+    end = len(ids)
+    while end and ids[end - 1] in (vocabulary.ess, vocabulary.eos):
+        end -= 1
+    kept = list(ids[:end])
+    layout = [at for at, id in enumerate(kept) if id in (vocabulary.boi, vocabulary.eoi)]
+    if layout and kept[layout[-1]] == vocabulary.boi:
+        del kept[layout[-1] :]
+    return kept
+
+
+def image_ids(ids: Sequence[int], *, vocabulary: Vocabulary) -> list[int]:
+    """The images among ``ids``, each from BOI to EOI."""
+    kept: list[int] = []
+    begin: int | None = None
+    for at, id in enumerate(ids):
+        if id == vocabulary.boi:
+            begin = at
+        elif id == vocabulary.eoi and begin is not None:
+            kept += ids[begin : at + 1]
+            begin = None
+    return kept
+
+
+def _words(task: Task) -> tuple[str, str, str]:
+    """What stands before the first question, before the place of a question that is left out, and
+    after either."""
+    general = "You are a helpful assistant. USER: "
+    if task is Task.chat:
+        return general, general, _CLOSING
     extra = _HOWTO if task is Task.howto else ""
-    opening = f"You are a helpful assistant for {task.value} task.{extra} USER: "
-    closing = " ASSISTANT: "
-    if task is Task.x2i:
-        asked = written(opening, question + closing)
-    else:
-        asked = written(opening + question, closing)
-    unasked = written("You are a helpful assistant. USER: ", closing)
-    return Prompt(
-        conditional=[vocabulary.bos, *asked, vocabulary.bss],
-        unconditional=[vocabulary.bos, *unasked, vocabulary.bss],
-    )
+    return f"You are a helpful assistant for {task.value} task.{extra} USER: ", general, _CLOSING
+
+
+def _pictures(
+    images: Sequence[Image | NDArray[np.integer]], *, tokenizer: TextTokenizer
+) -> list[int]:
+    grids = [image.codes_HW if isinstance(image, Image) else image for image in images]
+    return [id for codes_HW in grids for id in image_tokens(codes_HW, tokenizer)]
+
+
+def _around(pictures: list[int], texts: tuple[str, str], *, tokenizer: TextTokenizer) -> list[int]:
+    """Ids of the first text, the pictures and the second text."""
+    before, after = texts
+    # Without a picture the two texts are one: byte pairs merge across the seam.
+    if not pictures:
+        return tokenizer.encode(before + after)
+    return [*tokenizer.encode(before), *pictures, *tokenizer.encode(after)]

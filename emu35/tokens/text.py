@@ -60,6 +60,15 @@ class TextTokenizer(Protocol):
         """
         ...
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 of ``ids`` as it stands, specials as their strings: ``decode`` before broken
+        sequences become U+FFFD. A character may be split over tokens; bytes can be joined.
+
+        Raises:
+            TokenizerError: if an id lies outside the vocabulary.
+        """
+        ...
+
 
 class BytePairTokenizer:
     """The Qwen table of the release (ids equal to the official tokenizer's)."""
@@ -83,7 +92,10 @@ class BytePairTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return _decode(ids, words=self._words, vocabulary=self.vocabulary)
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return _join(ids, words=self._words, vocabulary=self.vocabulary)
 
     def _encode_text(self, text: str) -> list[int]:
         if len(text) <= _LONGEST_BLANK:
@@ -113,7 +125,10 @@ class ByteTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return _decode(ids, words=_BYTES, vocabulary=self.vocabulary)
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return _join(ids, words=_BYTES, vocabulary=self.vocabulary)
 
 
 def build_text_tokenizer(config: TokenizerConfig) -> TextTokenizer:
@@ -170,7 +185,7 @@ def _split_special(text: str, *, vocabulary: Vocabulary) -> Iterator[str | int]:
         yield text[start:]
 
 
-def _decode(ids: Iterable[int], *, words: list[bytes], vocabulary: Vocabulary) -> str:
+def _join(ids: Iterable[int], *, words: list[bytes], vocabulary: Vocabulary) -> bytes:
     pieces: list[bytes] = []
     n_text = vocabulary.n_text
     for id in ids:
@@ -179,4 +194,4 @@ def _decode(ids: Iterable[int], *, words: list[bytes], vocabulary: Vocabulary) -
         else:
             vocabulary.check(id)
             pieces.append(vocabulary.special_string(id).encode())
-    return b"".join(pieces).decode("utf-8", errors="replace")
+    return b"".join(pieces)

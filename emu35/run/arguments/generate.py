@@ -9,7 +9,7 @@ from emu35.config.schema import is_mapping
 from emu35.errors import DataError
 from emu35.run.arguments import Commands
 
-TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla")
+TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla", "chat")
 TEMPLATES = ("auto", "official", "plain")
 PRECISIONS = ("fp32", "bf16")
 
