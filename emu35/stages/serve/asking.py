@@ -4,6 +4,7 @@ The rules of tasks, templates and numbers are those of :mod:`emu35.inference.ask
 line follows as well; only plain continuations and ids go past it.
 """
 
+import asyncio
 import re
 import secrets
 from collections.abc import Sequence
@@ -65,9 +66,7 @@ class Asker:
             requests += [first] * body.n
         return _seeded(requests, seed=seed)
 
-    def _completion(
-        self, body: CompletionBody, prompt: str | list[int], *, name: str
-    ) -> Request:
+    def _completion(self, body: CompletionBody, prompt: str | list[int], *, name: str) -> Request:
         if isinstance(prompt, str):
             self._check_text(prompt, name=name)
             if body.task is not None:
@@ -119,7 +118,7 @@ class Asker:
             Refusal, ConfigError: the body asks for something that cannot be.
         """
         task = body.task or Task.chat
-        pictures.check(list(_sent(body.messages)))
+        pictures.check(_sent(body.messages))
         for message in body.messages:
             self._check_text(message.text, name="messages")
         area = self._area(body, task=task, factor=pictures.factor)
@@ -131,7 +130,9 @@ class Asker:
             max_new_tokens=body.token_limit,
             top_logprobs=body.top_logprobs or 0,
         )
-        return _seeded([self._ask(ask, body=body)] * body.n, seed=seed)
+        # Long texts take a while to tokenize.
+        request = await asyncio.to_thread(self._ask, ask, body=body)
+        return _seeded([request] * body.n, seed=seed)
 
     def _ask(self, ask: Ask, *, body: GenerationBody) -> Request:
         if ask.numbers.one_image and body.max_images not in (None, 1):
@@ -160,7 +161,7 @@ class Asker:
         """
         most = self.max_length * factor**2
         if body.image_area is None:
-            count = sum(1 for _ in _sent(body.messages))
+            count = len(_sent(body.messages))
             return max(factor**2, min(TASKS[task].image_area, most // (2 * max(count, 1))))
         if not 0 < body.image_area <= most:
             raise Refusal(
@@ -191,7 +192,7 @@ class Asker:
         images: list[Codes] = []
         asked = False
         for at, message in enumerate(messages):
-            sent = list(_sent([message], first=at))
+            sent = _sent([message], first=at)
             if message.role == "assistant":
                 if not asked:
                     raise Refusal(
@@ -212,11 +213,9 @@ class Asker:
 
     async def _answer(self, message: Message, *, at: int, pictures: Pictures) -> list[int]:
         if message.token_ids is not None:
-            check_ids(
-                message.token_ids, tokenizer=self.tokenizer, name=f"messages[{at}].token_ids"
-            )
+            check_ids(message.token_ids, tokenizer=self.tokenizer, name=f"messages[{at}].token_ids")
             return message.token_ids
-        grids = iter(await pictures.encode(list(_sent([message], first=at)), area=None))
+        grids = iter(await pictures.encode(_sent([message], first=at), area=None))
         ids: list[int] = []
         for part in message.parts:
             if isinstance(part, TextPart):
@@ -277,7 +276,7 @@ def _grid(body: GenerationBody) -> GridSize | None:
     return GridSize(height=shape[0], width=shape[1]) if shape else None
 
 
-def _sent(messages: Sequence[Message], *, first: int = 0) -> "list[Sent]":
+def _sent(messages: Sequence[Message], *, first: int = 0) -> list[Sent]:
     """The pictures of ``messages``, the first of which is number ``first`` of the body."""
     return [
         Sent(url=part.image_url.url, place=f"messages[{first + at}].content[{place}]")

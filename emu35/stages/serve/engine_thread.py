@@ -273,10 +273,13 @@ class EngineThread:
         try:
             for request in command.requests:
                 indices.append(engine.submit(request))
-        except Emu35Error as error:
+        except Exception as error:
             for index in indices:
                 engine.abort(index)
-            self._refuse(command, error)
+            expected = isinstance(error, Emu35Error)
+            if not expected:
+                _report("the engine failed to take a request", error)
+            self._refuse(command, error if expected else EngineFailure(_describe(error)))
             return
         call, now = self._calls.pop(command.keys[0]), time.perf_counter()
         for place, (key, index) in enumerate(zip(command.keys, indices, strict=True)):

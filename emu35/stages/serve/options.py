@@ -7,6 +7,7 @@ from pathlib import Path
 
 from emu35.config import Precision
 from emu35.errors import ConfigError
+from emu35.inference.ask import MAX_REFERENCES
 from emu35.tokens.template import PromptTemplate
 
 DEFAULT_PORT = 8000
@@ -20,7 +21,7 @@ class Limits:
 
     max_body_mb: int = 64
     max_image_pixels: int = 2**25
-    max_references: int = 16
+    max_references: int = MAX_REFERENCES
 
     @property
     def body_bytes(self) -> int:
@@ -80,6 +81,11 @@ def check(options: ServeOptions) -> None:
         )
         if value is not None and value < lowest
     ]
+    if limits.max_references > MAX_REFERENCES:
+        problems.append(
+            f"max_references={limits.max_references} must be at most {MAX_REFERENCES}, which is "
+            "what a dialogue takes"
+        )
     if not 0 <= options.port <= 65535:
         problems.append(f"port={options.port} must lie in 0..65535; 0 takes a free one")
     if not (math.isfinite(options.grace) and options.grace >= 0):

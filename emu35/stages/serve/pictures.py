@@ -119,8 +119,13 @@ class Pictures:
 
     @property
     def available(self) -> bool:
-        """Whether pictures can be shown at all."""
+        """Whether pictures can be read and shown at all."""
         return self._codec is not None
+
+    @property
+    def factor(self) -> int:
+        """Pixels along each side that make one code."""
+        return self._codec.factor if self._codec is not None else 1
 
     def _remember(self, key: tuple[bytes, int | None], codes_HW: Codes) -> None:
         self._known[key] = codes_HW

@@ -1,8 +1,8 @@
 """An answer as it comes: events of :mod:`emu35.inference.progress`, with stop strings cut off.
 
 The engine ends behind the token that completes a stop string, and the string is no part of the
-answer. While text streams, the end of it may be the beginning of a stop string, so that much is held
-back until it is known.
+answer. While text streams, its end may be the beginning of a stop string, so that much is held back
+until it is known.
 """
 
 from collections.abc import Sequence

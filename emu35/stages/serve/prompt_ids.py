@@ -52,7 +52,7 @@ def check_ids(ids: Sequence[int], *, tokenizer: TextTokenizer, name: str) -> Non
             position = _image_end(values, begin=begin, tokenizer=tokenizer, refuse=refuse)
 
 
-def _image_end(values: NDArray[np.int64], *, begin: int, tokenizer: TextTokenizer, refuse) -> int:  # noqa: ANN001
+def _image_end(values: NDArray[np.int64], *, begin: int, tokenizer: TextTokenizer, refuse) -> int:
     """One past the EOI of the image that begins at ``begin``."""
     vocabulary = tokenizer.vocabulary
     window = values[begin + 1 : begin + 2 + _LONGEST_SIZE]
@@ -73,9 +73,7 @@ def _image_end(values: NDArray[np.int64], *, begin: int, tokenizer: TextTokenize
     wanted = np.where(places % (width + 1) == 0, vocabulary.eol, -1)
     if len(body) == height * (width + 1):
         wanted[-1] = vocabulary.eoi
-    wrong = np.flatnonzero(
-        np.where(wanted < 0, body < vocabulary.visual_start, body != wanted)
-    )
+    wrong = np.flatnonzero(np.where(wanted < 0, body < vocabulary.visual_start, body != wanted))
     if len(wrong):
         row, column = divmod(int(wrong[0]), width + 1)
         end = vocabulary.eoi if row == height - 1 else vocabulary.eol

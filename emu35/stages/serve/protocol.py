@@ -74,7 +74,8 @@ class GenerationBody(Body):
     ``size`` is a grid in codes, height first (``64x48``), ``ratio`` a name such as 16:9.
     ``max_images`` ends the answer behind so many images; 0 permits none. ``stream_previews`` sends
     the unfinished picture every so many rows (true: about eight times a picture).
-    ``return_images`` false leaves pictures undecoded, for callers that want ids.
+    ``return_images`` false leaves pictures undecoded, for callers that want ids. ``image_area`` is
+    the number of pixels that references are resized to.
     """
 
     model: str | None = None
@@ -84,7 +85,7 @@ class GenerationBody(Body):
     top_k: int | None = None
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    stop: Any = None
+    stop: Any = Field(default=None, validate_default=True)
     stream: bool = False
     stream_options: StreamOptions | None = None
     task: Task | None = None
@@ -96,13 +97,14 @@ class GenerationBody(Body):
     stream_previews: int = 0
     return_token_ids: bool = False
     return_images: bool = True
+    image_area: int | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _neutral_fields(cls, values: Any) -> Any:
         """Drop fields that ask for nothing; refuse those that ask for what we do not do."""
         if not isinstance(values, dict):
-            raise ValueError("the body must be a JSON object, such as {\"prompt\": \"...\"}")
+            raise ValueError('the body must be a JSON object, such as {"prompt": "..."}')
         kept: dict[str, Any] = {}
         for name, value in values.items():
             if name in cls.model_fields or name not in _NEUTRAL.keys() | _IGNORED:
@@ -267,8 +269,8 @@ class Message(Body):
 class ChatBody(GenerationBody):
     """``POST /v1/chat/completions``.
 
-    ``task`` (default chat: text about text and pictures) chooses the template; ``steps`` bounds the
-    images of tasks that go step by step. Without ``task`` no picture is generated.
+    ``task`` (default chat: text about text and pictures) chooses the template. A chat answers with
+    pictures only where ``size``, ``ratio`` or ``max_images`` asks for them.
     """
 
     messages: list[Message] = Field(min_length=1)

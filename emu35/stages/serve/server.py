@@ -1,0 +1,191 @@
+"""``emu35 serve``: from a folder to an open port, and down again in good order."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from emu35.checkpoint.source import Described, describe, load_model
+from emu35.errors import ConfigError
+from emu35.inference.engine import Engine
+from emu35.log.console import Console
+from emu35.parallel.mesh import local_device
+from emu35.stages.serve.app import build_app
+from emu35.stages.serve.asking import Asker
+from emu35.stages.serve.options import ServeOptions, check
+from emu35.stages.serve.service import Service
+from emu35.tokens.text import build_text_tokenizer
+from emu35.vision.codec import ImageCodec, load_codec
+
+_BACKLOG = 2048
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+Message = Callable[[str], object]
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until SIGTERM or SIGINT; returns when all is closed.
+
+    Raises:
+        ConfigError: options that make no sense, or a port that cannot be had.
+        CheckpointError, ReleaseError, TokenizerError: a source that cannot be opened.
+    """
+    check(options)
+    message = Console(stream=sys.stderr).line
+    described = describe(options.source, step=options.step, message=message)
+    _check_source(options, described=described)
+    with contextlib.closing(_listen(options)) as listener:
+        asyncio.run(_serve(options, described=described, listener=listener, message=message))
+
+
+def build_service(options: ServeOptions, *, described: Described) -> Service:
+    """The service of ``described``, nothing loaded yet; to be called in the event loop."""
+    tokenizer = build_text_tokenizer(described.tokenizer)
+    positions = described.config.max_position_embeddings
+    max_length = min(options.max_length or positions, positions)
+
+    def make_engine() -> Engine:
+        return Engine(
+            model=load_model(described, precision=options.precision or described.precision),
+            tokenizer=tokenizer,
+            max_length=max_length,
+            cache_tokens=options.cache_tokens,
+            max_requests=options.max_requests,
+            max_waiting=options.max_waiting,
+        )
+
+    return Service(
+        name=described.name,
+        options=options,
+        asker=Asker(
+            tokenizer=tokenizer,
+            template=options.template or described.template,
+            max_length=max_length,
+        ),
+        make_engine=make_engine,
+        open_codec=lambda: _open_codec(options, described=described),
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: what a signal means is decided here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them alone."""
+        yield
+
+
+def build_server(service: Service) -> Server:
+    """The HTTP server over ``service``."""
+    return Server(
+        uvicorn.Config(
+            build_app(service),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,
+            backlog=_BACKLOG,
+        )
+    )
+
+
+async def _serve(
+    options: ServeOptions, *, described: Described, listener: socket.socket, message: Message
+) -> None:
+    service = build_service(options, described=described)
+    server = build_server(service)
+    asked, hurry = _stop_signals()
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    message(f"emu35: http://{shown}:{port}/ loads {service.name}")
+    if options.host not in _LOOPBACK and options.api_key() is None:
+        message(f"emu35: {options.host} can be reached by others and no key is asked for; "
+                "see --api-key-env")  # fmt: skip
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(service.start())
+    stopping = asyncio.create_task(asked.wait())
+    try:
+        await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            message(f"emu35: ready: {service.name}")
+            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+        message(f"emu35: finishing what runs, at most {options.grace:g} s")
+        await service.drain(hurry=hurry)
+    finally:
+        server.should_exit = True
+        await serving
+        stopping.cancel()
+    if starting.done():
+        await service.close()
+    message("emu35: stopped")
+
+
+def _stop_signals() -> tuple[asyncio.Event, asyncio.Event]:
+    """Events that SIGTERM and SIGINT set: the first signal one, the second the other."""
+    asked, hurry = asyncio.Event(), asyncio.Event()
+
+    def note() -> None:
+        (hurry if asked.is_set() else asked).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, note)
+    return asked, hurry
+
+
+def _check_source(options: ServeOptions, *, described: Described) -> None:
+    """What can be known to be wrong before anything is loaded."""
+    folder = options.vision or described.vision_folder
+    if options.vision is not None and not options.vision.is_dir():
+        raise ConfigError(
+            f"image tokenizer {folder} does not exist; give its folder with --vision "
+            "(config.yaml and model.ckpt)"
+        )
+
+
+def _open_codec(options: ServeOptions, *, described: Described) -> ImageCodec | None:
+    """The image tokenizer that the model's codes belong to; None where there is none, and pictures
+    stay ids.
+
+    Raises:
+        ConfigError: its codebook is another one.
+        ReleaseError: it is damaged.
+    """
+    folder = options.vision or described.vision_folder
+    if folder is None or not folder.is_dir():
+        return None
+    codec = load_codec(folder, device=local_device())
+    codes = described.tokenizer.codebook_size
+    if codec.codebook_size != codes:
+        raise ConfigError(
+            f"image tokenizer {folder} has {codec.codebook_size} codes, but the language model "
+            f"has {codes}; use the one that its data was made with"
+        )
+    return codec
+
+
+def _listen(options: ServeOptions) -> socket.socket:
+    """A bound socket; clients can connect to it from now on.
+
+    Raises:
+        ConfigError: the address is taken or cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server(
+            (options.host, options.port), family=family, backlog=_BACKLOG
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {options.host}:{options.port}: {error.strerror or error}; "
+            "choose another --port (0 takes a free one) or --host"
+        ) from error
+    listener.set_inheritable(False)
+    return listener
