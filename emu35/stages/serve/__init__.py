@@ -14,5 +14,5 @@ out of the engine.
 
 :mod:`.server` ties it together: it is up while the model still loads (``/health`` says so), and at
 SIGTERM it refuses new work, lets what runs finish within the grace time and leaves with code 0.
-``page.html`` is the page at ``/``: one file, no framework, nothing fetched from elsewhere.
+The folder ``page`` holds the page at ``/``: no framework, nothing fetched from elsewhere.
 """

@@ -183,7 +183,12 @@ def _model(service: Service) -> Json:
 
 @cache
 def _page() -> str:
-    return resources.files("emu35.stages.serve").joinpath("page.html").read_text("utf-8")
+    """The page with its style and its script inside: one request, and nothing from elsewhere."""
+    folder = resources.files("emu35.stages.serve").joinpath("page")
+    style, script, page = (
+        folder.joinpath(name).read_text("utf-8") for name in ("style.css", "app.js", "index.html")
+    )
+    return page.replace("/*style*/", style).replace("/*script*/", script)
 
 
 def _takes(form: type[BaseModel]) -> dict[str, Any]:
