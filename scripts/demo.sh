@@ -16,7 +16,7 @@ for argument in "$@"; do
   esac
 done
 
-bash "$root/scripts/setup.sh" demo
+bash "$root/scripts/setup.sh" demo serve
 if [ "$setup_only" = true ]; then
   exit 0
 fi
