@@ -66,13 +66,13 @@ def full_logits(ids: Sequence[int]) -> torch.Tensor:
 
 
 def plain_generate(request: Request) -> list[int]:
-    """The oracle: no cache, no batch, no shortcut for forced tokens."""
+    """The oracle: no cache, no batch, no shortcut for forced tokens, guidance on log-probabilities
+    over the whole vocabulary."""
     machine = Grammar(vocabulary=V, size_ids=SizeIds.of(TOKENIZER), options=request.grammar)
-    generator = torch.Generator().manual_seed(request.seed)
     seen, unconditional = list(request.prompt), list(request.unconditional)
     ids: list[int] = []
     while len(ids) < request.max_new_tokens:
-        step = machine.next()
+        step = machine.next(room=request.max_new_tokens - len(ids))
         numbers = request.text if step.kind is NextKind.TEXT else request.visual
         if step.kind is NextKind.FORCED:
             token = step.ids[0]
@@ -82,27 +82,29 @@ def plain_generate(request: Request) -> list[int]:
                 scores = guide(
                     scores, unconditional_NV=full_logits(unconditional), scale=request.guidance
                 )
-            legal = {
-                NextKind.VISUAL: list(range(V.visual_start, V.size)),
-                NextKind.TEXT: list(range(V.visual_start)),
-                NextKind.AMONG: list(step.ids),
-            }[step.kind]
-            column = draw(scores[:, legal], sampling=numbers, generators=[generator])
-            token = legal[int(column)]
+            illegal = [id for id in range(V.size) if id not in step]
+            scores[:, illegal] = -torch.inf
+            drawn = draw(
+                scores,
+                sampling=numbers,
+                seeds_N=torch.tensor([request.seed]),
+                positions_N=torch.tensor([len(ids)]),
+            )
+            token = int(drawn.columns_N)
         ids.append(token)
         seen.append(token)
         if machine.accept(token):
             unconditional.append(token)
-        if token == V.eos or (token == V.eoi and request.stop_at_image):
+        if token == V.eos or (request.max_images and machine.images == request.max_images):
             break
     return ids
 
 
-def generate(requests: list[Request], *, rows: int, chunk: int = 256) -> list[Generated]:
+def generate(requests: list[Request], *, at_once: int, chunk: int = 256) -> list[Generated]:
     engine = Engine(
         model=model(),
         tokenizer=TOKENIZER,
-        rows=rows,
+        max_requests=at_once,
         max_length=max(request.slots for request in requests),
         prefill_chunk=chunk,
     )
@@ -119,7 +121,7 @@ def picture_request(caption: str, **changes: object) -> Request:
         "guidance": 3.0,
         "visual": sampling(top_k=20),
         "max_new_tokens": 40,
-        "stop_at_image": True,
+        "max_images": 1,
     }
     return Request(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -136,8 +138,8 @@ def mixed_requests() -> list[Request]:
         picture_request("two", seed=2, guidance=1.0, unconditional=()),
         picture_request("a much longer caption than the others have", seed=3, guidance=1.5),
         picture_request("greedy", visual=cold, unconditional=[V.bos, *b"no picture at all"]),
-        text_request("prose", seed=4, stop_at_image=False, text=sampling(top_p=0.9, top_k=100)),
-        text_request("cold prose", seed=5, stop_at_image=False, text=cold, guidance=1.0),
+        text_request("prose", seed=4, max_images=0, text=sampling(top_p=0.9, top_k=100)),
+        text_request("cold prose", seed=5, max_images=0, text=cold, guidance=1.0),
         picture_request(
             "free size",
             seed=6,
@@ -150,31 +152,28 @@ def mixed_requests() -> list[Request]:
 def test_engine_equals_the_plain_way() -> None:
     requests = mixed_requests()
     expected = [plain_generate(request) for request in requests]
-    assert [answer.ids for answer in generate(requests, rows=14)] == expected
+    assert [answer.ids for answer in generate(requests, at_once=14)] == expected
 
 
-@pytest.mark.parametrize(("rows", "chunk"), [(2, 256), (3, 5), (5, 1), (64, 256)])
-def test_answers_do_not_depend_on_batch_or_chunk(rows: int, chunk: int) -> None:
-    """Few rows make requests wait and take over the rows of others."""
+@pytest.mark.parametrize(("at_once", "chunk"), [(1, 256), (2, 5), (3, 1), (64, 256)])
+def test_answers_do_not_depend_on_batch_or_chunk(at_once: int, chunk: int) -> None:
+    """Few at a time make requests wait and take over the slots of others."""
     requests = mixed_requests()
-    expected = [answer.ids for answer in generate(requests, rows=14)]
-    assert [answer.ids for answer in generate(requests, rows=rows, chunk=chunk)] == expected
+    expected = [answer.ids for answer in generate(requests, at_once=14)]
+    assert [answer.ids for answer in generate(requests, at_once=at_once, chunk=chunk)] == expected
 
 
 def test_a_picture_comes_out_as_a_document() -> None:
-    (answer,) = generate([picture_request("a cat")], rows=2)
-    assert answer.finish is Finish.image
+    (answer,) = generate([picture_request("a cat")], at_once=2)
+    assert answer.finish is Finish.images
     assert [codes.shape for codes in answer.document.images] == [(2, 3)]
     assert len(answer.ids) == SMALL.image_tokens
     assert not answer.document.problems
 
 
-def test_an_image_cut_short_is_reported() -> None:
-    (answer,) = generate([picture_request("a cat", max_new_tokens=9)], rows=2)
-    assert answer.finish is Finish.length
-    assert len(answer.ids) == 9
-    assert answer.document.images == []
-    assert answer.document.problems == ["image without an end"]
+def test_an_image_that_cannot_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"image of 2\*3 codes has 13 tokens.*max_new_tokens=9"):
+        generate([picture_request("a cat", max_new_tokens=9)], at_once=2)
 
 
 def test_guidance_changes_the_picture_and_the_unconditional_prompt_matters() -> None:
@@ -183,35 +182,41 @@ def test_guidance_changes_the_picture_and_the_unconditional_prompt_matters() -> 
         "a cat", visual=sampling(temperature=0), guidance=4.0, unconditional=[V.bos, *b"dog"]
     )
     plain = picture_request("a cat", visual=sampling(temperature=0), guidance=1.0)
-    answers = generate([base, other, plain], rows=8)
+    answers = generate([base, other, plain], at_once=8)
     assert len({tuple(answer.ids) for answer in answers}) == 3
 
 
 def test_seeds_decide() -> None:
     same, again, other = (
-        answer.ids for answer in generate([picture_request("a", seed=s) for s in (7, 7, 8)], rows=6)
+        answer.ids
+        for answer in generate([picture_request("a", seed=s) for s in (7, 7, 8)], at_once=6)
     )
     assert same == again != other
 
 
-def test_a_story_repeats_the_size_of_its_first_image() -> None:
-    request = picture_request(
-        "story",
-        grammar=GrammarOptions(open_image=True, min_digits=1),
-        stop_at_image=False,
-        guidance=1.0,
-        max_new_tokens=250,
-        seed=52,
-    )
-    (answer,) = generate([request], rows=1)
-    shapes = {codes.shape for codes in answer.document.images}
-    assert len(answer.document.images) > 1, "pick another seed: this story has one image"
-    assert len(shapes) == 1
+def test_stories_repeat_the_size_of_their_first_image() -> None:
+    stories = [
+        picture_request(
+            "story",
+            grammar=GrammarOptions(open_image=True, min_digits=1),
+            max_images=0,
+            guidance=1.0,
+            max_new_tokens=400,
+            seed=seed,
+        )
+        for seed in range(24)
+    ]
+    shapes = [
+        [codes.shape for codes in answer.document.images]
+        for answer in generate(stories, at_once=24)
+    ]
+    assert any(len(sizes) > 1 for sizes in shapes), "no story has a second image"
+    assert all(len(set(sizes)) == 1 for sizes in shapes)
 
 
 def test_an_engine_can_be_used_again() -> None:
     requests = mixed_requests()
-    engine = Engine(model=model(), tokenizer=TOKENIZER, rows=14, max_length=200)
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_requests=14, max_length=200)
     for request in requests:
         engine.submit(request)
     first = engine.run()
@@ -233,16 +238,10 @@ def test_an_engine_can_be_used_again() -> None:
     ],
 )
 def test_impossible_requests_are_refused(changes: dict[str, object], message: str) -> None:
-    engine = Engine(model=model(), tokenizer=TOKENIZER, rows=4, max_length=100)
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_requests=4, max_length=100)
     with pytest.raises(ConfigError, match=message):
         engine.submit(picture_request("a cat", **changes))
     assert not engine.busy
-
-
-def test_a_guided_request_needs_two_rows() -> None:
-    engine = Engine(model=model(), tokenizer=TOKENIZER, rows=1, max_length=100)
-    with pytest.raises(ConfigError, match="two rows"):
-        engine.submit(picture_request("a cat"))
 
 
 def test_distributions_of_the_tiny_model_are_not_flat() -> None:
