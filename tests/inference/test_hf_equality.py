@@ -43,8 +43,7 @@ def hf(repository: Path) -> Any:
 def model(hf: Any) -> Emu35Model:
     single_process_mesh()
     built = build_model(replace(hf.MODEL, num_layers=2), vocabulary_size=V.size)
-    # With this seed no layout token wins among the text, where the official decoder permits it.
-    initialize(built, seed=2, pad_id=V.pad)
+    initialize(built, seed=3, pad_id=V.pad)
     return built.eval()
 
 
@@ -52,8 +51,8 @@ def answers(model: Emu35Model, requests: list[Request]) -> list[list[int]]:
     engine = Engine(
         model=model,
         tokenizer=TOKENIZER,
-        rows=2 * len(requests),
         max_length=max(request.slots for request in requests),
+        max_requests=len(requests),
     )
     for request in requests:
         engine.submit(request)
@@ -83,7 +82,7 @@ def test_guided_pictures_alone_and_in_a_ragged_batch(hf: Any, model: Emu35Model)
                 visual=COLD,
                 guidance=3.0,
                 max_new_tokens=grid.image_tokens,
-                stop_at_image=True,
+                max_images=1,
             )
         )
     theirs_model = hf.hf_model(model)
@@ -106,7 +105,11 @@ def test_text_alone_and_in_a_ragged_batch(hf: Any, model: Emu35Model) -> None:
         hf.text_batched(theirs_model, prompts=[prompt], vocabulary=V, max_new_tokens=24)[0]
         for prompt in prompts
     ]
-    ours = answers(model, [Request(prompt=p, text=COLD, max_new_tokens=24) for p in prompts])
+    requests = [
+        Request(prompt=prompt, text=COLD, max_new_tokens=24, grammar=GrammarOptions(images=False))
+        for prompt in prompts
+    ]
+    ours = answers(model, requests)
     assert hf.first_difference(ours, theirs=batched) == ""
     assert hf.first_difference(ours, theirs=alone) == ""
     assert len({tuple(answer) for answer in ours}) == len(prompts)
