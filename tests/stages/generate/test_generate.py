@@ -21,18 +21,14 @@ from emu35.config import (
 )
 from emu35.config.io import write_config
 from emu35.errors import CheckpointError, ConfigError, DataError
+from emu35.inference.ask import SamplingOverride
 from emu35.inference.grammar import GridSize
 from emu35.model.build import build_model
 from emu35.model.init import initialize
 from emu35.parallel.mesh import single_process_mesh
-from emu35.stages import generated_files
-from emu35.stages.generate import (
-    GenerateOptions,
-    SamplingOverride,
-    generate,
-    parse_size,
-    prompt_seed,
-)
+from emu35.stages.generate import files as files_module
+from emu35.stages.generate.options import GenerateOptions, parse_size, prompt_seed
+from emu35.stages.generate.run import generate
 from emu35.stages.release import ExportOptions, export
 from emu35.tokens.template import PromptTemplate, Task
 from emu35.tokens.vocabulary import vocabulary_of
@@ -180,8 +176,8 @@ def test_nothing_of_a_killed_call_survives_the_next(
         path.write_bytes(content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generated_files, "write_output", put)
-        patch.setattr(generated_files.GeneratedFiles, "finish", lambda _: None)
+        patch.setattr(files_module, "write_output", put)
+        patch.setattr(files_module.GeneratedFiles, "finish", lambda _: None)
         with pytest.raises(Killed):
             generate(options(run, out, batch_size=1))
     assert len(files) == written
@@ -199,7 +195,7 @@ def test_nothing_of_a_killed_call_survives_the_next(
 def test_rows_are_there_before_the_call_ends(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generated_files.GeneratedFiles, "finish", lambda _: None)
+    monkeypatch.setattr(files_module.GeneratedFiles, "finish", lambda _: None)
     generate(options(run, tmp_path / "out", batch_size=2))
     assert sorted(row["index"] for row in rows(tmp_path / "out")) == [0, 1, 2]
     for row in rows(tmp_path / "out"):
@@ -280,7 +276,7 @@ def test_bad_requests_are_refused_before_the_weights_are_read(
     def unreachable(*_: object, **__: object) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr("emu35.stages.generate.load_model", unreachable)
+    monkeypatch.setattr("emu35.stages.generate.run.load_model", unreachable)
     with pytest.raises(ConfigError, match=message):
         generate(options(run, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
