@@ -9,6 +9,7 @@ knows; fields it does not know are ignored.
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
@@ -218,8 +219,11 @@ def read_picture(content: bytes) -> Picture:
     """
     names = [format.name for format in PictureFormat if format]
     try:
-        with PillowImage.open(io.BytesIO(content), formats=names) as opened:
-            (width, height), name = opened.size, opened.format
+        with warnings.catch_warnings():
+            # Only the header is read; a large picture is not this function's business.
+            warnings.simplefilter("ignore", PillowImage.DecompressionBombWarning)
+            with PillowImage.open(io.BytesIO(content), formats=names) as opened:
+                (width, height), name = opened.size, opened.format
     except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
         raise DataError(
             f"{len(content)} bytes are no picture that a story can hold; it takes "
