@@ -16,13 +16,17 @@ from numpy.typing import NDArray
 from emu35.data.story import Picture, Story, build_story, encode_story, read_picture
 from emu35.inference.request import Generated
 from emu35.stages.output import unwritable, write_output
+from emu35.stages.view.page import write_page
+from emu35.stages.view.sources import RESULTS, read_stories
 from emu35.tokens.answer import read_answer
 from emu35.tokens.document import Image, Special, Text
 from emu35.tokens.template import Task
 from emu35.vision.codec import ImageCodec
 from emu35.vision.resize import to_image
 
-RESULTS = "results.jsonl"
+PAGE = "index.html"
+DIALOGUE = "story.pb"
+"""All turns of a dialogue as one story."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +135,16 @@ class GeneratedFiles:
     def finish(self) -> None:
         """Write the rows of all answers so far, in order of their prompts."""
         self._put(RESULTS, content=_lines(self.rows))
+
+    def write_page(self) -> None:
+        """Write the page of all rows that :meth:`finish` wrote, if there is any."""
+        if self._rows:
+            write_page(read_stories(self.folder), self.folder / PAGE)
+
+    def write_dialogue(self, story: Story) -> None:
+        """Write the turns of a dialogue as one story, and its page."""
+        self._put(DIALOGUE, content=encode_story(story))
+        write_page([story], self.folder / PAGE, title=story.question)
 
     def story(self, answer: Generated) -> Story:
         """A written answer as a story, its pictures read back."""
@@ -247,7 +261,8 @@ class GeneratedFiles:
             for name in names:
                 # A base name only: a row must not reach outside the folder.
                 (self.folder / Path(str(name)).name).unlink(missing_ok=True)
-        results.unlink()
+        for name in (PAGE, DIALOGUE, RESULTS):
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def decode_images(grids: Sequence[NDArray[np.integer]], *, codec: ImageCodec) -> list[bytes]:

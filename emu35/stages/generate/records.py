@@ -157,9 +157,7 @@ def _read(line: str) -> tuple[dict[str, Any], list[str]]:
     return values, problems
 
 
-def _wish(
-    values: dict[str, Any], *, options: GenerateOptions, where: str, folder: Path
-) -> Wish:
+def _wish(values: dict[str, Any], *, options: GenerateOptions, where: str, folder: Path) -> Wish:
     wish = wish_of(options, prompt=values.pop("prompt"), where=where)
     visual = {name: values.pop(name) for name in _SAMPLING if name in values}
     text = {name: values.pop(f"text_{name}") for name in _SAMPLING if f"text_{name}" in values}

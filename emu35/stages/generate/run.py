@@ -31,6 +31,9 @@ from emu35.stages.generate.show import ManyAnswers, OneAnswer
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
 from emu35.vision.codec import ImageCodec, load_codec
 
+MOST_ON_A_PAGE = 200
+"""Prompts whose pictures one page still holds with comfort; ``emu35 view`` makes larger ones."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateResult:
@@ -216,6 +219,8 @@ def _run(
         # What is done is done, also when the rest was interrupted.
         files.finish()
         console.close()
+        if options.page and len(requests) <= MOST_ON_A_PAGE:
+            files.write_page()
     answers.sort(key=lambda answer: answer.index)
     result = GenerateResult(
         answers=answers,

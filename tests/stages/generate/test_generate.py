@@ -105,7 +105,8 @@ def test_every_prompt_becomes_a_picture_of_the_wished_size(run: Path, tmp_path: 
     assert names == sorted(
         [f"{i:03d}_00_image.png" for i in range(3)]
         + [f"{i:03d}_prompt.txt" for i in range(3)]
-        + ["results.jsonl"]
+        + [f"{i:03d}_story.pb" for i in range(3)]
+        + ["index.html", "results.jsonl"]
     )
     for index, row in enumerate(rows(tmp_path / "out")):
         assert row["prompt"] == PROMPTS[index]
@@ -154,6 +155,8 @@ def test_a_second_call_leaves_nothing_of_the_first(run: Path, tmp_path: Path) ->
     assert sorted(path.name for path in out.iterdir()) == [
         "000_00_image.png",
         "000_prompt.txt",
+        "000_story.pb",
+        "index.html",
         "mine.txt",
         "results.jsonl",
     ]
@@ -188,7 +191,7 @@ def test_nothing_of_a_killed_call_survives_the_next(
     )  # fmt: skip
     generate(story)
     (row,) = rows(out)
-    assert {path.name for path in out.iterdir()} == {*row["files"], "results.jsonl"}
+    assert {path.name for path in out.iterdir()} == {*row["files"], "index.html", "results.jsonl"}
     assert row["images"] == []
 
 
@@ -250,7 +253,7 @@ def test_a_broken_reference_is_named(run: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"prompts": []}, "no prompt"),
-        ({"prompts": ["good", "  "]}, "prompt 1 is empty"),
+        ({"prompts": ["good", "  "]}, "prompt 1: the prompt is empty"),
         ({"size": None, "ratio": "7:5"}, "'7:5' is unknown; use one of 4:3"),
         ({"ratio": "1:1"}, "give one of them"),
         ({"task": Task.x2i}, "at least one"),
