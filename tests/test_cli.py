@@ -167,12 +167,6 @@ def test_bad_lines_are_named(content: bytes, message: str, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_prompts_file(tmp_path: Path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a"}\n\n{"prompt": "b\u2028c", "id": 3}\n', encoding="utf-8")
-    assert generate.read_prompts(file) == ["a", "b\u2028c"]
-
-
 @pytest.mark.parametrize("content", ["[1]", '{"text": "a"}', "{", '{"prompt": 3}'])
 def test_prompts_file_with_a_bad_line(content: str, tmp_path: Path, capsys):
     file = tmp_path / "prompts.jsonl"
@@ -227,7 +221,7 @@ def test_choices_are_those_of_the_packages_that_read_them():
 def test_defaults_are_those_of_the_options_they_fill():
     from emu35.data.ingest.options import IngestOptions
     from emu35.stages.data import InspectOptions, StatsOptions
-    from emu35.stages.generate import GenerateOptions
+    from emu35.stages.generate.options import GenerateOptions
     from emu35.stages.release import VerifyOptions
 
     def defaults(*words: str) -> dict[str, object]:
@@ -248,5 +242,5 @@ def test_defaults_are_those_of_the_options_they_fill():
     assert verify["probe_tokens"] == VerifyOptions(release=some).probe_tokens
     made = defaults("generate", "--run", "x", "--out", "x")
     options = GenerateOptions(source=some, prompts=[], out=some)
-    for name in ("seed", "batch_size", "task"):
+    for name in ("seed", "batch_size", "task", "logprobs", "page", "story"):
         assert made[name] == getattr(options, name)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from emu35.errors import ConfigError, Emu35Error
 from emu35.inference.grammar import GrammarOptions, GridSize
-from emu35.inference.request import Request
+from emu35.inference.request import MOST_TOP_LOGPROBS, Request
 from emu35.inference.sampler import sampling_problems
 from emu35.tokens.document import Image
 from emu35.tokens.serialize import image_tokens, split_parts
@@ -39,9 +39,6 @@ MAX_REFERENCES = 16
 
 MAX_STOPS = 16
 """Stop strings of one request; each is looked for at every token."""
-
-MAX_TOP_LOGPROBS = 20
-"""Alternatives that can be listed with each token, as in other servers."""
 
 LARGEST_SEED = 2**63 - 1
 
@@ -146,8 +143,8 @@ class Ask:
             yield f"{len(self.stop)} stop strings are too many; give at most {MAX_STOPS}"
         if not all(self.stop):
             yield "a stop string is empty and would end every answer at once; drop it"
-        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
-            yield f"top_logprobs={self.top_logprobs} must lie in 0..{MAX_TOP_LOGPROBS}"
+        if not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
+            yield f"top_logprobs={self.top_logprobs} must lie in 0..{MOST_TOP_LOGPROBS}"
 
 
 def build_request(

@@ -1,25 +1,25 @@
 """``emu35 generate``: prompts to pictures and text, from a run or a release."""
 
 import argparse
-import json
+import sys
 from pathlib import Path
-from typing import Any
 
-from emu35.config.schema import is_mapping
-from emu35.errors import DataError
 from emu35.run.arguments import Commands
 
 TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla", "chat")
 TEMPLATES = ("auto", "official", "plain")
 PRECISIONS = ("fp32", "bf16")
 
-_PROMPT_FORM = 'a line is {"prompt": "..."}'
+_RECORDS = """\
+A line of --prompts-file is a JSON object with a prompt. It may also set id, task, images (paths
+relative to the file), size, ratio, seed, guidance, temperature, top_k, top_p, text_temperature,
+text_top_k, text_top_p, max_new_tokens, steps and stop, each in place of what the call says."""
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Describe the subcommand."""
     text = "pictures and text from prompts, by a run or a release"
-    command = commands.add_parser("generate", help=text, description=text)
+    command = commands.add_parser("generate", help=text, description=text, epilog=_RECORDS)
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, dest="source", metavar="DIR", help="run folder")
     source.add_argument("--release", type=Path, dest="source", metavar="DIR")
@@ -32,7 +32,13 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
         "--prompt", action="append", default=[], metavar="TEXT", help="may be repeated"
     )
     command.add_argument(
-        "--prompts-file", type=Path, metavar="JSONL", help=f"more prompts; {_PROMPT_FORM}"
+        "--prompts-file", type=Path, metavar="JSONL", help="more prompts, a record a line"
+    )
+    command.add_argument(
+        "--interactive",
+        action="store_true",
+        help="a dialogue: a turn for each line read (explore, chat, story, howto, vla); /help "
+        "lists what else can be typed",
     )
     command.add_argument(
         "--image",
@@ -42,13 +48,13 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
         metavar="FILE",
         help="reference image of every prompt; may be repeated",
     )
-    command.add_argument("--out", type=Path, required=True, metavar="DIR")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
-    command.add_argument("--max-new-tokens", type=int, metavar="N")
     command.add_argument("--precision", choices=PRECISIONS, help="default: as trained")
     _add_form(command)
+    _add_end(command)
     _add_sampling(command)
+    _add_output(command)
     command.set_defaults(handler=_generate)
 
 
@@ -67,6 +73,46 @@ def _add_form(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_end(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--steps", type=int, metavar="N", help="an answer ends with its N-th picture"
+    )
+    command.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="an answer ends where it says this; may be repeated",
+    )
+    command.add_argument("--max-new-tokens", type=int, metavar="N")
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    command.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print the text of a single prompt while it comes (default: on a terminal)",
+    )
+    command.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="results.jsonl also tells the log-probability of every token, and which were forced",
+    )
+    command.add_argument(
+        "--page",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="index.html with all answers (default: for at most 200 prompts)",
+    )
+    command.add_argument(
+        "--story",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="each answer also as protobuf (emu3p5.story), which the official viewer reads",
+    )
+
+
 def _add_sampling(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("sampling", "default: what the task recommends")
     group.add_argument("--guidance", type=float, help="1: off, and half the work")
@@ -79,66 +125,51 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from emu35.config import Precision
-    from emu35.stages.generate import GenerateOptions, SamplingOverride, generate, parse_size
+    from emu35.inference.ask import SamplingOverride
+    from emu35.stages.generate.interactive import interactive
+    from emu35.stages.generate.options import GenerateOptions, parse_size
+    from emu35.stages.generate.run import generate
     from emu35.tokens.template import PromptTemplate, Task
 
     template: str = arguments.template
-    generate(
-        GenerateOptions(
-            source=arguments.source,
-            prompts=[*arguments.prompt, *read_prompts(arguments.prompts_file)],
-            out=arguments.out,
-            task=Task(arguments.task),
-            images=arguments.image,
-            vision=arguments.vision,
-            template=None if template == "auto" else PromptTemplate(template),
-            step=arguments.step,
-            precision=Precision(arguments.precision) if arguments.precision else None,
-            seed=arguments.seed,
-            size=parse_size(arguments.size) if arguments.size else None,
-            ratio=arguments.ratio,
-            image_area=arguments.image_area,
-            guidance=arguments.guidance,
-            text=SamplingOverride(
-                temperature=arguments.text_temperature,
-                top_k=arguments.text_top_k,
-                top_p=arguments.text_top_p,
-            ),
-            visual=SamplingOverride(
-                temperature=arguments.temperature,
-                top_k=arguments.top_k,
-                top_p=arguments.top_p,
-            ),
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-        )
+    stream: bool | None = arguments.stream
+    options = GenerateOptions(
+        source=arguments.source,
+        prompts=arguments.prompt,
+        prompts_file=arguments.prompts_file,
+        out=arguments.out,
+        task=Task(arguments.task),
+        images=arguments.image,
+        vision=arguments.vision,
+        template=None if template == "auto" else PromptTemplate(template),
+        step=arguments.step,
+        precision=Precision(arguments.precision) if arguments.precision else None,
+        seed=arguments.seed,
+        size=parse_size(arguments.size) if arguments.size else None,
+        ratio=arguments.ratio,
+        image_area=arguments.image_area,
+        guidance=arguments.guidance,
+        text=SamplingOverride(
+            temperature=arguments.text_temperature,
+            top_k=arguments.text_top_k,
+            top_p=arguments.text_top_p,
+        ),
+        visual=SamplingOverride(
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+        ),
+        max_new_tokens=arguments.max_new_tokens,
+        steps=arguments.steps,
+        stop=arguments.stop,
+        batch_size=arguments.batch_size,
+        logprobs=arguments.logprobs,
+        page=arguments.page,
+        story=arguments.story,
+        stream=sys.stdout.isatty() if stream is None else stream,
     )
+    if arguments.interactive:
+        interactive(options)
+    else:
+        generate(options)
     return 0
-
-
-def read_prompts(file: Path | None) -> list[str]:
-    """The prompts of a JSON lines file, in order; blank lines are left out.
-
-    Raises:
-        DataError: the file cannot be read, or a line is no prompt (its number is named).
-    """
-    if file is None:
-        return []
-    try:
-        # Not splitlines(): U+2028 inside a prompt is no end of a line of JSON.
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}); give a UTF-8 file of prompts") from None
-    prompts: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}, line {number}: {error}; {_PROMPT_FORM}") from None
-        prompt = record.get("prompt") if is_mapping(record) else None
-        if not isinstance(prompt, str):
-            raise DataError(f"{file}, line {number}: no prompt in it; {_PROMPT_FORM}")
-        prompts.append(prompt)
-    return prompts

@@ -21,18 +21,14 @@ from emu35.config import (
 )
 from emu35.config.io import write_config
 from emu35.errors import CheckpointError, ConfigError, DataError
+from emu35.inference.ask import SamplingOverride
 from emu35.inference.grammar import GridSize
 from emu35.model.build import build_model
 from emu35.model.init import initialize
 from emu35.parallel.mesh import single_process_mesh
-from emu35.stages import generated_files
-from emu35.stages.generate import (
-    GenerateOptions,
-    SamplingOverride,
-    generate,
-    parse_size,
-    prompt_seed,
-)
+from emu35.stages.generate import files as files_module
+from emu35.stages.generate.options import GenerateOptions, parse_size, prompt_seed
+from emu35.stages.generate.run import generate
 from emu35.stages.release import ExportOptions, export
 from emu35.tokens.template import PromptTemplate, Task
 from emu35.tokens.vocabulary import vocabulary_of
@@ -109,7 +105,8 @@ def test_every_prompt_becomes_a_picture_of_the_wished_size(run: Path, tmp_path: 
     assert names == sorted(
         [f"{i:03d}_00_image.png" for i in range(3)]
         + [f"{i:03d}_prompt.txt" for i in range(3)]
-        + ["results.jsonl"]
+        + [f"{i:03d}_story.pb" for i in range(3)]
+        + ["index.html", "results.jsonl"]
     )
     for index, row in enumerate(rows(tmp_path / "out")):
         assert row["prompt"] == PROMPTS[index]
@@ -158,6 +155,8 @@ def test_a_second_call_leaves_nothing_of_the_first(run: Path, tmp_path: Path) ->
     assert sorted(path.name for path in out.iterdir()) == [
         "000_00_image.png",
         "000_prompt.txt",
+        "000_story.pb",
+        "index.html",
         "mine.txt",
         "results.jsonl",
     ]
@@ -180,8 +179,8 @@ def test_nothing_of_a_killed_call_survives_the_next(
         path.write_bytes(content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generated_files, "write_output", put)
-        patch.setattr(generated_files.GeneratedFiles, "finish", lambda _: None)
+        patch.setattr(files_module, "write_output", put)
+        patch.setattr(files_module.GeneratedFiles, "finish", lambda _: None)
         with pytest.raises(Killed):
             generate(options(run, out, batch_size=1))
     assert len(files) == written
@@ -192,14 +191,14 @@ def test_nothing_of_a_killed_call_survives_the_next(
     )  # fmt: skip
     generate(story)
     (row,) = rows(out)
-    assert {path.name for path in out.iterdir()} == {*row["files"], "results.jsonl"}
+    assert {path.name for path in out.iterdir()} == {*row["files"], "index.html", "results.jsonl"}
     assert row["images"] == []
 
 
 def test_rows_are_there_before_the_call_ends(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generated_files.GeneratedFiles, "finish", lambda _: None)
+    monkeypatch.setattr(files_module.GeneratedFiles, "finish", lambda _: None)
     generate(options(run, tmp_path / "out", batch_size=2))
     assert sorted(row["index"] for row in rows(tmp_path / "out")) == [0, 1, 2]
     for row in rows(tmp_path / "out"):
@@ -254,7 +253,7 @@ def test_a_broken_reference_is_named(run: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"prompts": []}, "no prompt"),
-        ({"prompts": ["good", "  "]}, "prompt 1 is empty"),
+        ({"prompts": ["good", "  "]}, "prompt 1: the prompt is empty"),
         ({"size": None, "ratio": "7:5"}, "'7:5' is unknown; use one of 4:3"),
         ({"ratio": "1:1"}, "give one of them"),
         ({"task": Task.x2i}, "at least one"),
@@ -280,7 +279,7 @@ def test_bad_requests_are_refused_before_the_weights_are_read(
     def unreachable(*_: object, **__: object) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr("emu35.stages.generate.load_model", unreachable)
+    monkeypatch.setattr("emu35.stages.generate.run.load_model", unreachable)
     with pytest.raises(ConfigError, match=message):
         generate(options(run, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,182 @@
+"""What one call of ``emu35 generate`` may set, and what it asks of each prompt."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emu35.config import Precision
+from emu35.errors import ConfigError
+from emu35.inference.ask import Ask, SamplingOverride, Turn
+from emu35.inference.grammar import GridSize
+from emu35.tokens.template import PromptTemplate, Task
+
+_SHOWN = 5
+"""Prompts that a message names one by one."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateOptions:
+    """One call of ``emu35 generate``.
+
+    ``source`` is a run or a release; ``vision`` overrides its image tokenizer. ``prompts`` come
+    first, then the records of ``prompts_file``, each of which may replace what the call says.
+
+    None everywhere else means: what the task recommends, what the model was trained for
+    (``template``), or, for the grid, the last reference's size, else the model's own choice.
+    ``size`` counts codes, ``ratio`` is a name such as 16:9, ``image_area`` (pixels) is what
+    references are resized to. ``images`` are references of every prompt. ``steps`` is the number of
+    pictures after which an answer ends. ``batch_size`` counts prompts in flight. ``logprobs`` adds
+    to each row how likely every token was. ``page`` and ``story`` are the HTML page and protobuf.
+    ``stream`` shows the text of a single prompt on standard output while it comes.
+    """
+
+    source: Path
+    out: Path
+    prompts: Sequence[str] = ()
+    prompts_file: Path | None = None
+    task: Task = Task.t2i
+    images: Sequence[Path] = ()
+    vision: Path | None = None
+    template: PromptTemplate | None = None
+    step: int | None = None
+    precision: Precision | None = None
+    seed: int = 0
+    size: GridSize | None = None
+    ratio: str | None = None
+    image_area: int | None = None
+    guidance: float | None = None
+    text: SamplingOverride = field(default_factory=SamplingOverride)
+    visual: SamplingOverride = field(default_factory=SamplingOverride)
+    max_new_tokens: int | None = None
+    steps: int | None = None
+    stop: Sequence[str] = ()
+    batch_size: int = 16
+    logprobs: bool = False
+    page: bool = True
+    story: bool = True
+    stream: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """One prompt with everything that holds for it. ``where`` is how messages name it; ``own_seed``
+    tells a seed of its own from the call's, which is mixed with the prompt's place."""
+
+    prompt: str
+    where: str
+    task: Task
+    id: str | None = None
+    images: tuple[Path, ...] = ()
+    size: GridSize | None = None
+    ratio: str | None = None
+    guidance: float | None = None
+    text: SamplingOverride = field(default_factory=SamplingOverride)
+    visual: SamplingOverride = field(default_factory=SamplingOverride)
+    seed: int = 0
+    own_seed: bool = False
+    max_new_tokens: int | None = None
+    steps: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def ask(
+        self,
+        *,
+        images: Sequence[NDArray[np.integer]],
+        seed: int,
+        earlier: Sequence[Turn] = (),
+    ) -> Ask:
+        """The wish in the engine's terms, its references as codes [H, W]."""
+        return Ask(
+            task=self.task,
+            question=self.prompt,
+            images=tuple(images),
+            earlier=tuple(earlier),
+            size=self.size,
+            ratio=self.ratio,
+            guidance=self.guidance,
+            text=self.text,
+            visual=self.visual,
+            seed=seed,
+            max_new_tokens=self.max_new_tokens,
+            steps=self.steps,
+            stop=self.stop,
+        )
+
+    def problems(self) -> list[str]:
+        """What is wrong with it before any file but the references' names is looked at."""
+        missing = [f"image {path} does not exist" for path in self.images if not path.is_file()]
+        unread = [_UNREAD] * len(self.images)
+        return [*missing, *self.ask(images=unread, seed=self.seed).problems()]
+
+
+_UNREAD = np.zeros((1, 1), dtype=np.int64)
+"""Stands for a reference whose codes are not known yet."""
+
+
+def wish_of(options: GenerateOptions, *, prompt: str, where: str) -> Wish:
+    """A prompt for which everything is as the call says."""
+    return Wish(
+        prompt=prompt,
+        where=where,
+        task=options.task,
+        images=tuple(options.images),
+        size=options.size,
+        ratio=options.ratio,
+        guidance=options.guidance,
+        text=options.text,
+        visual=options.visual,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+        steps=options.steps,
+        stop=tuple(options.stop),
+    )
+
+
+def call_problems(options: GenerateOptions) -> list[str]:
+    """What is wrong with the call itself, whatever it asks for."""
+    problems: list[str] = []
+    for name, value in (("batch_size", options.batch_size), ("image_area", options.image_area)):
+        if value is not None and value < 1:
+            problems.append(f"{name}={value} is too small; use at least 1")
+    if options.out.exists() and not options.out.is_dir():
+        problems.append(f"out={options.out} is a file; name a folder")
+    return problems
+
+
+def gathered(found: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """The problems of many prompts, each said once: (what messages call the prompt, its problems).
+    What is wrong with all of them is wrong with the call, so no prompt is named."""
+    places: defaultdict[str, list[str]] = defaultdict(list)
+    for where, problems in found:
+        for problem in problems:
+            places[problem].append(where)
+    lines: list[str] = []
+    for problem, where in places.items():
+        if len(where) == len(found):
+            lines.append(problem)
+            continue
+        more = f" and {len(where) - _SHOWN} more" if len(where) > _SHOWN else ""
+        lines.append(f"{', '.join(where[:_SHOWN])}{more}: {problem}")
+    return lines
+
+
+def parse_size(text: str) -> GridSize:
+    """A grid such as ``64*48`` or ``64x48``, height first, in codes.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,3})[*x]([1-9][0-9]{0,3})", text.strip())
+    if match is None:
+        raise ConfigError(f"size {text!r} is no grid; write HEIGHTxWIDTH in codes, such as 64x48")
+    return GridSize(height=int(match[1]), width=int(match[2]))
+
+
+def prompt_seed(seed: int, *, index: int) -> int:
+    """The seed of prompt ``index``: mixed, so that neighbouring seeds share no noise."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,74 @@
+"""Reference images: files to codes, each read once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from emu35.errors import DataError
+from emu35.stages.generate.files import png_of
+from emu35.stages.generate.options import Wish
+from emu35.tokens.template import TASKS, Task
+from emu35.vision.codec import ImageCodec
+from emu35.vision.resize import RejectedImage, open_image, to_pixels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reference:
+    """A reference image as the model sees it: codes [H, W], and the PNG of what they are of."""
+
+    codes_HW: NDArray[np.integer]
+    png: bytes
+
+
+class References:
+    """Reference images by path, resized to ``area`` pixels (None: what the task takes)."""
+
+    def __init__(self, *, codec: ImageCodec, area: int | None) -> None:
+        self._codec = codec
+        self._area = area
+        self._found: dict[tuple[Path, int], Reference] = {}
+
+    def read(self, wishes: Sequence[Wish]) -> None:
+        """Read the references of ``wishes``, so that none of them fails later.
+
+        Raises:
+            DataError: naming every file that cannot be used, and the first wish it belongs to.
+        """
+        problems: dict[Path, str] = {}
+        for wish in wishes:
+            for path in wish.images:
+                if path in problems:
+                    continue
+                try:
+                    self.open(path, task=wish.task)
+                except DataError as error:
+                    problems[path] = f"{wish.where}: {error}" if len(wishes) > 1 else str(error)
+        if problems:
+            raise DataError("\n".join(problems.values()))
+
+    def of(self, wish: Wish) -> list[Reference]:
+        """Those of one wish, in order."""
+        return [self.open(path, task=wish.task) for path in wish.images]
+
+    def open(self, path: Path, *, task: Task) -> Reference:
+        """One reference for ``task``.
+
+        Raises:
+            DataError: naming the file and what is wrong with it.
+        """
+        key = (path, self._area or TASKS[task].image_area)
+        if key not in self._found:
+            try:
+                picture = open_image(path)
+                pixels_3HW = to_pixels(picture, area=key[1], factor=self._codec.factor)
+            except RejectedImage as error:
+                raise DataError(f"reference image {path}: {error}") from error
+            codes_1HW = self._codec.encode(torch.from_numpy(pixels_3HW)[None])
+            self._found[key] = Reference(
+                codes_HW=codes_1HW[0].cpu().numpy(), png=png_of(pixels_3HW)
+            )
+        return self._found[key]
