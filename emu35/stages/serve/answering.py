@@ -9,7 +9,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 
-from emu35.errors import Emu35Error
 from emu35.inference.progress import (
     Event,
     ImageBegun,
@@ -19,7 +18,7 @@ from emu35.inference.progress import (
     ThoughtPiece,
 )
 from emu35.inference.request import Generated, Request, Update
-from emu35.stages.serve.engine_thread import Call, EngineFailure
+from emu35.stages.serve.engine_thread import Call, EngineFailure, describe, report
 from emu35.stages.serve.pictures import Codes, Pictures
 from emu35.stages.serve.pieces import Pieces
 from emu35.stages.serve.protocol import EVERY_EIGHTH, GenerationBody
@@ -112,8 +111,9 @@ class Answering:
                 yield _event(self._wire.usage(self._requests, answers))
         except EngineFailure as error:
             yield _event(engine_failed(error).plain())
-        except Emu35Error as error:  # a picture that cannot be decoded: diverged tokenizer weights
-            yield _event(Refusal(str(error), status=500, type=SERVER).plain())
+        except Exception as error:  # a picture that cannot be decoded; the status is sent already
+            report("an answer could not be finished", error)
+            yield _event(Refusal(describe(error), status=500, type=SERVER).plain())
         yield b"data: [DONE]\n\n"
 
     async def _chunks(self, place: int, updates: Sequence[Update]) -> AsyncIterator[Json]:

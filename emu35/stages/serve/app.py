@@ -1,6 +1,8 @@
 """The endpoints."""
 
 import asyncio
+import sys
+import traceback
 from collections.abc import Awaitable
 from functools import cache
 from importlib import resources
@@ -214,6 +216,8 @@ async def _not_here(request: Request, error: Exception) -> JSONResponse:
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:
     """The traceback goes to the log, which whoever asked does not see."""
+    sys.stderr.write("".join(traceback.format_exception(error)))
+    sys.stderr.flush()
     refusal = Refusal(
         f"{type(error).__name__} in the server: a bug; its log has more", status=500, type=SERVER
     )

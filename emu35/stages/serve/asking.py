@@ -5,18 +5,16 @@ line follows as well; only plain continuations and ids go past it.
 """
 
 import asyncio
-import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from emu35.errors import ConfigError
 from emu35.inference.ask import Ask, SamplingOverride, Turn, build_request
 from emu35.inference.grammar import GrammarOptions, GridSize
 from emu35.inference.request import Request
 from emu35.inference.sampler import EVERYTHING
+from emu35.stages.generate.options import parse_size, prompt_seed
 from emu35.stages.serve.pictures import Codes, Pictures, Sent
 from emu35.stages.serve.prompt_ids import check_ids
 from emu35.stages.serve.protocol import (
@@ -27,12 +25,10 @@ from emu35.stages.serve.protocol import (
     Message,
     TextPart,
 )
-from emu35.stages.serve.refusal import Refusal, shown
+from emu35.stages.serve.refusal import Refusal
 from emu35.tokens.serialize import image_tokens
 from emu35.tokens.template import ASPECT_RATIOS, TASKS, PromptTemplate, Task
 from emu35.tokens.text import TextTokenizer
-
-_SIZE = re.compile(r"([1-9][0-9]{0,3})[*x]([1-9][0-9]{0,3})")
 
 _LONGEST_TOKEN = 128
 """Bytes of the longest token of the released table: more text than this a position cannot fit."""
@@ -252,15 +248,7 @@ def _image_sampling(body: GenerationBody) -> SamplingOverride:
 
 
 def _size(text: str | None) -> GridSize | None:
-    if text is None:
-        return None
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise Refusal(
-            f"size {shown(text)} is no grid; write HEIGHTxWIDTH in codes, such as 64x48",
-            param="size",
-        )
-    return GridSize(height=int(match[1]), width=int(match[2]))
+    return None if text is None else parse_size(text)
 
 
 def _grid(body: GenerationBody) -> GridSize | None:
@@ -292,11 +280,6 @@ def new_seed() -> int:
 
 
 def _seeded(requests: Sequence[Request], *, seed: int) -> list[Request]:
-    """``requests`` with seeds that share no noise, even where calls have neighbouring seeds."""
-    return [
-        replace(
-            request,
-            seed=int(np.random.SeedSequence([seed, at]).generate_state(1, np.uint64)[0] >> 1),
-        )
-        for at, request in enumerate(requests)
-    ]
+    """``requests`` with seeds that share no noise, even where calls have neighbouring seeds; the
+    same as the command line gives to its prompts."""
+    return [replace(each, seed=prompt_seed(seed, index=at)) for at, each in enumerate(requests)]

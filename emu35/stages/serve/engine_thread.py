@@ -278,8 +278,8 @@ class EngineThread:
                 engine.abort(index)
             expected = isinstance(error, Emu35Error)
             if not expected:
-                _report("the engine failed to take a request", error)
-            self._refuse(command, error if expected else EngineFailure(_describe(error)))
+                report("the engine failed to take a request", error)
+            self._refuse(command, error if expected else EngineFailure(describe(error)))
             return
         call, now = self._calls.pop(command.keys[0]), time.perf_counter()
         for place, (key, index) in enumerate(zip(command.keys, indices, strict=True)):
@@ -311,9 +311,9 @@ class EngineThread:
         self._deliver(updates)
 
     def _fail_step(self, error: Exception, *, engine: Engine) -> None:
-        self.failure = _describe(error)
+        self.failure = describe(error)
         self._metrics.failures.inc()
-        _report("a step of the engine failed; its requests got an error", error)
+        report("a step of the engine failed; its requests got an error", error)
         flights = list(self._flights.by_index)
         for index in flights:
             engine.abort(index)  # raising here ends the thread's use of this engine
@@ -327,8 +327,8 @@ class EngineThread:
         self._metrics.ended.labels("error").inc(len(indices))
 
     def _die(self, error: BaseException) -> None:
-        self.failure = f"{_describe(error)}; the engine cannot go on: restart the server"
-        _report("the engine thread failed and serves nothing more", error)
+        self.failure = f"{describe(error)}; the engine cannot go on: restart the server"
+        report("the engine thread failed and serves nothing more", error)
         self._fail_flights(list(self._flights.by_index))
         for call in list(self._calls.values()):
             self._post(_fail, call.accepted, EngineFailure(self.failure))
@@ -404,11 +404,13 @@ def _fail(future: "asyncio.Future[None]", error: BaseException) -> None:
         future.set_exception(error)
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """``error`` as a client may read it: no traceback."""
     return str(error) if isinstance(error, Emu35Error) else f"{type(error).__name__}: {error}"
 
 
-def _report(what: str, error: BaseException) -> None:
+def report(what: str, error: BaseException) -> None:
+    """Say on the console ``what`` has failed, with the traceback of what is a bug."""
     trace = "" if isinstance(error, Emu35Error) else "".join(traceback.format_exception(error))
     sys.stderr.write(f"emu35: {what}: {error}\n{trace}")
     sys.stderr.flush()

@@ -40,7 +40,7 @@ POSITIONS = 512
 def write_vision(folder: Path) -> None:
     torch.manual_seed(0)
     config = IBQConfig(
-        ch=32,
+        ch=64,  # a group of its norms has two values even in a picture of one code
         ch_mult=[1, 1],
         num_res_blocks=1,
         attn_resolutions=[],
