@@ -77,7 +77,10 @@ class Asker:
     def _continuation(self, body: CompletionBody, ids: list[int]) -> Request:
         """Go on behind ``ids``. A task gives its numbers; its template is only for questions."""
         numbers = TASKS[body.task] if body.task else None
-        default = min(numbers.max_new_tokens, self.max_length - len(ids)) if numbers else None
+        most = body.max_tokens
+        if most is None:
+            room = max(self.max_length - len(ids), 1)
+            most = min(numbers.max_new_tokens, room) if numbers else COMPLETION_TOKENS
         size = _grid(body)
         draws = body.max_images != 0
         return Request(
@@ -88,7 +91,7 @@ class Asker:
             guidance=1.0 if body.guidance is None else body.guidance,
             # A stream of nothing but BOS is what plain text is steered away from.
             unconditional=[self.tokenizer.vocabulary.bos],
-            max_new_tokens=body.max_tokens or (default or COMPLETION_TOKENS),
+            max_new_tokens=most,
             max_images=body.max_images or int(numbers is not None and numbers.one_image),
             stop=body.stop,
             top_logprobs=body.logprobs or 0,
