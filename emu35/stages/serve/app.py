@@ -1,8 +1,6 @@
 """The endpoints."""
 
 import asyncio
-import sys
-import traceback
 from collections.abc import Awaitable
 from functools import cache
 from importlib import resources
@@ -40,7 +38,13 @@ _PAGE_POLICY = (
 
 def build_app(service: Service) -> ASGIApp:
     """The ASGI application over ``service``."""
-    app = FastAPI(title="emu35", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="emu35",
+        version=__version__,
+        docs_url=None,  # these pages would fetch their scripts from elsewhere
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
     _add_generation(app, service)
     _add_information(app, service)
     app.add_exception_handler(Refusal, _refused)
@@ -215,9 +219,7 @@ async def _not_here(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:
-    """The traceback goes to the log, which whoever asked does not see."""
-    sys.stderr.write("".join(traceback.format_exception(error)))
-    sys.stderr.flush()
+    """uvicorn logs the traceback, which whoever asked does not see."""
     refusal = Refusal(
         f"{type(error).__name__} in the server: a bug; its log has more", status=500, type=SERVER
     )

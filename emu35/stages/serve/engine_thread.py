@@ -296,9 +296,23 @@ class EngineThread:
         updates: list[Update] = []
         for key in tuple(self._flights.index_of) if keys is None else keys:
             index = self._flights.index_of.get(key)
-            if index is not None and (update := engine.abort(index)) is not None:
+            if index is not None and (update := self._let_go(index, engine=engine)):
                 updates.append(update)
         self._deliver(updates)
+
+    def _let_go(self, index: int, *, engine: Engine) -> Update | None:
+        """Abort a request; its last update, or None where it fails instead of ending.
+
+        Raises:
+            Whatever the engine raises if the request is still in it.
+        """
+        try:
+            return engine.abort(index)
+        except Exception as error:
+            engine.abort(index)  # nothing, if only its answer could not be made
+            report("an aborted request has no answer", error)
+            self._fail_flights([index], reason=describe(error))
+            return None
 
     def _step(self, engine: Engine) -> None:
         try:
@@ -314,14 +328,13 @@ class EngineThread:
         self.failure = describe(error)
         self._metrics.failures.inc()
         report("a step of the engine failed; its requests got an error", error)
-        flights = list(self._flights.by_index)
-        for index in flights:
-            engine.abort(index)  # raising here ends the thread's use of this engine
-        self._fail_flights(flights)
+        for index in list(self._flights.by_index):
+            self._let_go(index, engine=engine)  # raising here ends the use of this engine
+        self._fail_flights(list(self._flights.by_index), reason=self.failure)
 
-    def _fail_flights(self, indices: Sequence[int]) -> None:
+    def _fail_flights(self, indices: Sequence[int], *, reason: str) -> None:
         calls = {id(flight.call): flight.call for flight in map(self._flights.pop, indices)}
-        failure = EngineFailure(self.failure)
+        failure = EngineFailure(reason)
         for call in calls.values():
             self._post(call.put, failure)
         self._metrics.ended.labels("error").inc(len(indices))
@@ -329,7 +342,7 @@ class EngineThread:
     def _die(self, error: BaseException) -> None:
         self.failure = f"{describe(error)}; the engine cannot go on: restart the server"
         report("the engine thread failed and serves nothing more", error)
-        self._fail_flights(list(self._flights.by_index))
+        self._fail_flights(list(self._flights.by_index), reason=self.failure)
         for call in list(self._calls.values()):
             self._post(_fail, call.accepted, EngineFailure(self.failure))
         self._calls.clear()

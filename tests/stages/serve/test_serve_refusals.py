@@ -70,7 +70,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (TEXT, {"prompt": "x", "logprobs": 99}, 400, "logprobs=99"),
     (TEXT, {"prompt": "x", "task": "paint"}, 400, "'t2i', 'x2i'"),
     (TEXT, {"prompt": "x", "tmperature": 1}, 400, "did you mean 'temperature'?"),
-    (TEXT, {"prompt": "x", "frequency_penalty": 0.5}, 400, "frequency_penalty=0.5 is not supported"),
+    (TEXT, {"prompt": "x", "presence_penalty": 0.5}, 400, "presence_penalty=0.5 is not"),
     (TEXT, {"prompt": "x", "ratio": "7:5"}, 400, "'7:5' is unknown; use one of 4:3"),
     (TEXT, {"prompt": "x", "size": "big"}, 400, "HEIGHTxWIDTH"),
     (TEXT, {"prompt": "x", "size": "2x2", "ratio": "1:1"}, 400, "give one of them"),
@@ -99,7 +99,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (CHAT, asked([part("https://example.org/x.png")]), 400, "fetches nothing from the network"),
     (CHAT, asked([part("file:///etc/passwd")]), 400, "is no picture"),
     (CHAT, asked([part("data:image/png;base64,@@@@")]), 400, "not base64"),
-    (CHAT, asked([part("data:image/png;base64,AAAA")]), 400, "messages[0].content[0]: not an image"),
+    (CHAT, asked([part("data:image/png;base64,AAAA")]), 400, "content[0]: not an image"),
     (CHAT, asked([part(png()[:-30])]), 400, "messages[0].content[0]: "),
     (CHAT, asked([part(png())], image_area=10**12), 400, "image_area=1000000000000 must lie in"),
 ]  # fmt: skip

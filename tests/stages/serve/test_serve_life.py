@@ -1,0 +1,307 @@
+"""A server's life: starting, clients that leave, failing steps, a crowd, being told to stop."""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from emu35.checkpoint.source import describe
+from emu35.cli import main
+from emu35.stages.serve import server as server_module
+from emu35.stages.serve.app import build_app
+from emu35.stages.serve.options import ServeOptions
+from emu35.stages.serve.server import build_service
+
+TEXT = "/v1/completions"
+CHAT = "/v1/chat/completions"
+
+PICTURE = {"prompt": "x", "task": "t2i", "size": "20x22"}
+"""About 460 tokens, none of which can be the end."""
+
+
+def eventually(holds: Callable[[], bool], *, seconds: float = 10) -> bool:
+    deadline = time.perf_counter() + seconds
+    while not holds():
+        if time.perf_counter() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_empty(server) -> bool:
+    return (
+        server.metric("emu35_requests_active") == 0
+        and server.metric("emu35_requests_waiting") == 0
+        and server.metric("emu35_cache_used_tokens") == 0
+    )
+
+
+def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+@contextlib.contextmanager
+def streaming(url: str, path: str, body: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+    with httpx.stream("POST", f"{url}{path}", json={**body, "stream": True}, timeout=60) as answer:
+        assert answer.status_code == 200
+        yield events(answer.iter_lines())
+
+
+def test_until_the_model_is_there_the_answer_is_503(drawing_run: Path) -> None:
+    async def ask() -> None:
+        options = ServeOptions(source=drawing_run)
+        service = build_service(options, described=describe(drawing_run, message=lambda _: None))
+        transport = httpx.ASGITransport(build_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            health = await client.get("/health")
+            assert (health.status_code, health.json()["status"]) == (503, "starting")
+            early = await client.post(TEXT, json={"prompt": "x"})
+            assert early.status_code == 503
+            assert int(early.headers["retry-after"]) > 0
+            assert early.json()["error"]["code"] == "starting"
+            await service.start()
+            assert (await client.get("/health")).json() == {"status": "ok", "model": "tiny"}
+            assert (await client.post(TEXT, json={"prompt": "x"})).status_code == 200
+        await service.close()
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("path", [TEXT, CHAT])
+def test_a_client_that_leaves_a_stream_frees_its_place(server, path: str) -> None:
+    ended = 'emu35_requests_ended_total{reason="abort"}'
+    before = server.metric(ended)
+    body = PICTURE if path == TEXT else {
+        "messages": [{"role": "user", "content": "x"}], "task": "t2i", "size": "20x22", "n": 2,
+    }  # fmt: skip
+    with streaming(server.url, path, body) as chunks:
+        next(chunks)
+        assert eventually(lambda: server.metric("emu35_cache_used_tokens") > 0)
+    assert eventually(lambda: is_empty(server))
+    assert server.metric(ended) == before + body.get("n", 1)
+    assert server.service.engine.in_flight == 0
+
+
+def test_a_client_that_leaves_without_a_stream_frees_its_place(server) -> None:
+    before = server.metric('emu35_requests_ended_total{reason="abort"}')
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(PICTURE).encode()
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(
+            f"POST {TEXT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n".encode()
+            + content
+        )
+        assert eventually(lambda: server.metric("emu35_cache_used_tokens") > 0)
+    assert eventually(lambda: is_empty(server))
+    assert server.metric('emu35_requests_ended_total{reason="abort"}') == before + 1
+
+
+def test_half_a_request_and_silence_hurt_nobody(server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(
+            f"POST {TEXT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            "Content-Length: 1000\r\n\r\n{".encode()
+        )
+        assert server.post(TEXT, {"prompt": "x", "max_tokens": 2}).status_code == 200
+    # It counts as open until it is gone, and then no more.
+    assert eventually(lambda: server.service.open_calls == 0)
+
+
+def test_a_failing_step_is_an_error_and_not_the_end(
+    start_server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[torch.nn.Module] = []
+
+    def remembering(*arguments: Any, **keywords: Any) -> torch.nn.Module:
+        models.append(load_model(*arguments, **keywords))
+        return models[-1]
+
+    load_model = server_module.load_model
+    monkeypatch.setattr(server_module, "load_model", remembering)
+    server = start_server()
+    weight = dict(models[0].named_parameters())["output_layer.weight"]
+    sound = weight.detach().clone()
+
+    with streaming(server.url, TEXT, PICTURE) as chunks:
+        next(chunks)
+        weight.data.fill_(float("nan"))
+        (error,) = [chunk["error"] for chunk in chunks if "error" in chunk]
+    assert error["type"] == "server_error"
+    assert "diverged" in error["message"]
+    health = server.get("/health")
+    assert health.status_code == 503
+    assert health.json()["status"] == "unhealthy"
+    assert "diverged" in health.json()["reason"]
+    failed = server.post(TEXT, {"prompt": "x"})
+    assert failed.status_code == 500
+    assert "generation failed" in failed.json()["error"]["message"]
+    assert server.metric("emu35_engine_failures_total") == 2
+    assert is_empty(server)
+    weight.data.copy_(sound)
+    assert server.post(TEXT, {"prompt": "x"}).status_code == 200
+    assert server.get("/health").status_code == 200
+
+
+def mixed(place: int) -> tuple[str, dict[str, Any]]:
+    """Request ``place`` of a crowd: pictures of many sizes, text, stories, streams."""
+    rng = random.Random(place)
+    size = f"{rng.randint(1, 8)}x{rng.randint(1, 8)}"
+    ask = {"messages": [{"role": "user", "content": f"number {place}"}], "seed": place}
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {**ask, "task": "t2i", "size": size}),
+        (TEXT, {"prompt": f"number {place}", "seed": place, "max_tokens": 40, "max_images": 0}),
+        (CHAT, {**ask, "task": "story", "size": size, "max_tokens": 120}),
+        (TEXT, {"prompt": ["a", "b"], "seed": place, "max_tokens": 20, "logprobs": 2}),
+    ]
+    path, body = kinds[place % 4]
+    return path, {**body, "stream": place % 3 == 0, "return_token_ids": True}
+
+
+def token_ids(answer: httpx.Response) -> list[list[int]]:
+    """The ids of every choice, from a whole answer or a stream."""
+    assert answer.status_code == 200, answer.text
+    if not answer.headers["content-type"].startswith("text/event-stream"):
+        return [choice["token_ids"] for choice in answer.json()["choices"]]
+    assert answer.text.endswith("data: [DONE]\n\n")
+    ids: dict[int, list[int]] = {}
+    for chunk in events(iter(answer.text.splitlines())):
+        assert "error" not in chunk
+        for choice in chunk["choices"]:
+            ids.setdefault(choice["index"], []).extend(choice.get("token_ids", []))
+    return [ids[place] for place in sorted(ids)]
+
+
+def test_sixty_four_mixed_calls_at_once_give_what_each_gives_alone(server) -> None:
+    def send(place: int) -> list[list[int]]:
+        path, body = mixed(place)
+        return token_ids(client.post(f"{server.url}{path}", json=body))
+
+    limits = httpx.Limits(max_connections=64)
+    with httpx.Client(timeout=60, limits=limits) as client, ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(send, range(64)))
+    assert all(ids for answer in together for ids in answer)
+    with httpx.Client(timeout=60) as client:
+        for place in range(0, 64, 9):
+            assert send(place) == together[place]
+    assert is_empty(server)
+
+
+def test_metrics_count_what_happened(server) -> None:
+    names = {
+        "calls": 'emu35_http_requests_total{endpoint="/v1/completions",status="200"}',
+        "wrong": 'emu35_http_requests_total{endpoint="/v1/completions",status="400"}',
+        "visual": 'emu35_tokens_total{kind="visual"}',
+        "forced": 'emu35_tokens_total{kind="forced"}',
+        "prompt": 'emu35_tokens_total{kind="prompt"}',
+        "images": "emu35_images_total",
+        "first": "emu35_time_to_first_token_seconds_count",
+        "each": "emu35_time_per_token_seconds_count",
+        "queued": "emu35_queue_seconds_count",
+    }
+    before = {key: server.metric(name) for key, name in names.items()}
+    server.post(TEXT, {"prompt": "abc", "task": "t2i", "size": "3x4"})
+    server.post(TEXT, {"prompt": "abc", "top_p": 5})
+    assert eventually(lambda: server.metric(names["calls"]) > before["calls"])
+    grown = {key: server.metric(name) - before[key] for key, name in names.items()}
+    # BOI, 3*4, IMG, two EOL and EOI are forced.
+    assert grown == {
+        "calls": 1, "wrong": 1, "visual": 12, "forced": 8, "prompt": 4, "images": 1, "first": 1,
+        "each": 1, "queued": 1,
+    }  # fmt: skip
+    text = server.get("/metrics").text
+    for gauge in ("requests_waiting", "requests_active", "cache_used_tokens", "cache_tokens"):
+        assert f"# TYPE emu35_{gauge} gauge" in text
+    assert "# TYPE emu35_preemptions_total counter" in text
+
+
+def test_a_drain_aborts_what_outlives_the_grace_time(start_server) -> None:
+    server = start_server(grace=0.2)
+    with streaming(server.url, TEXT, PICTURE) as chunks:
+        next(chunks)
+        drain = asyncio.run_coroutine_threadsafe(
+            server.service.drain(hurry=asyncio.Event()), server.loop
+        )
+        assert eventually(lambda: server.get("/health").json()["status"] == "draining")
+        late = server.post(TEXT, {"prompt": "x"})
+        assert late.status_code == 503
+        assert late.json()["error"]["code"] == "draining"
+        *_, last = chunks
+    assert last["choices"][0]["finish_reason"] == "abort"
+    # The picture that was cut off is named rather than sent.
+    assert last["choices"][0]["problems"] == ["image without an end"]
+    drain.result(timeout=10)
+
+
+@contextlib.contextmanager
+def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """``emu35 serve`` as a user starts it: the process, its URL, and what it says."""
+    command = [sys.executable, "-m", "emu35", "serve", "--port", "0", *arguments]
+    said: list[str] = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        stream = running.stderr
+        reader = threading.Thread(target=lambda: said.extend(stream), daemon=True)
+        reader.start()
+        try:
+            assert eventually(lambda: any("ready" in line for line in said), seconds=90), said
+            url = re.search(r"http://[0-9.:]+", "".join(said))
+            assert url is not None
+            yield running, url[0], said
+        finally:
+            if running.poll() is None:
+                running.kill()
+            reader.join(10)
+
+
+def test_sigterm_finishes_what_runs_and_ends_with_code_0(drawing_run: Path) -> None:
+    with process("--run", str(drawing_run), "--grace", "60") as (running, url, said):
+        with streaming(url, TEXT, PICTURE) as chunks:
+            next(chunks)
+            running.send_signal(signal.SIGTERM)
+            assert eventually(lambda: httpx.get(f"{url}/health").status_code == 503)
+            late = httpx.post(f"{url}{TEXT}", json={"prompt": "x"})
+            assert late.status_code == 503
+            assert "shut down" in late.json()["error"]["message"]
+            *_, last = chunks
+        assert last["choices"][0]["finish_reason"] == "stop"
+        assert running.wait(30) == 0
+    assert said[-1] == "emu35: stopped\n"
+
+
+def test_what_keeps_a_server_from_starting(
+    drawing_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def says(*arguments: str) -> str:
+        assert main(["serve", *arguments]) == 2
+        return capsys.readouterr().err
+
+    run = ("--run", str(drawing_run))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"cannot listen on 127.0.0.1:{port}" in says(*run, "--port", port)
+    assert "neither a run folder" in says("--run", str(tmp_path))
+    assert "does not exist" in says(*run, "--vision", str(tmp_path / "no"))
+    assert "EMU35_NO_SUCH_KEY is empty" in says(*run, "--api-key-env", "EMU35_NO_SUCH_KEY")
+    wrong = says(*run, "--max-requests", "0", "--port", "99999", "--grace", "nan")
+    assert "3 problems" in wrong
+    assert "EMU35_NO_SUCH_KEY" not in os.environ
