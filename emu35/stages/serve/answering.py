@@ -18,7 +18,8 @@ from emu35.inference.progress import (
     ThoughtPiece,
 )
 from emu35.inference.request import Generated, Request, Update
-from emu35.stages.serve.engine_thread import Call, EngineFailure, describe, report
+from emu35.stages.serve.calls import Call, EngineFailure
+from emu35.stages.serve.engine_thread import describe, report
 from emu35.stages.serve.pictures import Codes, Pictures
 from emu35.stages.serve.pieces import Pieces
 from emu35.stages.serve.protocol import EVERY_EIGHTH, GenerationBody

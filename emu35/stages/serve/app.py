@@ -1,7 +1,7 @@
 """The endpoints."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -19,7 +19,7 @@ from emu35.inference.request import Request as EngineRequest
 from emu35.stages.serve.answering import Answering, unless_gone
 from emu35.stages.serve.asking import new_seed
 from emu35.stages.serve.bodies import RefusedBodies
-from emu35.stages.serve.engine_thread import Call
+from emu35.stages.serve.calls import Call
 from emu35.stages.serve.protocol import ChatBody, CompletionBody, GenerationBody
 from emu35.stages.serve.refusal import SERVER, Refusal
 from emu35.stages.serve.service import Service
@@ -87,6 +87,7 @@ async def _generate(
     try:
         requests = await asked
         service.check_model(body.model)
+        _check_shown(service, body, requests)
     except ConfigError as error:
         raise Refusal("; ".join(error.problems)) from error
     except Emu35Error as error:
@@ -110,6 +111,17 @@ async def _generate(
     finally:
         call.close()
     return Response(status_code=499) if answer is None else JSONResponse(answer)
+
+
+def _check_shown(service: Service, body: GenerationBody, requests: Sequence[EngineRequest]) -> None:
+    """Refuse to draw what could not be shown, unless only ids are wanted."""
+    wanted = isinstance(body, ChatBody) and body.return_images
+    if wanted and not service.pictures.available and requests[0].grammar.images:
+        raise Refusal(
+            "this server has no image tokenizer, so it shows no pictures; start it with --vision "
+            "DIR, or ask for ids with return_images=false and return_token_ids=true",
+            code="no_image_tokenizer",
+        )
 
 
 class _EventStream(StreamingResponse):

@@ -1,7 +1,7 @@
 """The one thread that uses the engine.
 
-Whoever wants something puts a :class:`Submit` or an :class:`Abort` into the mailbox; both are plain
-data that could be sent to other ranks. Between two steps the thread takes what lies there, applies
+Whoever wants something puts a command of :mod:`.calls` into the mailbox; commands are plain data
+that could be sent to other ranks. Between two steps the thread takes what lies there, applies
 it in order, and after the step it hands every call its updates, one wake-up of the event loop a
 step. While nothing is asked it sleeps.
 
@@ -16,101 +16,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from emu35.errors import Emu35Error
 from emu35.inference.engine import Engine, EngineStats
 from emu35.inference.grammar import NextKind
 from emu35.inference.request import Finish, Generated, Request, Update
+from emu35.stages.serve.calls import Abort, Call, Command, EngineFailure, Item, Stop, Submit
 from emu35.stages.serve.metrics import Metrics
-
-
-class EngineFailure(Exception):
-    """The engine failed while it worked on a call; ``str()`` says how."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Submit:
-    """Generate ``requests``, all or none, under the numbers ``keys``."""
-
-    requests: tuple[Request, ...]
-    keys: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Abort:
-    """End the requests ``keys`` (None: all) at once, where they have not ended."""
-
-    keys: tuple[int, ...] | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stop:
-    """Leave."""
-
-
-Command: TypeAlias = Submit | Abort | Stop
-_Item: TypeAlias = tuple[int, Update] | EngineFailure
-
-
-class Call:
-    """The requests of one HTTP call, in flight. Iterate for (place of the request, update)."""
-
-    def __init__(self, keys: tuple[int, ...], *, abort: Callable[[tuple[int, ...]], None]) -> None:
-        self.keys = keys
-        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._items: asyncio.Queue[_Item] = asyncio.Queue()
-        self._running = set(range(len(keys)))
-        self._abort = abort
-
-    def put(self, item: _Item) -> None:
-        """Hand over what the engine did; in the event loop."""
-        self._items.put_nowait(item)
-
-    async def next(self, *, patience: float | None = None) -> list[tuple[int, Update]]:
-        """Everything that has come, at least one item; empty when ``patience`` (seconds) ran out.
-
-        Raises:
-            EngineFailure: the engine failed; nothing more comes.
-        """
-        try:
-            items = [await asyncio.wait_for(self._items.get(), patience)]
-        except TimeoutError:
-            return []
-        while not self._items.empty():
-            items.append(self._items.get_nowait())
-        updates: list[tuple[int, Update]] = []
-        for item in items:
-            if isinstance(item, EngineFailure):
-                self._running.clear()
-                raise item
-            updates.append(item)
-            if item[1].finished is not None:
-                self._running.discard(item[0])
-        return updates
-
-    @property
-    def running(self) -> bool:
-        """Whether anything more will come."""
-        return bool(self._running)
-
-    async def updates(self) -> AsyncIterator[tuple[int, Update]]:
-        """Every update until all requests have ended.
-
-        Raises:
-            EngineFailure: as :meth:`next`.
-        """
-        while self.running:
-            for item in await self.next():
-                yield item
-
-    def close(self) -> None:
-        """Abort what still runs: nobody reads it any more."""
-        if self._running:
-            self._abort(tuple(self.keys[place] for place in self._running))
-            self._running.clear()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -348,7 +262,7 @@ class EngineThread:
         self._calls.clear()
 
     def _deliver(self, updates: Sequence[Update]) -> None:
-        items: list[tuple[Call, _Item]] = []
+        items: list[tuple[Call, Item]] = []
         now = time.perf_counter()
         for update in updates:
             flight = self._flights.by_index.get(update.index)
@@ -402,7 +316,7 @@ _KINDS = {
 }
 
 
-def _put(items: Sequence[tuple[Call, _Item]]) -> None:
+def _put(items: Sequence[tuple[Call, Item]]) -> None:
     for call, item in items:
         call.put(item)
 

@@ -93,6 +93,8 @@ def _place(loc: Sequence[str | int]) -> str:
 
 def shown(value: object) -> str:
     """``value`` as a message repeats it: short, and without line breaks."""
+    if isinstance(value, str | list):
+        value = value[:_LONGEST_VALUE]
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):

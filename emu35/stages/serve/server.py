@@ -104,8 +104,7 @@ async def _serve(
     shown = f"[{host}]" if ":" in host else host
     message(f"emu35: http://{shown}:{port}/ loads {service.name}")
     if options.host not in _LOOPBACK and options.api_key() is None:
-        message(f"emu35: {options.host} can be reached by others and no key is asked for; "
-                "see --api-key-env")  # fmt: skip
+        message(f"emu35: {options.host} is open to others, without a key (see --api-key-env)")
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(service.start())
     stopping = asyncio.create_task(asked.wait())
@@ -114,6 +113,8 @@ async def _serve(
         if starting.done():
             starting.result()
             message(f"emu35: ready: {service.name}")
+            if not service.pictures.available:
+                message("emu35: no image tokenizer: pictures stay ids (see --vision)")
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             serving.result()

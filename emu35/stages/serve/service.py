@@ -14,7 +14,8 @@ from emu35.inference.request import Request
 from emu35.stages.serve.answering import engine_failed
 from emu35.stages.serve.asking import Asker
 from emu35.stages.serve.bodies import Bodies
-from emu35.stages.serve.engine_thread import Call, EngineFailure, EngineThread
+from emu35.stages.serve.calls import Call, EngineFailure
+from emu35.stages.serve.engine_thread import EngineThread
 from emu35.stages.serve.metrics import Metrics
 from emu35.stages.serve.options import ServeOptions
 from emu35.stages.serve.pictures import Pictures

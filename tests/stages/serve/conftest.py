@@ -37,7 +37,7 @@ CODES = 64
 POSITIONS = 512
 
 
-def write_vision(folder: Path) -> None:
+def write_vision(folder: Path, *, codes: int = CODES) -> None:
     torch.manual_seed(0)
     config = IBQConfig(
         ch=64,  # a group of its norms has two values even in a picture of one code
@@ -47,9 +47,15 @@ def write_vision(folder: Path) -> None:
         resolution=8,
         z_channels=8,
         embed_dim=8,
-        n_embed=CODES,
+        n_embed=codes,
     )
     write_folder(IBQ(config), folder=folder)
+
+
+@pytest.fixture
+def write_other_vision() -> Callable[[Path], None]:
+    """Writes an image tokenizer whose codes are not the model's."""
+    return lambda folder: write_vision(folder, codes=CODES // 2)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import io
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 
@@ -103,6 +104,7 @@ def test_a_stream_shows_text_rows_previews_and_pictures_in_order(server) -> None
                     previews.append((part["number"], part["rows_done"]))
     assert got == expected
     assert finish == whole.choices[0].finish_reason
+    assert usage is not None
     assert usage.completion_tokens == whole.usage.completion_tokens
     assert rows, "pick another seed: this story has no picture"
     assert all(done == sorted(set(done)) for done in rows.values())
@@ -224,3 +226,20 @@ def test_thoughts_are_told_apart(server) -> None:
     text = "".join(e.text for e in events if isinstance(e, TextPiece))
     # A stop string does not reach from a thought into the answer.
     assert (thought, text) == ("hm EN", "D: yes")
+
+
+def test_without_an_image_tokenizer_pictures_are_ids(
+    start_server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emu35.stages.serve.server._open_codec", lambda options, *, described: None)
+    server = start_server()
+    with pytest.raises(openai.BadRequestError, match="start it with --vision"):
+        chat(server, "a fox", task="t2i", size="2x2")
+    with pytest.raises(openai.BadRequestError, match="reads no pictures"):
+        chat(server, [image_part(data_url(noise(4, 4)))])
+    answer = chat(
+        server, "a fox", task="t2i", size="2x2", return_images=False, return_token_ids=True
+    )
+    (codes_HW,) = deserialize(answer.choices[0].token_ids, server.service.asker.tokenizer).images
+    assert codes_HW.shape == (2, 2)
+    assert chat(server, max_tokens=4).choices[0].message.content is not None

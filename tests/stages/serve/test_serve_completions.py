@@ -70,6 +70,10 @@ def test_logprobs_are_those_of_the_policy(server) -> None:
             assert found.support[at] == vocabulary.codebook_size
     assert sampled > 0
     assert any(found.forced), "pick another seed: this answer has no picture"
+    # Where fewer candidates are left than asked for, there are fewer rivals.
+    narrow = complete(server, top_k=1, logprobs=3, max_tokens=4, max_images=0)
+    assert {len(top) for top in narrow.choices[0].logprobs.top_logprobs} == {1}
+    assert set(narrow.choices[0].logprobs.token_logprobs) == {0.0}
     # Greedy: the best candidate is the one that comes.
     greedy = complete(server, temperature=0, logprobs=1, max_tokens=4, max_images=0)
     assert [list(top) for top in greedy.choices[0].logprobs.top_logprobs] == [

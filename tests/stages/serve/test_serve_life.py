@@ -289,7 +289,10 @@ def test_sigterm_finishes_what_runs_and_ends_with_code_0(drawing_run: Path) -> N
 
 
 def test_what_keeps_a_server_from_starting(
-    drawing_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    drawing_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    write_other_vision: Callable[[Path], None],
 ) -> None:
     def says(*arguments: str) -> str:
         assert main(["serve", *arguments]) == 2
@@ -305,3 +308,7 @@ def test_what_keeps_a_server_from_starting(
     wrong = says(*run, "--max-requests", "0", "--port", "99999", "--grace", "nan")
     assert "3 problems" in wrong
     assert "EMU35_NO_SUCH_KEY" not in os.environ
+    # Found while it loads, when the port is open already.
+    write_other_vision(tmp_path / "vision")
+    wrong = says(*run, "--port", "0", "--vision", str(tmp_path / "vision"))
+    assert "has 32 codes, but the language model has 64" in wrong
