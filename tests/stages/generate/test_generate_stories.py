@@ -147,7 +147,9 @@ def run_and_interrupt(arguments: list[str], *, out: Path, ready: str, kind: int)
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "kind", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_a_call_that_is_stopped_keeps_its_pictures(
     storyteller: Path, tmp_path: Path, kind: int
 ) -> None:

@@ -84,10 +84,12 @@ def prefer(model: Emu35Model, *, ids: dict[int, float]) -> None:
     """Add about so much to the logits of ``ids``: all hidden states get one large component, which
     the normalisation makes constant, and only these ids look at it."""
     with torch.no_grad():
-        model.embedding.word_embeddings.weight[:, 0] = 10.0
-        model.output_layer.weight[:, 0] = 0.0
+        parameters = dict(model.named_parameters())
+        parameters["embedding.word_embeddings.weight"][:, 0] = 10.0
+        output_VH = parameters["output_layer.weight"]
+        output_VH[:, 0] = 0.0
         for id, logit in ids.items():
-            model.output_layer.weight[id, 0] = logit / model.lm_config.hidden_size**0.5
+            output_VH[id, 0] = logit / model.lm_config.hidden_size**0.5
 
 
 def options(run: Path, out: Path, **changes: object) -> GenerateOptions:
