@@ -47,6 +47,10 @@ class LaunchError(Emu35Error):
     """Processes could not be started, or one of them failed."""
 
 
+class QueueFull(Emu35Error):
+    """As many requests wait for the engine as may; later there will be room again."""
+
+
 class Interrupted(Emu35Error):
     """The run was asked to stop and saved itself; the same command resumes it."""
 

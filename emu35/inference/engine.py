@@ -1,47 +1,66 @@
 """The engine: many requests through one cache, a step at a time.
 
-Suffixes: R rows of the cache, S tokens of one forward, N rows sampled together, H hidden size,
-V vocabulary.
+Suffixes: R rows (streams in flight), S tokens of one forward, N sequences chosen together, H hidden
+size.
 """
 
-from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from emu35.errors import ConfigError
-from emu35.inference.grammar import Grammar, Next, NextKind, SizeIds
-from emu35.inference.request import Generated, Request
-from emu35.inference.sampler import draw, guide
+from emu35.errors import ConfigError, QueueFull
+from emu35.inference.arena import Arena, whole_pages
+from emu35.inference.choose import Chooser
+from emu35.inference.grammar import Grammar, SizeIds
+from emu35.inference.ranks import agree_on
+from emu35.inference.request import Finish, Generated, Request, Update
 from emu35.inference.scheduler import Feed, Scheduler, Sequence, Stream
-from emu35.model.cache import KVCache
+from emu35.model.cache import CachedForward, KVCache, Span
 from emu35.model.context import AttentionContext
-from emu35.model.logits import vocabulary_logits
-from emu35.model.mask import AttentionMask
 from emu35.model.transformer import Emu35Model
+from emu35.parallel.cpu import without_shim
 from emu35.tokens.serialize import deserialize
-from emu35.tokens.template import Sampling
 from emu35.tokens.text import TextTokenizer
 from emu35.tokens.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Group:
-    """Rows that one call of the sampler can serve."""
+class EngineStats:
+    """How full the engine is, and what it has done since it was made. ``cache_used`` and
+    ``cache_tokens`` count slots; ``forced`` tokens are among ``tokens_generated``; ``projected_*``
+    count hidden rows projected on a part of the vocabulary."""
 
-    kind: NextKind
-    ids: tuple[int, ...]
-    sampling: Sampling
-    guided: bool
+    waiting: int
+    active: int
+    cache_used: int
+    cache_tokens: int
+    forwards: int
+    tokens_fed: int
+    tokens_generated: int
+    forced: int
+    preemptions: int
+    projected_visual: int
+    projected_text: int
+    projected_digits: int
 
 
 class Engine:
-    """Batched generation with a key-value cache.
+    """Continuous batching over a preallocated cache.
 
-    ``rows`` is the number of streams in flight (a guided request takes two); ``max_length`` the
-    longest prompt plus answer. The model is put into evaluation mode. One process; the model must
-    hold the whole vocabulary.
+    Under tensor parallelism every rank of the group builds its own engine around its part of the
+    model and is told the same things in the same order; the first rank draws for all of them.
+
+    Args:
+        model: put into evaluation mode.
+        max_length: tokens of the longest stream, prompt and answer; at most the model's positions.
+        cache_tokens: slots of the cache over all streams (a guided request has two streams);
+            enough for ``max_requests`` of the longest by default.
+        max_requests: requests in flight at once.
+        max_waiting: requests in line beyond those; None for any number.
+        prefill_chunk: prompt tokens fed by one forward at most.
+        headroom: slots kept free for each running request when another is let in. Fewer fill the
+            cache better, more make it rarer that a request is pushed out and starts over.
     """
 
     def __init__(
@@ -49,201 +68,237 @@ class Engine:
         *,
         model: Emu35Model,
         tokenizer: TextTokenizer,
-        rows: int,
         max_length: int,
+        cache_tokens: int | None = None,
+        max_requests: int = 16,
+        max_waiting: int | None = None,
         prefill_chunk: int = 256,
+        headroom: int = 256,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.vocabulary: Vocabulary = tokenizer.vocabulary
         self.max_length = max_length
-        self.tokens_generated = 0
-        self._rows = rows
-        self._device = next(model.parameters()).device
+        self.max_waiting = max_waiting
         self._size_ids = SizeIds.of(tokenizer)
-        self._scheduler = Scheduler(rows=rows, chunk=prefill_chunk)
-        self._submitted = 0
-        self._allocate()
-
-    def _allocate(self) -> None:
-        """An empty cache with all rows."""
-        config, dtype = self.model.lm_config, next(self.model.parameters()).dtype
-        self._cache = KVCache(
-            num_layers=config.num_layers,
-            batch_size=self._rows,
-            # A forward writes its padding too, past the end of the rows that need none.
-            max_length=self.max_length + self._scheduler.chunk,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=dtype,
-            device=self._device,
+        self._chooser = Chooser(model, vocabulary=self.vocabulary)
+        if cache_tokens is None:
+            cache_tokens = 2 * max_requests * whole_pages(max_length)
+        self._cache, self._last_RH = _allocate(model, slots=cache_tokens, rows=2 * max_requests)
+        self._arena = Arena(
+            cache_tokens,
+            move=lambda source, target, count: self._cache.move(
+                source=source, target=target, count=count
+            ),
         )
-        # The newest hidden state of every row: a stream whose partner is still reading its prompt
-        # keeps what the next token is predicted from.
-        self._last_RH = torch.zeros(
-            self._rows, config.hidden_size, dtype=dtype, device=self._device
+        self._scheduler = Scheduler(
+            arena=self._arena,
+            max_requests=max_requests,
+            chunk=prefill_chunk,
+            headroom=headroom,
         )
+        self._submitted = self._forwards = self._tokens_fed = self._generated = self._forced = 0
 
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._scheduler.waiting or self._scheduler.active)
 
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's load and counters now."""
+        scheduler, projected = self._scheduler, self._chooser.projected
+        return EngineStats(
+            waiting=len(scheduler.waiting),
+            active=len(scheduler.active),
+            cache_used=self._arena.slots - self._arena.free,
+            cache_tokens=self._arena.slots,
+            forwards=self._forwards,
+            tokens_fed=self._tokens_fed,
+            tokens_generated=self._generated,
+            forced=self._forced,
+            preemptions=scheduler.preemptions,
+            projected_visual=projected.visual,
+            projected_text=projected.text,
+            projected_digits=projected.digits,
+        )
+
     def submit(self, request: Request) -> int:
         """Queue a request; its number.
 
         Raises:
-            ConfigError: for a request that cannot be run, or does not fit the cache.
+            ConfigError: for a request that cannot be run, or would never fit the cache.
+            QueueFull: ``max_waiting`` requests wait already.
         """
-        problems = request.problems()
-        if request.slots > self.max_length:
-            problems.append(
-                f"{request.slots - request.max_new_tokens} prompt tokens and "
-                f"max_new_tokens={request.max_new_tokens} exceed the engine's length "
-                f"{self.max_length}; ask for fewer tokens or build it longer"
-            )
-        if 1 + request.guided > self._rows:
-            problems.append("guidance takes two rows, but the engine has one; give it more")
-        if problems:
+        if problems := [*request.problems(), *self._misfits(request)]:
             raise ConfigError(problems)
-        vocabulary = self.vocabulary
-        stop_ids = {vocabulary.eos, vocabulary.eoi} if request.stop_at_image else {vocabulary.eos}
+        scheduler = self._scheduler
+        free = scheduler.max_requests - len(scheduler.active)
+        if self.max_waiting is not None and len(scheduler.waiting) >= self.max_waiting + free:
+            raise QueueFull(
+                f"{len(scheduler.active)} requests run and {len(scheduler.waiting)} wait, the most "
+                f"that max_waiting={self.max_waiting} permits; try again later"
+            )
         sequence = Sequence(
             index=self._submitted,
             request=request,
             grammar=Grammar(
-                vocabulary=vocabulary, size_ids=self._size_ids, options=request.grammar
+                vocabulary=self.vocabulary, size_ids=self._size_ids, options=request.grammar
             ),
-            generator=torch.Generator(self._device).manual_seed(request.seed),
-            stop_ids=frozenset(stop_ids),
-            conditional=Stream(row=-1, pending=list(request.prompt)),
+            tokenizer=self.tokenizer,
+            conditional=_stream(request.prompt, request=request),
             unconditional=(
-                Stream(row=-1, pending=list(request.unconditional)) if request.guided else None
+                _stream(request.unconditional, request=request) if request.guided else None
             ),
         )
         sequence.append_forced()
-        self._scheduler.waiting.append(sequence)
+        scheduler.waiting.append(sequence)
         self._submitted += 1
         return sequence.index
 
-    @torch.no_grad()
-    def step(self) -> list[Generated]:
-        """Feed every row once and choose the tokens that this makes possible; the sequences that
-        ended by it."""
-        self._schedule()
-        self._run(self._scheduler.feed())
-        return self._postprocess()
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """One forward over everything that is pending, and the tokens that it makes possible."""
+        self._scheduler.admit()
+        with without_shim():
+            self._run(self._scheduler.feed())
+            ready = [s for s in self._scheduler.active if s.ready and s.finish is None]
+            if ready:
+                asked = [(sequence, sequence.next()) for sequence in ready]
+                tokens = self._chooser.choose(asked, hidden_RH=self._last_RH)
+                for sequence, token in zip(ready, agree_on(tokens), strict=True):
+                    sequence.append(token)
+                    sequence.append_forced()
+        updates = [
+            self._update(sequence)
+            for sequence in self._scheduler.active
+            if len(sequence.tokens) > sequence.reported or sequence.finish
+        ]
+        self._scheduler.retire()
+        return updates
 
     def run(self) -> list[Generated]:
         """Step until nothing is left; the answers in order of submission."""
         answers: list[Generated] = []
         while self.busy:
-            answers += self.step()
+            answers += [update.finished for update in self.step() if update.finished]
         return sorted(answers, key=lambda answer: answer.index)
 
-    def _schedule(self) -> None:
-        scheduler = self._scheduler
-        if not scheduler.active and scheduler.rows < self._rows:
-            scheduler.restore(self._rows)
-            self._allocate()
-        for row in scheduler.admit():
-            self._cache.reset_row(row)
-        kept = scheduler.compact()
-        if kept is not None:
-            rows_R = torch.tensor(kept, device=self._device)
-            self._cache, self._last_RH = self._cache.select(rows_R), self._last_RH[rows_R]
+    def stream(self, request: Request) -> Iterator[Update]:
+        """Submit ``request`` and step until it has ended, yielding what it gains. Other requests
+        advance as well, and their updates are lost; leaving the loop early aborts the request.
 
-    def _run(self, feed: Feed) -> None:
-        tokens_RS = torch.from_numpy(feed.tokens_RS).to(self._device)
-        counts_R = torch.from_numpy(feed.counts_R).to(self._device)
-        cache = self._cache
-        steps_S = torch.arange(tokens_RS.shape[1], device=self._device)
-        slots_RS = cache.lengths_B[:, None] + steps_S
-        empty_RS = torch.zeros_like(slots_RS)
-        # An idle row sees one key, whatever it holds: its output is not used, and a full row is
-        # cheaper for the backends than an empty one.
-        end_RS = torch.where(counts_R[:, None] > 0, slots_RS + 1, 1)
+        Raises:
+            ConfigError, QueueFull: as :meth:`submit`.
+        """
+        index = self.submit(request)
+        try:
+            while True:
+                for update in self.step():
+                    if update.index == index:
+                        yield update
+                        if update.finished:
+                            return
+        finally:
+            self.abort(index)
+
+    def abort(self, index: int) -> Update | None:
+        """End request ``index`` now and free its part of the cache; its last update, or None if it
+        has ended before."""
+        sequence = self._scheduler.remove(index)
+        if sequence is None:
+            return None
+        sequence.finish = Finish.abort
+        return self._update(sequence)
+
+    def _misfits(self, request: Request) -> list[str]:
+        """What would keep ``request`` from ever finishing here."""
+        found: list[str] = []
+        if request.slots > self.max_length:
+            found.append(
+                f"{request.slots - request.max_new_tokens} prompt tokens and "
+                f"max_new_tokens={request.max_new_tokens} exceed the engine's length "
+                f"{self.max_length}; ask for fewer tokens or build it longer"
+            )
+        prompts = [request.prompt, *([request.unconditional] if request.guided else [])]
+        slots = sum(whole_pages(len(prompt) + request.max_new_tokens) for prompt in prompts)
+        if slots > self._arena.slots:
+            found.append(
+                f"the request can fill {slots} slots of the cache ({len(prompts)} streams of "
+                f"prompt + max_new_tokens={request.max_new_tokens}), but it has "
+                f"{self._arena.slots}; ask for fewer tokens or raise cache_tokens"
+            )
+        outside = [id for prompt in prompts for id in prompt if not 0 <= id < self.vocabulary.size]
+        if outside:
+            found.append(
+                f"prompt token {outside[0]} lies outside the vocabulary of {self.vocabulary.size} "
+                "ids; was it made with another tokenizer?"
+            )
+        return found
+
+    def _run(self, feeds: list[Feed]) -> None:
+        if not feeds:
+            return
+        tokens: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        for feed in feeds:
+            stream, begin = feed.stream, feed.stream.fed
+            assert stream.extent is not None
+            tokens += stream.tokens[begin : begin + feed.count]
+            positions += range(begin, begin + feed.count)
+            spans.append(Span(start=stream.extent.start, length=begin, count=feed.count))
+            stream.fed += feed.count
+            stream.extent.used = stream.fed
+        device = self._last_RH.device
         context = AttentionContext(
-            positions_BS=slots_RS,
-            mask=AttentionMask(
-                start1_BS=empty_RS, end1_BS=end_RS, start2_BS=empty_RS, end2_BS=empty_RS
-            ),
-            cache=cache,
+            positions_BS=torch.tensor([positions], device=device),
+            cache=CachedForward(self._cache, spans=spans),
         )
-        hidden_SRH = self.model(tokens_RS, context=context)
-        fed = np.flatnonzero(feed.counts_R)
-        fed_N = torch.from_numpy(fed).to(self._device)
-        self._last_RH[fed_N] = hidden_SRH[counts_R[fed_N] - 1, fed_N]
-        cache.advance(counts_R)
+        hidden_S1H = self.model(torch.tensor([tokens], device=device), context=context)
+        last_R = torch.tensor([feed.count for feed in feeds], device=device).cumsum(0) - 1
+        rows_R = torch.tensor([feed.stream.row for feed in feeds], device=device)
+        self._last_RH[rows_R] = hidden_S1H[last_R, 0]
+        self._forwards += 1
+        self._tokens_fed += len(tokens)
 
-    def _postprocess(self) -> list[Generated]:
-        scheduler = self._scheduler
-        ready = [s for s in scheduler.active if s.ready and s.finish is None]
-        if ready:
-            tokens = self._choose([(sequence, sequence.grammar.next()) for sequence in ready])
-            for sequence, token in zip(ready, tokens, strict=True):
-                before = len(sequence.ids)
-                sequence.append(token)
-                sequence.append_forced()
-                self.tokens_generated += len(sequence.ids) - before
-        return [self._answer(sequence) for sequence in scheduler.retire()]
+    def _update(self, sequence: Sequence) -> Update:
+        tokens = sequence.tokens[sequence.reported :]
+        sequence.reported = len(sequence.tokens)
+        self._generated += len(tokens)
+        self._forced += sum(token.forced for token in tokens)
+        return Update(
+            index=sequence.index,
+            tokens=tokens,
+            finished=self._answer(sequence, sequence.finish) if sequence.finish else None,
+        )
 
-    def _choose(self, asked: list[tuple[Sequence, Next]]) -> list[int]:
-        """The next token of every sequence, sampled in as few groups as their settings allow."""
-        groups: defaultdict[_Group, list[int]] = defaultdict(list)
-        for at, (sequence, step) in enumerate(asked):
-            request = sequence.request
-            group = _Group(
-                kind=step.kind,
-                ids=step.ids,
-                sampling=request.text if step.kind is NextKind.TEXT else request.visual,
-                guided=request.guided and step.kind is NextKind.VISUAL,
-            )
-            groups[group].append(at)
-        tokens = [0] * len(asked)
-        for group, places in groups.items():
-            sequences = [asked[at][0] for at in places]
-            chosen = self._sample(group, sequences)
-            for at, token in zip(places, chosen, strict=True):
-                tokens[at] = token
-        return tokens
-
-    def _sample(self, group: _Group, sequences: list[Sequence]) -> list[int]:
-        scores_NV = self._logits([sequence.conditional.row for sequence in sequences])
-        if group.guided:
-            pairs = [sequence.unconditional for sequence in sequences]
-            scale_N1 = scores_NV.new_tensor([[s.request.guidance] for s in sequences])
-            scores_NV = guide(
-                scores_NV,
-                unconditional_NV=self._logits([stream.row for stream in pairs if stream]),
-                scale=scale_N1,
-            )
-        start = self.vocabulary.visual_start
-        match group.kind:
-            case NextKind.VISUAL:
-                legal_NV, first = scores_NV[:, start:], start
-            case NextKind.TEXT:
-                legal_NV, first = scores_NV[:, :start], 0
-            case _:
-                legal_NV, first = scores_NV[:, list(group.ids)], 0
-        columns_N = draw(
-            legal_NV,
-            sampling=group.sampling,
-            generators=[sequence.generator for sequence in sequences],
-        ).tolist()
-        if group.ids:
-            return [group.ids[column] for column in columns_N]
-        return [first + column for column in columns_N]
-
-    def _logits(self, rows: list[int]) -> torch.Tensor:
-        rows_N = torch.tensor(rows, device=self._device)
-        return vocabulary_logits(self.model, hidden_NH=self._last_RH[rows_N])
-
-    def _answer(self, sequence: Sequence) -> Generated:
-        assert sequence.finish is not None
+    def _answer(self, sequence: Sequence, finish: Finish) -> Generated:
+        ids = [token.id for token in sequence.tokens]
         return Generated(
             index=sequence.index,
-            ids=sequence.ids,
-            document=deserialize(sequence.ids, self.tokenizer),
-            finish=sequence.finish,
+            tokens=sequence.tokens,
+            document=deserialize(ids, self.tokenizer),
+            finish=finish,
         )
+
+
+def _allocate(model: Emu35Model, *, slots: int, rows: int) -> tuple[KVCache, torch.Tensor]:
+    """The cache, and the newest hidden state of every stream: one whose partner is still reading
+    its prompt keeps what the next token is predicted from."""
+    config, parameter = model.lm_config, next(model.parameters())
+    cache = KVCache(
+        num_layers=config.num_layers,
+        slots=slots,
+        num_kv_heads=config.num_kv_heads // model.config.tensor_model_parallel_size,
+        head_dim=config.head_dim,
+        dtype=parameter.dtype,
+        device=parameter.device,
+    )
+    last_RH = torch.zeros(rows, config.hidden_size, dtype=parameter.dtype, device=parameter.device)
+    return cache, last_RH
+
+
+def _stream(prompt: Iterable[int], *, request: Request) -> Stream:
+    tokens = list(prompt)
+    return Stream(tokens=tokens, most=len(tokens) + request.max_new_tokens)

@@ -4,18 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from emu35.inference.grammar import GrammarOptions
+from emu35.inference.grammar import GrammarOptions, NextKind
 from emu35.inference.sampler import EVERYTHING, sampling_problems
 from emu35.tokens.document import Document
 from emu35.tokens.template import Sampling
+
+MOST_TOP_LOGPROBS = 20
+"""Candidates a token may be reported with, as in OpenAI's interface."""
 
 
 class Finish(StrEnum):
     """Why a sequence ended."""
 
     eos = "eos"
-    image = "image"  # at the end of an image, where the request asked for one
-    length = "length"  # max_new_tokens; an image cut short is a Broken part of the document
+    images = "images"  # max_images are complete
+    length = "length"  # max_new_tokens; never inside an image
+    stop = "stop"  # the text contains one of the stop strings
+    abort = "abort"  # somebody asked for it; an image may be cut short
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +28,11 @@ class Request:
     """One sequence to generate.
 
     ``unconditional`` is the prompt of the second stream and needed only where ``guidance``
-    differs from 1. ``visual`` also samples the digits of a free grid size. ``stop_at_image`` ends
-    the sequence with the first image. Equal requests with equal seeds give equal tokens.
+    differs from 1. ``visual`` also samples the digits of a free grid size. The sequence ends behind
+    ``max_images`` images (0: no limit), and with the token that completes one of the strings
+    ``stop`` within a stretch of text; that token is part of the answer. ``top_logprobs`` asks for
+    so many of the best candidates beside each sampled token. Equal requests with equal seeds give
+    equal tokens.
     """
 
     prompt: Sequence[int]
@@ -35,12 +43,14 @@ class Request:
     guidance: float = 1.0
     seed: int = 0
     max_new_tokens: int = 5120
-    stop_at_image: bool = False
+    max_images: int = 0
+    stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
 
     @property
     def guided(self) -> bool:
-        """Whether there is an unconditional stream at all."""
-        return self.guidance != 1.0
+        """Whether there is an unconditional stream at all; text alone is never guided."""
+        return self.guidance != 1.0 and self.grammar.images
 
     @property
     def slots(self) -> int:
@@ -59,18 +69,79 @@ class Request:
             found.append(
                 f"guidance {self.guidance} needs an unconditional prompt; give one, or guidance 1"
             )
-        if self.max_new_tokens < 1:
-            found.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        return found
+        for name, value, lowest in (
+            ("max_new_tokens", self.max_new_tokens, 1),
+            ("max_images", self.max_images, 0),
+            ("top_logprobs", self.top_logprobs, 0),
+        ):
+            if value < lowest:
+                found.append(f"{name}={value} must be at least {lowest}")
+        if self.top_logprobs > MOST_TOP_LOGPROBS:
+            found.append(f"top_logprobs={self.top_logprobs} must be at most {MOST_TOP_LOGPROBS}")
+        if "" in self.stop:
+            found.append("a stop string is empty; it would end every text before it begins")
+        return [*found, *self._image_problems()]
+
+    def _image_problems(self) -> list[str]:
+        options = self.grammar
+        if not options.images:
+            if options.open_image or self.max_images:
+                return ["images=False forbids what open_image or max_images asks for; drop one"]
+            return []
+        smallest = options.smallest
+        if (options.open_image or options.size) and smallest.image_tokens > self.max_new_tokens:
+            return [
+                f"an image of {smallest} codes has {smallest.image_tokens} tokens, but "
+                f"max_new_tokens={self.max_new_tokens}; allow more tokens or use a smaller size"
+            ]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Token:
+    """One generated token and how it came to be.
+
+    ``logprob`` is the logarithm of the probability with which the behaviour policy (guidance,
+    legal set, temperature, top-k, top-p) chose ``id`` among ``support`` candidates; 0 where the
+    grammar ``forced`` it. Greedy choices (temperature 0), which have no density, report that of
+    temperature 1 over the legal set. ``top`` lists ids and log-probabilities of the best
+    candidates, best first, where the request asks for them.
+    """
+
+    id: int
+    kind: NextKind
+    logprob: float = 0.0
+    support: int = 1
+    top: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def forced(self) -> bool:
+        """Whether the grammar left no choice: no gradient may come from such a token."""
+        return self.kind is NextKind.FORCED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generated:
-    """The answer to request number ``index`` (in order of submission): every generated id, EOS
+    """The answer to request number ``index`` (in order of submission): every generated token, EOS
     included, and the same as text and images. ``document.problems`` names what is no image: one cut
-    short by the limit, or the layout tokens that the official decoder, too, permits in text."""
+    short by an abort, or stray layout tokens where the request permits them."""
 
     index: int
-    ids: list[int]
+    tokens: list[Token]
     document: Document
     finish: Finish
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids alone."""
+        return [token.id for token in self.tokens]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """What one step of the engine did for request ``index``: new tokens, and the whole answer with
+    the last of them."""
+
+    index: int
+    tokens: list[Token]
+    finished: Generated | None = None

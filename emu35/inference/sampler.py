@@ -1,13 +1,21 @@
 """From logits to tokens: guidance, mask, temperature, top-k, top-p, draw, in this order.
 
-The mask is a slice: text and visual ids are two contiguous ranges, so callers hand over only the
-legal columns (after guidance, whose log-softmax runs over the whole vocabulary).
+The mask is a slice: legal sets are ranges of ids, so callers hand over only the legal columns.
+Guidance is defined on log-probabilities over the whole vocabulary (:func:`guide`, the oracle), but
+the two normalisers shift every candidate of a row alike, which changes neither the order nor the
+softmax of what remains, nor top-k, top-p and the log-probabilities of the choice. The engine
+therefore guides logits, or rather the hidden states that they are a linear function of
+(:mod:`emu35.inference.choose`), and computes no normaliser at all.
 
-Suffixes: N rows sampled together, V columns (ids) of a slice, M columns still in question.
+Randomness is a pure function of (seed, position, id), see :func:`gumbel`: no generator has a state
+that a preempted request could lose, and what shares the batch does not matter.
+
+Suffixes: N rows sampled together, V columns (ids) of a slice, M columns still in question, T the
+best of them.
 """
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -40,6 +48,19 @@ def guide(
     return unconditional_NV + scale * (conditional_NV - unconditional_NV)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """The choice of every row: its column int64 [N], its log-probability fp32 [N] under the
+    distribution it was drawn from, how many candidates that had, int64 [N], and the columns and
+    log-probabilities of the best, [N, T]."""
+
+    columns_N: torch.Tensor
+    logprobs_N: torch.Tensor
+    support_N: torch.Tensor
+    top_columns_NT: torch.Tensor
+    top_logprobs_NT: torch.Tensor
+
+
 def restrict(scores_NV: torch.Tensor, *, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply temperature, top-k (ties with the k-th kept) and top-p.
 
@@ -51,20 +72,21 @@ def restrict(scores_NV: torch.Tensor, *, sampling: Sampling) -> tuple[torch.Tens
     if sampling.temperature != 1.0:
         scores_NV = scores_NV / sampling.temperature
     width = scores_NV.shape[-1]
+    nucleus = sampling.top_p < 1.0
     if 0 < sampling.top_k < width:
-        best_NK, columns_NK = scores_NV.topk(sampling.top_k)
-        threshold_N1 = best_NK[:, -1:]
+        best_NK, columns_NK = scores_NV.topk(sampling.top_k, sorted=nucleus)
+        threshold_N1 = best_NK.amin(-1, keepdim=True)
         most = int((scores_NV >= threshold_N1).sum(-1).max())
         # Usually nothing ties with the k-th score and this is topk's own answer.
         best_NM, columns_NM = (
-            scores_NV.topk(most) if most > sampling.top_k else (best_NK, columns_NK)
+            scores_NV.topk(most, sorted=nucleus) if most > sampling.top_k else (best_NK, columns_NK)
         )
         best_NM = best_NM.masked_fill(best_NM < threshold_N1, -torch.inf)
-    elif sampling.top_p < 1.0:
+    elif nucleus:
         best_NM, columns_NM = scores_NV.sort(-1, descending=True)
     else:
         return scores_NV, torch.arange(width, device=scores_NV.device).expand_as(scores_NV)
-    if sampling.top_p < 1.0:
+    if nucleus:
         # A candidate stays while those before it have not yet gathered top_p, so the one that
         # crosses the line stays too and at least one always does.
         gathered_NM = torch.softmax(best_NM, -1).cumsum(-1)
@@ -75,14 +97,26 @@ def restrict(scores_NV: torch.Tensor, *, sampling: Sampling) -> tuple[torch.Tens
 
 
 def draw(
-    scores_NV: torch.Tensor, *, sampling: Sampling, generators: Sequence[torch.Generator]
-) -> torch.Tensor:
-    """One column a row, int64 [N], drawn with probability softmax(restricted scores).
+    scores_NV: torch.Tensor,
+    *,
+    sampling: Sampling,
+    seeds_N: torch.Tensor,
+    positions_N: torch.Tensor,
+    first_id: int = 0,
+    top: int = 0,
+) -> Drawn:
+    """One column a row, drawn with probability softmax(restricted scores); -inf marks columns that
+    are not legal.
 
-    Each row takes V exponential variates from its own generator and the candidate with the
-    smallest variate / probability wins. The noise of a column does not depend on the order of the
-    scores, nor on the other rows; unlike inverting a cumulative sum, the outcome is insensitive to
+    Every candidate gets Gumbel noise, and the largest sum wins. The noise of a column depends on
+    the row's seed and position and on the column's id (``first_id`` + column), not on the order of
+    the scores nor on other rows; unlike inverting a cumulative sum, the outcome is insensitive to
     the last bits of the logits, and batched equals single.
+
+    Args:
+        seeds_N: int64 [N].
+        positions_N: int64 [N], how many tokens of the sequence were drawn or forced before.
+        top: how many of the best candidates to report.
 
     Raises:
         CheckpointError: if a row holds NaN or has no finite score: the weights have diverged.
@@ -94,11 +128,49 @@ def draw(
             "its weights have diverged or overflow in this precision: use an earlier checkpoint"
         )
     if sampling.temperature == 0:
-        return scores_NV.argmax(-1)
-    assert len(generators) == scores_NV.shape[0]
-    noise_NV = torch.empty_like(scores_NV, dtype=torch.float32)
-    for row_V, generator in zip(noise_NV, generators, strict=True):
-        row_V.exponential_(generator=generator)
-    scores_NM, columns_NM = restrict(scores_NV, sampling=sampling)
-    winner_N1 = (scores_NM - noise_NV.gather(1, columns_NM).log()).argmax(-1, keepdim=True)
-    return columns_NM.gather(1, winner_N1)[:, 0]
+        winner_N1 = scores_NV.argmax(-1, keepdim=True)
+        scores_NM, columns_NM = scores_NV, None
+        support_N = torch.ones_like(winner_N1[:, 0])
+    else:
+        scores_NM, columns_NM = restrict(scores_NV, sampling=sampling)
+        noise_NM = gumbel(seeds_N, positions_N=positions_N, ids_NM=columns_NM + first_id)
+        winner_N1 = (scores_NM + noise_NM).argmax(-1, keepdim=True)
+        support_N = torch.isfinite(scores_NM).sum(-1)
+    total_N1 = scores_NM.logsumexp(-1, keepdim=True)
+    best_NT, places_NT = scores_NM.topk(min(top, scores_NM.shape[-1]))
+    return Drawn(
+        columns_N=(winner_N1 if columns_NM is None else columns_NM.gather(1, winner_N1))[:, 0],
+        logprobs_N=(scores_NM.gather(1, winner_N1) - total_N1)[:, 0],
+        support_N=support_N,
+        top_columns_NT=places_NT if columns_NM is None else columns_NM.gather(1, places_NT),
+        top_logprobs_NT=best_NT - total_N1,
+    )
+
+
+def gumbel(
+    seeds_N: torch.Tensor, *, positions_N: torch.Tensor, ids_NM: torch.Tensor
+) -> torch.Tensor:
+    """Standard Gumbel noise fp32 [N, M], a pure function of seed, position and id: equal on every
+    device and in every batch. The bits are the SplitMix64 sequence (Steele, Lea and Flood 2014,
+    doi 10.1145/2660193.2660195), one per id, started at a mix of seed and position."""
+    start_N = _mix(_mix(seeds_N + _GOLDEN) + positions_N * _GOLDEN)
+    bits_NM = _mix(start_N[:, None] + (ids_NM + 1) * _GOLDEN)
+    # 53 bits, in the middle of their cells: never 0 and never 1.
+    uniform_NM = (_shift(bits_NM, 11).double() + 0.5) * 2.0**-53
+    return uniform_NM.log_().neg_().log_().neg_().float()
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
+
+
+def _mix(bits: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser on int64, whose products wrap as those of unsigned numbers do."""
+    bits = (bits ^ _shift(bits, 30)) * _FIRST
+    bits = (bits ^ _shift(bits, 27)) * _SECOND
+    return bits ^ _shift(bits, 31)
+
+
+def _shift(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """A logical shift to the right; torch's own copies the sign."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)

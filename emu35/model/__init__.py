@@ -7,6 +7,6 @@ several ranks), ``context`` (what travels through the layers), ``attention`` (th
 ``logits`` (the chunked vocabulary-parallel loss), ``init`` (weights alike in every layout),
 ``build``. ``shapes`` counts parameters and ``flops`` operations, without torch.
 
-Training and inference share this one model: with a ``KVCache`` in the context the same layers
-decode token by token.
+Training and inference share this one model: with a ``CachedForward`` in the context the same
+layers decode token by token.
 """

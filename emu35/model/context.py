@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from emu35.model.cache import KVCache
+from emu35.model.cache import CachedForward
 from emu35.model.context_parallel import SequenceSplit
 from emu35.model.mask import AttentionMask
 from emu35.parallel import cpu
@@ -21,15 +21,15 @@ class AttentionContext(PackedSeqParams):
     layer and is kept in closures by recomputation (a global would be stale under 1F1B).
 
     ``qkv_format`` "sbhd" tells mcore not to interpret it. ``positions_BS`` are rotary positions,
-    int64 [B, S]. With a ``cache``, the key indices of ``mask`` are cache slots. With a ``split``,
-    positions are those of this rank's rows and ``mask`` is its ``local_mask``. A mask may stay on
-    the CPU: each backend moves what it derives from it.
+    int64 [B, S]. With a ``cache``, B is 1 and the cache's spans say what is seen, not ``mask``.
+    With a ``split``, positions are those of this rank's rows and ``mask`` is its ``local_mask``. A
+    mask may stay on the CPU: each backend moves what it derives from it.
     """
 
     qkv_format: str = "sbhd"
     positions_BS: torch.Tensor | None = None
     mask: AttentionMask | None = None
-    cache: KVCache | None = None
+    cache: CachedForward | None = None
     split: SequenceSplit | None = None
     # Derived once a forward and shared by the layers: rotary tables, dense masks, segments.
     derived: dict[Any, Any] = field(default_factory=dict)

@@ -6,6 +6,7 @@ of tokens at a time, combines maxima and sums over ranks, and forms the gradient
 vocabulary to a multiple of the ranks take no part.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,12 +219,49 @@ def _own_rows(model: Emu35Model) -> _Rows:
 
 @torch.no_grad()
 def vocabulary_logits(model: Emu35Model, *, hidden_NH: torch.Tensor) -> torch.Tensor:
-    """Logits fp32 [N, vocabulary] of a few hidden rows, gathered over tensor-parallel ranks and
-    without padding rows. Meant for sampling; training goes through the chunked loss."""
+    """Logits fp32 [N, vocabulary] of a few hidden rows: :func:`range_logits` of all ids."""
+    return range_logits(model, hidden_NH=hidden_NH, start=0, end=model.vocabulary_size)
+
+
+@torch.no_grad()
+def range_logits(
+    model: Emu35Model, *, hidden_NH: torch.Tensor, start: int, end: int
+) -> torch.Tensor:
+    """Logits fp32 [N, end - start] of a few hidden rows for the ids [start, end), gathered over
+    tensor-parallel ranks. No other row of the projection is read. Meant for sampling; training goes
+    through the chunked loss."""
     rows = _own_rows(model)
-    logits_NR = (hidden_NH @ model.output_weight.t()).float()
+    first, last = max(start, rows.start), min(end, rows.start + rows.count)
+    weight_RH = model.output_weight[first - rows.start : max(first, last) - rows.start]
+    logits_NR = _project(hidden_NH, weight_RH=weight_RH)
     if rows.group is None:
-        return logits_NR[:, : model.vocabulary_size]
-    parts = [torch.empty_like(logits_NR) for _ in range(dist.get_world_size(rows.group))]
-    dist.all_gather(parts, logits_NR.contiguous(), group=rows.group)
-    return torch.cat(parts, 1)[:, : model.vocabulary_size]
+        return logits_NR
+    held = model.output_weight.shape[0]
+    bounds = [
+        (max(start, rank * held), min(end, (rank + 1) * held))
+        for rank in range(dist.get_world_size(rows.group))
+    ]
+    counts = [max(0, last - first) for first, last in bounds]
+    # Collectives want equal parts.
+    part_NR = logits_NR.new_zeros(len(hidden_NH), max(counts))
+    part_NR[:, : logits_NR.shape[1]] = logits_NR
+    parts = [torch.empty_like(part_NR) for _ in counts]
+    dist.all_gather(parts, part_NR, group=rows.group)
+    return torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], 1)
+
+
+@torch.no_grad()
+def id_logits(model: Emu35Model, *, hidden_NH: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+    """Logits fp32 [N, len(ids)] of a few ids that need not be neighbours."""
+    rows = _own_rows(model)
+    ids_M = torch.tensor(ids, device=hidden_NH.device) - rows.start
+    held_M = (ids_M >= 0) & (ids_M < rows.count)
+    weight_MH = model.output_weight.index_select(0, ids_M.clamp(0, max(rows.count - 1, 0)))
+    logits_NM = (hidden_NH @ weight_MH.t()).float().masked_fill_(~held_M, 0.0)
+    if rows.group is not None:
+        dist.all_reduce(logits_NM, group=rows.group)
+    return logits_NM
+
+
+def _project(hidden_NH: torch.Tensor, *, weight_RH: torch.Tensor) -> torch.Tensor:
+    return (hidden_NH @ weight_RH.t()).float()

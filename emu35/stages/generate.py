@@ -132,7 +132,7 @@ def generate(options: GenerateOptions) -> GenerateResult:
     engine = Engine(
         model=load_model(described, precision=options.precision or described.precision),
         tokenizer=tokenizer,
-        rows=min(options.batch_size, len(requests)) * (1 + requests[0].guided),
+        max_requests=min(options.batch_size, len(requests)),
         max_length=max(request.slots for request in requests),
     )
     for request in requests:
@@ -275,7 +275,7 @@ def build_requests(
             guidance=guidance,
             seed=prompt_seed(options.seed, index=index),
             max_new_tokens=budget,
-            stop_at_image=numbers.one_image,
+            max_images=1 if numbers.one_image else 0,
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -342,10 +342,10 @@ def _run(
     progress = _Progress(console=console, requests=requests)
     try:
         while engine.busy:
-            finished = engine.step()
+            finished = [update.finished for update in engine.step() if update.finished]
             files.write(finished)
             answers += finished
-            progress.show(done=len(answers), tokens=engine.tokens_generated)
+            progress.show(done=len(answers), tokens=engine.stats.tokens_generated)
     finally:
         # What is done is done, also when the rest was interrupted.
         files.finish()
@@ -354,7 +354,7 @@ def _run(
     result = GenerateResult(
         answers=answers,
         images=sum(len(answer.document.images) for answer in answers),
-        tokens=engine.tokens_generated,
+        tokens=engine.stats.tokens_generated,
         seconds=progress.seconds,
         problems=[f"prompt {a.index}: {p}" for a in answers for p in a.document.problems],
     )

@@ -67,7 +67,9 @@ def test_every_row_of_the_official_trace() -> None:
     golden = trace()
     numbers = golden["kwargs"]
     size = GridSize(height=numbers["target_height"], width=numbers["target_width"])
-    machine = Grammar(vocabulary=V, size_ids=SIZES, options=GrammarOptions(size=size))
+    machine = Grammar(
+        vocabulary=V, size_ids=SIZES, options=GrammarOptions(size=size, stray_layout=True)
+    )
     for row, token in zip(golden["rows"], [*golden["script"], None], strict=True):
         scores, ids = remaining(machine, step=row["step"], numbers=numbers)
         found = {
@@ -92,7 +94,7 @@ def test_what_the_official_trace_feeds_the_unconditional_stream() -> None:
     machine = Grammar(
         vocabulary=V,
         size_ids=SIZES,
-        options=GrammarOptions(size=GridSize(height=2, width=3)),
+        options=GrammarOptions(size=GridSize(height=2, width=3), stray_layout=True),
     )
     fed = [token for token in golden["script"] if machine.accept(token)]
     official = [token for row in golden["rows"] for call in row["uncond_fed"] for token in call]

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from emu35.errors import CheckpointError
-from emu35.inference.sampler import EVERYTHING, draw, guide, restrict, sampling_problems
+from emu35.inference.sampler import (
+    EVERYTHING,
+    Drawn,
+    draw,
+    guide,
+    gumbel,
+    restrict,
+    sampling_problems,
+)
 from emu35.tokens.template import Sampling
 
 
@@ -19,8 +27,16 @@ def survivors(scores: list[float], **numbers: float) -> set[int]:
     return set(columns_1M[torch.isfinite(scores_1M)].tolist())
 
 
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def drawn(
+    scores_NV: torch.Tensor, *, seeds: list[int], position: int = 0, top: int = 0, **numbers: float
+) -> Drawn:
+    return draw(
+        scores_NV,
+        sampling=sampling(**numbers),
+        seeds_N=torch.tensor(seeds),
+        positions_N=torch.full((len(seeds),), position),
+        top=top,
+    )
 
 
 def test_top_k_keeps_ties() -> None:
@@ -65,49 +81,79 @@ def test_guidance_extrapolates_log_probabilities() -> None:
 
 def test_draws_follow_the_restricted_distribution() -> None:
     probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    generator = generators(7)
-    scores_1V = probabilities.log()[None]
-    numbers = sampling(top_k=3)
-    counts = torch.zeros(4)
-    for _ in range(4000):
-        counts[draw(scores_1V, sampling=numbers, generators=generator)] += 1
-    expected = torch.tensor([0.4, 0.3, 0.2, 0.0]) / 0.9
+    choices = drawn(probabilities.log().expand(4000, -1), seeds=list(range(4000)), top_k=3)
+    shares = torch.bincount(choices.columns_N, minlength=4) / 4000
     # Four standard deviations of a binomial share over 4000 draws are at most 0.032.
-    assert (counts / 4000 - expected).abs().max() < 0.032
+    assert (shares - torch.tensor([0.4, 0.3, 0.2, 0.0]) / 0.9).abs().max() < 0.032
+
+
+def test_positions_of_one_sequence_draw_afresh() -> None:
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    counts = torch.zeros(4)
+    for position in range(2000):
+        counts[drawn(probabilities.log()[None], seeds=[7], position=position).columns_N] += 1
+    # Four standard deviations over 2000 draws are at most 0.045.
+    assert (counts / 2000 - probabilities).abs().max() < 0.045
+
+
+def test_noise_is_standard_gumbel_whatever_varies() -> None:
+    one, many = torch.zeros(1, dtype=torch.int64), torch.arange(100_000)
+    by_id = gumbel(one, positions_N=one, ids_NM=many[None])[0]
+    by_seed = gumbel(many, positions_N=torch.zeros_like(many), ids_NM=one.expand(100_000, 1))[:, 0]
+    by_position = gumbel(torch.zeros_like(many), positions_N=many, ids_NM=one.expand(100_000, 1))[
+        :, 0
+    ]
+    for noise in (by_id, by_seed, by_position):
+        # Euler's constant and pi^2 / 6; four standard errors of 100,000 draws.
+        assert abs(noise.mean() - 0.5772) < 0.0163
+        assert abs(noise.var() - 1.6449) < 0.06
+        assert abs(torch.corrcoef(torch.stack([noise[1:], noise[:-1]]))[0, 1]) < 0.013
 
 
 def test_a_row_draws_the_same_alone_and_in_company() -> None:
     torch.manual_seed(1)
     scores_NV = torch.randn(5, 40)
-    numbers = sampling(top_k=20, top_p=0.9)
-    together = draw(scores_NV, sampling=numbers, generators=generators(*range(5)))
+    together = drawn(scores_NV, seeds=[0, 1, 2, 3, 4], top_k=20, top_p=0.9).columns_N
     order = [3, 1, 4, 0, 2]
-    shuffled = draw(scores_NV[order], sampling=numbers, generators=generators(*order))
+    shuffled = drawn(scores_NV[order], seeds=order, top_k=20, top_p=0.9).columns_N
     alone = [
-        draw(scores_NV[n : n + 1], sampling=numbers, generators=generators(n)).item()
+        drawn(scores_NV[n : n + 1], seeds=[n], top_k=20, top_p=0.9).columns_N.item()
         for n in range(5)
     ]
     assert together.tolist() == alone
     assert shuffled.tolist() == [alone[n] for n in order]
 
 
-def test_greedy_takes_the_best_and_no_randomness() -> None:
+def test_greedy_takes_the_best_whatever_the_seed() -> None:
     scores_NV = torch.tensor([[0.0, 2.0, 1.0]])
-    generator = generators(3)
-    before = generator[0].get_state()
-    assert draw(scores_NV, sampling=sampling(temperature=0), generators=generator).tolist() == [1]
-    assert torch.equal(before, generator[0].get_state())
+    choices = [drawn(scores_NV, seeds=[seed], temperature=0).columns_N.item() for seed in range(9)]
+    assert choices == [1] * 9
+
+
+def test_log_probabilities_are_those_of_the_restricted_distribution() -> None:
+    probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]])
+    found = drawn(probabilities.log(), seeds=[1, 2], top_k=2, top=4)
+    kept = torch.tensor([[0.5, 0.3, 0.0, 0.0], [0.0, 0.0, 0.3, 0.4]])
+    expected = (kept / kept.sum(-1, keepdim=True)).log()
+    torch.testing.assert_close(found.logprobs_N, expected.gather(1, found.columns_N[:, None])[:, 0])
+    assert found.support_N.tolist() == [2, 2]
+    assert found.top_columns_NT[:, :2].tolist() == [[0, 1], [3, 2]]
+    torch.testing.assert_close(found.top_logprobs_NT[:, :2], expected.topk(2).values)
+
+
+def test_greedy_reports_the_log_probability_of_temperature_one() -> None:
+    probabilities = torch.tensor([[0.5, 0.3, 0.2]])
+    found = drawn(probabilities.log(), seeds=[0], temperature=0, top_k=1, top=3)
+    torch.testing.assert_close(found.logprobs_N, torch.tensor([0.5]).log())
+    torch.testing.assert_close(found.top_logprobs_NT, probabilities.log())
+    assert found.support_N.tolist() == [1]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_diverged_weights_are_named_not_sampled(bad: float, temperature: float) -> None:
     with pytest.raises(CheckpointError, match="diverged"):
-        draw(
-            torch.tensor([[0.0, bad, 1.0]]),
-            sampling=sampling(temperature=temperature),
-            generators=generators(0),
-        )
+        drawn(torch.tensor([[0.0, bad, 1.0]]), seeds=[0], temperature=temperature)
 
 
 def test_numbers_that_make_no_sense_are_all_named() -> None:

@@ -9,10 +9,11 @@ from tiny_models import tiny_lm
 from emu35.config import AttentionBackend
 from emu35.model.attention import dense, segment
 from emu35.model.build import build_model
-from emu35.model.cache import KVCache
+from emu35.model.cache import CachedForward, KVCache, Span
 from emu35.model.context import AttentionContext
 from emu35.model.init import initialize
 from emu35.model.mask import AttentionMask
+from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import single_process_mesh
 
 
@@ -151,38 +152,81 @@ def test_no_token_sees_the_future() -> None:
         assert torch.equal(before[:column], hidden(changed)[:column])
 
 
-def test_cached_decoding_of_ragged_prompts_equals_the_full_forward() -> None:
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_cached_forwards_in_any_pieces_equal_the_full_forward(data: st.DataObject) -> None:
+    """Three sequences of a cache, fed in any portions and any company, against each on its own."""
     model = tiny_model().eval()
-    lengths = [5, 9]
-    tokens_BS = torch.randint(1, 101, (2, 14), generator=torch.Generator().manual_seed(2))
-    cache = KVCache(num_layers=2, batch_size=2, max_length=20, num_kv_heads=2, head_dim=16)
-
-    def forward(tokens: torch.Tensor, positions: torch.Tensor, cached: KVCache | None):
-        zeros = torch.zeros_like(positions)
-        mask = AttentionMask(start1_BS=zeros, end1_BS=positions + 1, start2_BS=zeros, end2_BS=zeros)
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=3, max_size=3))
+    tokens = [
+        torch.randint(1, 101, (length,), generator=torch.Generator().manual_seed(n))
+        for n, length in enumerate(lengths)
+    ]
+    cache = KVCache(num_layers=2, slots=32, num_kv_heads=2, head_dim=16)
+    fed, hidden = [0, 0, 0], [[] for _ in tokens]
+    while pending := [n for n in range(3) if fed[n] < lengths[n]]:
+        chosen = data.draw(st.lists(st.sampled_from(pending), unique=True, min_size=1))
+        counts = [data.draw(st.integers(1, lengths[n] - fed[n])) for n in chosen]
+        spans = [
+            Span(start=10 * n, length=fed[n], count=count)
+            for n, count in zip(chosen, counts, strict=True)
+        ]
+        pieces = [tokens[n][fed[n] : fed[n] + c] for n, c in zip(chosen, counts, strict=True)]
+        places = [torch.arange(fed[n], fed[n] + c) for n, c in zip(chosen, counts, strict=True)]
+        context = AttentionContext(
+            positions_BS=torch.cat(places)[None], cache=CachedForward(cache, spans=spans)
+        )
         with torch.no_grad():
-            return model(
-                tokens, context=AttentionContext(positions_BS=positions, mask=mask, cache=cached)
-            )
-
-    prompt = forward(tokens_BS[:, :9], torch.arange(9).expand(2, 9), cache)
-    cache.advance(torch.tensor(lengths))
-    rows = [[prompt[i, b] for i in range(lengths[b])] for b in range(2)]
-    for step in range(5):
-        positions_B1 = cache.lengths_B[:, None].clone()
-        hidden = forward(tokens_BS.gather(1, positions_B1), positions_B1, cache)
-        cache.advance(torch.tensor([1, 1]))
-        for b in range(2):
-            rows[b].append(hidden[0, b])
-        assert cache.lengths_B.tolist() == [lengths[0] + step + 1, lengths[1] + step + 1]
-    full = forward(tokens_BS, torch.arange(14).expand(2, 14), None)
-    for b in range(2):
-        count = lengths[b] + 5
-        torch.testing.assert_close(torch.stack(rows[b]), full[:count, b], rtol=1e-5, atol=1e-5)
+            states = model(torch.cat(pieces)[None], context=context)[:, 0].split(counts)
+        for n, count, state in zip(chosen, counts, states, strict=True):
+            hidden[n].append(state)
+            fed[n] += count
+    for tokens_S, states in zip(tokens, hidden, strict=True):
+        torch.testing.assert_close(torch.cat(states), alone(model, tokens_S), rtol=1e-5, atol=1e-5)
 
 
-def test_a_full_cache_says_so() -> None:
-    cache = KVCache(num_layers=1, batch_size=1, max_length=4, num_kv_heads=1, head_dim=2)
-    states = torch.zeros(5, 1, 1, 2)
-    with pytest.raises(ValueError, match="4 slots, but 5 are needed"):
-        cache.append(layer=0, keys_SBGD=states, values_SBGD=states)
+def alone(model: Emu35Model, tokens_S: torch.Tensor, *, full_from: int | None = None):
+    """Hidden states [S, H] without a cache; tokens from ``full_from`` on see each other."""
+    length = len(tokens_S)
+    rows_1S = torch.arange(length)[None]
+    zeros_1S = torch.zeros_like(rows_1S)
+    span_end = None
+    if full_from is not None:
+        span_end = torch.where(rows_1S >= full_from, length, 0)
+    mask = AttentionMask.causal(zeros_1S, span_end_BS=span_end)
+    with torch.no_grad():
+        context = AttentionContext(positions_BS=rows_1S, mask=mask)
+        return model(tokens_S[None], context=context)[:, 0]
+
+
+def test_a_canvas_sees_itself_whole_and_leaves_the_prefix_as_it_was() -> None:
+    model = tiny_model().eval()
+    prefix, canvas = torch.randint(1, 101, (12,)).split([5, 7])
+    cache = KVCache(num_layers=2, slots=16, num_kv_heads=2, head_dim=16)
+
+    def forward(tokens_S: torch.Tensor, span: Span) -> torch.Tensor:
+        places = torch.arange(span.length, span.length + span.count)[None]
+        context = AttentionContext(positions_BS=places, cache=CachedForward(cache, spans=[span]))
+        with torch.no_grad():
+            return model(tokens_S[None], context=context)[:, 0]
+
+    forward(prefix, Span(start=2, length=0, count=5))
+    before = cache.keys_NGLD[:, :, 2:7].clone()
+    for _ in range(2):
+        canvas = canvas.flip(0)
+        found = forward(canvas, Span(start=2, length=5, count=7, causal=False))
+        expected = alone(model, torch.cat([prefix, canvas]), full_from=5)[5:]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(before, cache.keys_NGLD[:, :, 2:7])
+    causal = forward(canvas, Span(start=2, length=5, count=7))
+    expected = alone(model, torch.cat([prefix, canvas]))[5:]
+    torch.testing.assert_close(causal, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_slots_move_over_themselves() -> None:
+    cache = KVCache(num_layers=2, slots=10, num_kv_heads=1, head_dim=2)
+    cache.keys_NGLD.copy_(torch.arange(10.0)[:, None].expand(2, 1, 10, 2))
+    cache.move(source=2, target=4, count=5)
+    assert cache.keys_NGLD[1, 0, :, 0].tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 6, 9]
+    cache.move(source=4, target=1, count=5)
+    assert cache.keys_NGLD[0, 0, :, 1].tolist() == [0, 2, 3, 4, 5, 6, 4, 5, 6, 9]

@@ -1,6 +1,6 @@
 """The core attention module of every transformer layer: rotary, exchange or cache, backend."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -8,7 +8,7 @@ import torch
 
 from emu35.config import AttentionBackend
 from emu35.config.parallel import CPCommType
-from emu35.model.attention import dense, flex, segment, varlen
+from emu35.model.attention import cached, dense, flex, segment, varlen
 from emu35.model.context import AttentionContext
 from emu35.model.rotary import rotary_tables, rotate
 from emu35.parallel import cpu
@@ -41,8 +41,8 @@ BACKENDS: Mapping[AttentionBackend, Attend] = {
     AttentionBackend.flash: varlen.attend_flash,
     AttentionBackend.te: varlen.attend_te,
 }
-"""What each can do stands in :mod:`emu35.model.attention.support`. Cached decoding always goes
-through ``dense``: it has a handful of rows."""
+"""What each can do stands in :mod:`emu35.model.attention.support`. Tokens that extend
+a cache go through :mod:`emu35.model.attention.cached` instead."""
 
 
 class CoreAttention(MegatronModule):
@@ -91,22 +91,26 @@ class CoreAttention(MegatronModule):
         )
         query_SBHD = rotate(query, cos_SB1D=cos_SB1D, sin_SB1D=sin_SB1D)
         key_SBGD = rotate(key, cos_SB1D=cos_SB1D, sin_SB1D=sin_SB1D)
-        attend: Callable[..., torch.Tensor] = self.attend
         split = context.split
         if split is not None and split.kind is CPCommType.a2a:
             query_SBHD, key_SBGD, value = map(split.scatter_heads, (query_SBHD, key_SBGD, value))
         elif split is not None:
             key_SBGD, value = split.gather_keys(key_SBGD, value)
-        if context.cache is None:
-            key_BGKD, value_BGKD = key_SBGD.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        else:
-            key_BGKD, value_BGKD = context.cache.append(
-                layer=self.cache_layer, keys_SBGD=key_SBGD, values_SBGD=value
+        steps, batch = query.shape[:2]
+        if context.cache is not None:
+            assert batch == 1, "cached tokens come as one row"
+            output_HSD = cached.attend(
+                query_SBHD[:, 0].transpose(0, 1),
+                key_GSD=key_SBGD[:, 0].transpose(0, 1),
+                value_GSD=value[:, 0].transpose(0, 1),
+                forward=context.cache,
+                layer=self.cache_layer,
             )
-            attend = dense.attend
+            return output_HSD.transpose(0, 1).reshape(steps, 1, -1)
+        key_BGKD, value_BGKD = key_SBGD.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         dropout = self.dropout if self.training else 0.0
         with self._dropout_rng(dropout):
-            output_BHSD = attend(
+            output_BHSD = self.attend(
                 query_SBHD.permute(1, 2, 0, 3),
                 key_BGKD=key_BGKD,
                 value_BGKD=value_BGKD,
@@ -116,7 +120,6 @@ class CoreAttention(MegatronModule):
         output_SBHD = output_BHSD.permute(2, 0, 1, 3)
         if split is not None and split.kind is CPCommType.a2a:
             output_SBHD = split.gather_heads(output_SBHD)
-        steps, batch = query.shape[:2]
         return output_SBHD.reshape(steps, batch, -1)
 
     def _dropout_rng(self, dropout: float) -> Any:

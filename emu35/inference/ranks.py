@@ -1,0 +1,23 @@
+"""Tensor-parallel generation: every rank runs the same engine, and the first one decides.
+
+All ranks schedule alike, because they are told the same things in the same order, and they hold
+equal logits. Tokens are nevertheless drawn by one rank and handed to the others: a last bit that
+differs between two devices must not send them down different roads.
+"""
+
+import torch.distributed as dist
+
+from emu35.inference.request import Token
+from emu35.parallel.mesh import current_mesh
+
+
+def agree_on(tokens: list[Token]) -> list[Token]:
+    """The tokens that the first rank of this tensor-parallel group chose."""
+    mesh = current_mesh()
+    if mesh.tp_size == 1:
+        return tokens
+    shared = [tokens]
+    dist.broadcast_object_list(
+        shared, src=dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group
+    )
+    return shared[0]
