@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from hf_qwen3 import hf_qwen3
 from plain_transformer import PlainTransformer
 
 from emu35.checkpoint.hf import to_hf
@@ -187,27 +188,7 @@ class OneBatch:
 
 def hf_model(weights: dict[str, torch.Tensor]) -> Any:
     """Hugging Face's model of the same shape with these weights."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCABULARY,
-            hidden_size=MODEL.hidden_size,
-            intermediate_size=MODEL.ffn_hidden_size,
-            num_hidden_layers=MODEL.num_layers,
-            num_attention_heads=MODEL.num_attention_heads,
-            num_key_value_heads=MODEL.num_kv_heads,
-            head_dim=MODEL.head_dim,
-            max_position_embeddings=MODEL.max_position_embeddings,
-            rms_norm_eps=MODEL.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": MODEL.rope_theta},
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-    )
-    assert model.config._attn_implementation == "sdpa", "the fastest of HF's own on a CPU"
-    model.load_state_dict(weights)
-    return model
+    return hf_qwen3(weights, config=MODEL, vocabulary_size=VOCABULARY)
 
 
 def torch_step(model: Any, *, loss: Callable[[], Any], device: torch.device) -> Step:
