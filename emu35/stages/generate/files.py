@@ -58,7 +58,7 @@ class GeneratedFiles:
         self,
         *,
         folder: Path,
-        codec: ImageCodec,
+        codec: ImageCodec | None,
         expected: int,
         logprobs: bool = False,
         story: bool = True,
@@ -263,13 +263,15 @@ class GeneratedFiles:
             raise unwritable(path, error) from error
 
 
-def decode_images(grids: Sequence[NDArray[np.integer]], *, codec: ImageCodec) -> list[bytes]:
-    """PNG bytes of every grid of codes [H, W]; grids of one size are decoded together."""
+def decode_images(grids: Sequence[NDArray[np.integer]], *, codec: ImageCodec | None) -> list[bytes]:
+    """PNG bytes of every grid of codes [H, W]; grids of one size are decoded together. No codec is
+    needed where there are none."""
     places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for at, codes_HW in enumerate(grids):
         places[codes_HW.shape].append(at)
     pictures: list[bytes] = [b""] * len(grids)
     for chosen in places.values():
+        assert codec is not None, "an answer has an image that its request did not permit"
         codes_BHW = torch.from_numpy(np.stack([grids[at] for at in chosen]).astype(np.int64))
         pixels_B3HW = codec.decode(codes_BHW).cpu().numpy()
         for at, pixels_3HW in zip(chosen, pixels_B3HW, strict=True):

@@ -222,7 +222,9 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
     wish = check(options)
     console = Console(stream=sys.stderr)
     described = describe(options.source, step=options.step, message=console.line)
-    codec = open_codec(options, described=described)
+    # A chat in text alone may do without an image tokenizer.
+    pictures = wish.pictures or options.vision or described.vision_folder
+    codec = open_codec(options, described=described) if pictures else None
     references = References(codec=codec, area=options.image_area)
     references.read([wish])
     tokenizer = build_text_tokenizer(described.tokenizer)

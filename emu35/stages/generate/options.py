@@ -86,6 +86,11 @@ class Wish:
     steps: int | None = None
     stop: tuple[str, ...] = ()
 
+    @property
+    def pictures(self) -> bool:
+        """Whether pictures go in or may come out."""
+        return bool(self.images) or self.ask(images=(), seed=0).draws
+
     def ask(
         self,
         *,

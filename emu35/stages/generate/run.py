@@ -59,7 +59,9 @@ def generate(options: GenerateOptions) -> GenerateResult:
     wishes = check(options)
     console = Console(stream=sys.stderr)
     described = describe(options.source, step=options.step, message=console.line)
-    codec = open_codec(options, described=described)
+    # A chat in text alone needs no image tokenizer, and a release may come without.
+    pictures = any(wish.pictures for wish in wishes)
+    codec = open_codec(options, described=described) if pictures else None
     tokenizer = build_text_tokenizer(described.tokenizer)
     references = References(codec=codec, area=options.image_area)
     references.read(wishes)

@@ -3,12 +3,13 @@
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from emu35.data.story import Story, decode_story
 from emu35.errors import ConfigError
 from emu35.stages.generate.interactive import check, interactive
 from emu35.stages.generate.options import GenerateOptions
+from emu35.stages.generate.run import generate
 from emu35.tokens.template import PromptTemplate, Task, Turn
 
 
@@ -166,6 +168,28 @@ def test_a_chat_is_text_alone(
     assert [turn.question for turn in turns] == ["Hello?", "Really?"]
     assert [row["images"] for row in rows(tmp_path / "out")] == [[], []]
     assert "cut short by its length" in capsys.readouterr().err
+
+
+def test_a_chat_needs_no_image_tokenizer(
+    storyteller: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blind = tmp_path / "run"
+    shutil.copytree(storyteller, blind)
+    config = (blind / "config.yaml").read_text()
+    vision = next(line for line in config.splitlines() if line.strip().startswith("vision:"))
+    (blind / "config.yaml").write_text(config.replace(vision, "  vision: ''"))
+    call = dialogue(
+        blind, tmp_path / "out", task=Task.chat, size=None, guidance=None, max_new_tokens=9
+    )
+    turns = hold(call, ["Hello?", f"/image {picture(tmp_path / 'a.png')}", "Really?"])
+    assert len(turns) == 2
+    assert "a.png cannot be shown to a model that names no image tokenizer" in (
+        capsys.readouterr().err
+    )
+    generate(replace(call, prompts=["Hello?"], out=tmp_path / "b"))
+    assert len(rows(tmp_path / "b")) == 1
+    with pytest.raises(ConfigError, match="names no image tokenizer"):
+        generate(replace(call, prompts=["Hello?"], steps=1, max_new_tokens=None))
 
 
 @pytest.mark.parametrize(

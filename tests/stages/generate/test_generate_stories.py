@@ -41,6 +41,17 @@ def test_an_answer_ends_with_its_last_step(storyteller: Path, tmp_path: Path) ->
     assert row["problems"] == []
 
 
+def test_an_answer_ends_where_it_says_a_stop_string(storyteller: Path, tmp_path: Path) -> None:
+    vowels = ["a", "e", "i", "o", "u"]
+    call = story(storyteller, tmp_path / "out", task=Task.chat, size=None, steps=None, stop=vowels)
+    generate(call)
+    (row,) = rows(tmp_path / "out")
+    said = "".join(part["text"] for part in row["parts"] if "text" in part)
+    assert row["finish"] == "stop"
+    assert said[-1] in vowels
+    assert not set(said[:-1]) & set(vowels)
+
+
 def test_files_hold_the_same_story(storyteller: Path, tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 256, (30, 60, 3), dtype=np.uint8)
     Picture.fromarray(values).save(tmp_path / "a.png")
