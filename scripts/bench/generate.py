@@ -14,8 +14,8 @@ turns; every figure is the median of the ratios within a round.
   left-padded batch, both streams batched.
 - ``server_speedup``: throughput of 64 mixed requests through the HTTP server at once / one by one;
   ``server_failures`` must be 0.
-- ``text_vocabulary_ratio``: time of a visual token with 151,643 text ids / with 256. ``forced_rows``:
-  projections made for forced tokens.
+- ``text_vocabulary_ratio``: time of a visual token with 151,643 text ids / with 256.
+- ``forced_rows``: projections made for forced tokens.
 """
 
 import argparse
@@ -107,7 +107,6 @@ def compare(options: argparse.Namespace) -> int:
         title=f"eight pictures of {grid[0]} x {grid[1]} codes",
         rounds=rounds,
     )
-    del hf
     found: dict[str, Any] = {
         "single_speedup": single["HF"],
         "batch8_speedup": batch["HF one by one"],
