@@ -141,6 +141,14 @@ def fill_from_hf(
     ):
         part = _read(piece, state=state, shape=expected[piece.name])
         piece.target.copy_(part.reshape(piece.target.shape))
+    zero_padding(parameters, vocabulary_size=vocabulary_size, shard=shard)
+
+
+@torch.no_grad()
+def zero_padding(
+    parameters: Mapping[str, torch.Tensor], *, vocabulary_size: int, shard: Shard | None = None
+) -> None:
+    """Set the vocabulary rows of one rank that stand for no id to zero."""
     for name in VOCABULARY_NAMES:
         weight = parameters[GLOBAL_NAMES[name]]
         weight[_real_rows(weight, vocabulary_size=vocabulary_size, shard=shard or Shard()) :] = 0

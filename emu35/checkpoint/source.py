@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from emu35.checkpoint.hf import Shard, fill_from_hf
+from emu35.checkpoint.agree import gather
+from emu35.checkpoint.hf import Shard, fill_from_hf, zero_padding
 from emu35.checkpoint.hf_config import (
     CONFIG_JSON,
     EMU3,
@@ -118,24 +119,28 @@ def open_source(
     *,
     step: int | None = None,
     precision: Precision | None = None,
+    parallel: ParallelConfig | None = None,
     message: Message = print,
 ) -> Source:
-    """Load the language model of a run folder or a release folder into this process.
+    """Load the language model of a run folder or a release folder into this process, or this
+    rank's part of it.
 
     Args:
         path: a run folder (``config.yaml`` and ``checkpoints``) or a release (``config.json``).
         step: a certain checkpoint of a run; the newest valid one by default.
         precision: type of the parameters; that of training or of the stored weights by default.
+        parallel: as in :func:`load_model`.
         message: told about checkpoints that were passed over.
 
     Raises:
         CheckpointError: no run or release there, or no usable checkpoint.
+        ConfigError, LaunchError: as :func:`load_model`.
         ReleaseError: a release that is damaged or contradicts itself.
         TokenizerError: the text table is missing or differs.
     """
     described = describe(path, step=step, message=message)
     return Source(
-        model=load_model(described, precision=precision or described.precision),
+        model=load_model(described, precision=precision or described.precision, parallel=parallel),
         config=described.config,
         tokenizer=build_text_tokenizer(described.tokenizer),
         vision_folder=described.vision_folder,
@@ -184,6 +189,11 @@ def load_model(
     if problems := list(_layout_problems(parallel, config=config)):
         raise ConfigError(problems)
     inference_mesh(tp=parallel.tp)
+    if len(steps := set(gather(described.step))) > 1:
+        raise CheckpointError(
+            f"ranks found different checkpoints of {described.path}: steps {sorted(steps)}; it is "
+            "being trained, so name one with step"
+        )
     model = build_model(
         config,
         vocabulary_size=described.vocabulary_size,
@@ -218,6 +228,12 @@ def load_into(model: Emu35Model, *, described: Described) -> None:
     if described.checkpoint is not None:
         refuse_code(described.checkpoint.path)
         load_model_only(described.checkpoint.path, model)
+        # Where more ranks make more padding, the files have no rows for it.
+        zero_padding(
+            dict(model.named_parameters()),
+            vocabulary_size=model.vocabulary_size,
+            shard=_own_shard(),
+        )
         return
     assert described.weights is not None
     fill(model, state=described.weights)
@@ -229,14 +245,18 @@ def fill(model: Emu35Model, *, state: Mapping[str, torch.Tensor]) -> None:
     Raises:
         CheckpointError: names or shapes do not fit its architecture.
     """
-    mesh = current_mesh()
     fill_from_hf(
         dict(model.named_parameters()),
         state=state,
         config=model.lm_config,
         vocabulary_size=model.vocabulary_size,
-        shard=Shard(rank=mesh.tp_rank, size=mesh.tp_size),
+        shard=_own_shard(),
     )
+
+
+def _own_shard() -> Shard:
+    mesh = current_mesh()
+    return Shard(rank=mesh.tp_rank, size=mesh.tp_size)
 
 
 def describe_start(
