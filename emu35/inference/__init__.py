@@ -1,21 +1,30 @@
-"""Inference: requests in, documents out, many at a time.
+"""Inference: requests in, interleaved text and images out, many at a time.
 
 A :class:`~emu35.inference.request.Request` is a prompt with its unconditional twin, a seed and the
-numbers of its sampling. :mod:`~emu35.inference.engine` holds the key-value cache and works in
-steps: schedule (which tokens does each row of the batch feed), run (one forward), postprocess
-(what may come next, which of it comes, is the request finished). Three parts answer these:
+numbers of its sampling. :mod:`~emu35.inference.engine` works in steps: schedule (what does each
+stream feed), run (one forward over all of it, without padding), choose (what comes next, for every
+sequence that is ready). The parts it is made of:
 
-- :mod:`~emu35.inference.grammar` is a finite-state machine over one sequence. It says what is
-  legal next: a forced token (grid size, end of row, end of image), one of a few size digits, any
-  text token, or any visual token. A picture is therefore never ragged, whatever the weights are.
-- :mod:`~emu35.inference.sampler` turns logits into tokens: classifier-free guidance, mask,
-  temperature, top-k, top-p, then one draw from the request's own random generator.
-- :mod:`~emu35.inference.scheduler` gives requests rows of the cache. A guided request has two, the
-  conditional stream and the unconditional one, which sees its own prompt and images but never the
-  generated text. Finished requests leave and waiting ones take their rows.
+- :mod:`~emu35.inference.grammar`, a finite-state machine over one sequence, says what is legal
+  next: a forced token (grid size, end of row, end of image), one of a few size digits, text, or any
+  visual token. A picture is therefore never ragged, and never cut short by a limit.
+- :mod:`~emu35.inference.choose` projects hidden states on the legal rows of the vocabulary and
+  nothing else; :mod:`~emu35.inference.sampler` draws, and says how likely the choice was, which is
+  what reinforcement learning needs of a rollout.
+- :mod:`~emu35.inference.scheduler` decides who is in flight. A guided request has two streams, the
+  conditional one and the unconditional one, which sees its own prompt and images but never the
+  generated text; they come and go as a pair. :mod:`~emu35.inference.arena` gives streams their
+  slots of the cache, contiguous and growing; when they run out, the youngest request steps back and
+  goes on later as if nothing had happened.
+- :mod:`~emu35.inference.ranks` keeps tensor-parallel ranks of one mind.
 
-Forced tokens cost no forward of their own: they are fed together with the token before them. Each
-request draws from its own generator, and noise belongs to token ids rather than ranks, so a
-request gives the same tokens whatever shares its batch (up to floating-point ties, because matrix
-products of different batch sizes differ in their last bits).
+Forced tokens cost no forward, projection or draw of their own: they are fed together with the token
+before them. Random numbers are a function of (seed, position, id), so a request gives the same
+tokens whatever shares its batch, wherever it was interrupted, and on every device (up to
+floating-point ties, because matrix products of different batch sizes differ in their last bits).
+
+An image of known size that is decoded in parallel (discrete diffusion adaptation) fits in between:
+where the grammar enters its first row, the canvas takes the slots behind the prefix as a span that
+is not causal (:class:`~emu35.model.cache.Span`), as often as there are steps, and one causal span
+commits the result.
 """

@@ -59,6 +59,8 @@ class Engine:
         max_requests: requests in flight at once.
         max_waiting: requests in line beyond those; None for any number.
         prefill_chunk: prompt tokens fed by one forward at most.
+        headroom: slots kept free for each running request when another is let in. Fewer fill the
+            cache better, more make it rarer that a request is pushed out and starts over.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Engine:
         max_requests: int = 16,
         max_waiting: int | None = None,
         prefill_chunk: int = 256,
+        headroom: int = 256,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -89,7 +92,10 @@ class Engine:
             ),
         )
         self._scheduler = Scheduler(
-            arena=self._arena, max_requests=max_requests, chunk=prefill_chunk
+            arena=self._arena,
+            max_requests=max_requests,
+            chunk=prefill_chunk,
+            headroom=headroom,
         )
         self._submitted = self._forwards = self._tokens_fed = self._generated = self._forced = 0
 

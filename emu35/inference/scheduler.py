@@ -18,9 +18,6 @@ from emu35.inference.grammar import Grammar, Next, NextKind
 from emu35.inference.request import Finish, Request, Token
 from emu35.tokens.text import TextTokenizer
 
-_HEADROOM = 256
-"""Slots behind the prompt that a request gets at once where its images have no known size."""
-
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Stream:
@@ -121,11 +118,14 @@ class Feed:
 @dataclass(kw_only=True, slots=True)
 class Scheduler:
     """``chunk`` bounds the prompt tokens of one forward, and so its memory and the time that
-    requests in the middle of an answer wait for it."""
+    requests in the middle of an answer wait for it. ``headroom`` is how many slots a request gets
+    beyond its prompt where its images have no known size, and how many must be free for each
+    running request before another is let in."""
 
     arena: Arena
     max_requests: int
     chunk: int
+    headroom: int
     waiting: deque[Sequence] = field(default_factory=deque[Sequence])
     active: list[Sequence] = field(default_factory=list[Sequence])
     preemptions: int = 0
@@ -138,9 +138,9 @@ class Scheduler:
         """Let waiting requests in, in order, while there is room for the first of them."""
         while self.waiting and len(self.active) < self.max_requests:
             sequence = self.waiting[0]
-            needs = [whole_pages(slots) for slots in _first_slots(sequence)]
+            needs = [whole_pages(slots) for slots in self._first_slots(sequence)]
             # What runs already must be able to go on for a while.
-            if self.active and sum(needs) + _HEADROOM * len(self.active) > self.arena.free:
+            if self.active and sum(needs) + self.headroom * len(self.active) > self.arena.free:
                 return
             self.waiting.popleft()
             for stream, need in zip(sequence.streams, needs, strict=True):
@@ -212,13 +212,12 @@ class Scheduler:
             self._rows.append(stream.row)
             stream.extent, stream.row = None, -1
 
-
-def _first_slots(sequence: Sequence) -> list[int]:
-    """Slots that each stream asks for when it is let in."""
-    request = sequence.request
-    size = request.grammar.size
-    ahead = size.image_tokens * max(1, request.max_images) if size else _HEADROOM
-    return [
-        len(stream.tokens) + min(ahead, request.max_new_tokens - len(sequence.tokens))
-        for stream in sequence.streams
-    ]
+    def _first_slots(self, sequence: Sequence) -> list[int]:
+        """Slots that each stream asks for when it is let in."""
+        request = sequence.request
+        size = request.grammar.size
+        ahead = size.image_tokens * max(1, request.max_images) if size else self.headroom
+        return [
+            len(stream.tokens) + min(ahead, request.max_new_tokens - len(sequence.tokens))
+            for stream in sequence.streams
+        ]

@@ -67,7 +67,7 @@ class CachedForward:
     def write(
         self, *, layer: int, key_GSD: torch.Tensor, value_GSD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store this forward's keys and values of ``layer`` (0-based); all slots, each [G, L, D]."""
+        """Store this forward's keys and values of ``layer`` (0-based); all slots [G, L, D]."""
         key_GLD, value_GLD = self.cache.keys_NGLD[layer], self.cache.values_NGLD[layer]
         key_GLD.index_copy_(1, self._slots_S, key_GSD)
         value_GLD.index_copy_(1, self._slots_S, value_GSD)

@@ -1,152 +1,27 @@
 """The engine against the plain way: one sequence, the whole prefix through the model each time."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_engine import (
+    SMALL,
+    TOKENIZER,
+    V,
+    full_logits,
+    generate,
+    mixed_requests,
+    model,
+    picture_request,
+    plain_generate,
+    sampling,
+    text_request,
+)
 
-from emu35.config import LMConfig
-from emu35.errors import ConfigError
+from emu35.errors import ConfigError, QueueFull
 from emu35.inference.engine import Engine
-from emu35.inference.grammar import Grammar, GrammarOptions, GridSize, NextKind, SizeIds
-from emu35.inference.request import Finish, Generated, Request
-from emu35.inference.sampler import EVERYTHING, draw, guide
-from emu35.model.build import build_model
-from emu35.model.context import AttentionContext
-from emu35.model.init import initialize
-from emu35.model.logits import vocabulary_logits
-from emu35.model.mask import AttentionMask
-from emu35.model.transformer import Emu35Model
-from emu35.parallel.mesh import single_process_mesh
-from emu35.tokens.template import Sampling
-from emu35.tokens.text import ByteTokenizer
-from emu35.tokens.vocabulary import Vocabulary
-
-TOKENIZER = ByteTokenizer(vocabulary=Vocabulary(n_text=256, codebook_size=64))
-V = TOKENIZER.vocabulary
-SMALL = GridSize(height=2, width=3)
-PICTURE = GrammarOptions(open_image=True, size=SMALL)
-
-
-def sampling(**numbers: float) -> Sampling:
-    return replace(EVERYTHING, **numbers)  # type: ignore[arg-type]
-
-
-@cache
-def model() -> Emu35Model:
-    # A wide initialisation makes the distributions far from uniform: greedy ties are unlikely and
-    # the two streams disagree.
-    config = LMConfig(
-        num_layers=2,
-        hidden_size=32,
-        ffn_hidden_size=64,
-        num_attention_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        init_std=0.3,
-    )
-    single_process_mesh()
-    built = build_model(config, vocabulary_size=V.size)
-    initialize(built, seed=3, pad_id=V.pad)
-    return built.eval()
-
-
-@torch.no_grad()
-def full_logits(ids: Sequence[int]) -> torch.Tensor:
-    """Logits [1, V] after ``ids``, without any cache."""
-    tokens_1S = torch.tensor([list(ids)])
-    context = AttentionContext(
-        positions_BS=torch.arange(len(ids))[None],
-        mask=AttentionMask.causal(torch.zeros_like(tokens_1S)),
-    )
-    hidden_S1H = model()(tokens_1S, context=context)
-    return vocabulary_logits(model(), hidden_NH=hidden_S1H[-1])
-
-
-def plain_generate(request: Request) -> list[int]:
-    """The oracle: no cache, no batch, no shortcut for forced tokens, guidance on log-probabilities
-    over the whole vocabulary."""
-    machine = Grammar(vocabulary=V, size_ids=SizeIds.of(TOKENIZER), options=request.grammar)
-    seen, unconditional = list(request.prompt), list(request.unconditional)
-    ids: list[int] = []
-    while len(ids) < request.max_new_tokens:
-        step = machine.next(room=request.max_new_tokens - len(ids))
-        numbers = request.text if step.kind is NextKind.TEXT else request.visual
-        if step.kind is NextKind.FORCED:
-            token = step.ids[0]
-        else:
-            scores = full_logits(seen)
-            if step.kind is NextKind.VISUAL and request.guidance != 1:
-                scores = guide(
-                    scores, unconditional_NV=full_logits(unconditional), scale=request.guidance
-                )
-            illegal = [id for id in range(V.size) if id not in step]
-            scores[:, illegal] = -torch.inf
-            drawn = draw(
-                scores,
-                sampling=numbers,
-                seeds_N=torch.tensor([request.seed]),
-                positions_N=torch.tensor([len(ids)]),
-            )
-            token = int(drawn.columns_N)
-        ids.append(token)
-        seen.append(token)
-        if machine.accept(token):
-            unconditional.append(token)
-        if token == V.eos or (request.max_images and machine.images == request.max_images):
-            break
-    return ids
-
-
-def generate(requests: list[Request], *, at_once: int, chunk: int = 256) -> list[Generated]:
-    engine = Engine(
-        model=model(),
-        tokenizer=TOKENIZER,
-        max_requests=at_once,
-        max_length=max(request.slots for request in requests),
-        prefill_chunk=chunk,
-    )
-    for request in requests:
-        engine.submit(request)
-    return engine.run()
-
-
-def picture_request(caption: str, **changes: object) -> Request:
-    values: dict[str, object] = {
-        "prompt": [V.bos, *TOKENIZER.encode(caption)],
-        "unconditional": [V.bos],
-        "grammar": PICTURE,
-        "guidance": 3.0,
-        "visual": sampling(top_k=20),
-        "max_new_tokens": 40,
-        "max_images": 1,
-    }
-    return Request(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def text_request(caption: str, **changes: object) -> Request:
-    return picture_request(caption, grammar=GrammarOptions(size=SMALL), **changes)
-
-
-def mixed_requests() -> list[Request]:
-    """Ragged prompts; pictures, prose, free sizes; guided or not; sampled or greedy."""
-    cold = sampling(temperature=0)
-    return [
-        picture_request("a red circle", seed=1),
-        picture_request("two", seed=2, guidance=1.0, unconditional=()),
-        picture_request("a much longer caption than the others have", seed=3, guidance=1.5),
-        picture_request("greedy", visual=cold, unconditional=[V.bos, *b"no picture at all"]),
-        text_request("prose", seed=4, max_images=0, text=sampling(top_p=0.9, top_k=100)),
-        text_request("cold prose", seed=5, max_images=0, text=cold, guidance=1.0),
-        picture_request(
-            "free size",
-            seed=6,
-            grammar=GrammarOptions(open_image=True, min_digits=1),
-            max_new_tokens=60,
-        ),
-    ]
+from emu35.inference.grammar import GrammarOptions, GridSize, NextKind
+from emu35.inference.request import Finish
 
 
 def test_engine_equals_the_plain_way() -> None:
@@ -252,3 +127,163 @@ def test_distributions_of_the_tiny_model_are_not_flat() -> None:
     ]
     one, another = (prompt().log_softmax(-1) for prompt in prompts)
     assert (one - another).abs().max() > 0.5
+
+
+def test_forced_tokens_cost_neither_a_forward_nor_a_projection() -> None:
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_length=100)
+    engine.submit(picture_request("a cat"))
+    (answer,) = engine.run()
+    forced = [token for token in answer.tokens if token.forced]
+    # BOI, "2*3", IMG, one EOL and EOI; the six codes are drawn.
+    assert len(forced) == 7
+    assert engine.stats.projected_visual == 6
+    assert engine.stats.projected_text == engine.stats.projected_digits == 0
+    # The prompt and the header are one forward that yields the first code, the rest one each.
+    assert engine.stats.forwards == 6
+    assert engine.stats.tokens_generated == len(answer.ids)
+    assert engine.stats.forced == 7
+
+
+def test_a_text_token_projects_no_visual_id() -> None:
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_length=200)
+    request = text_request("prose", grammar=GrammarOptions(images=False), max_images=0)
+    engine.submit(request)
+    (answer,) = engine.run()
+    assert engine.stats.projected_text == len(answer.ids) > 0
+    assert engine.stats.projected_visual == 0
+
+
+def test_text_only_requests_have_no_second_stream_and_no_image() -> None:
+    prompts = [
+        text_request(f"prose {n}", grammar=GrammarOptions(images=False), max_images=0, seed=n)
+        for n in range(20)
+    ]
+    engine = Engine(
+        model=model(), tokenizer=TOKENIZER, max_length=200, cache_tokens=640, max_requests=20
+    )
+    for request in prompts:
+        engine.submit(request)
+    for answer in engine.run():
+        assert not set(answer.ids) & {V.boi, V.img, V.eoi, V.eol}
+        assert answer.document.images == []
+
+
+def test_updates_add_up_to_the_answer() -> None:
+    requests = mixed_requests()
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_length=200, max_requests=3)
+    indices = [engine.submit(request) for request in requests]
+    seen: dict[int, list[int]] = {index: [] for index in indices}
+    answers = {}
+    while engine.busy:
+        for update in engine.step():
+            assert update.index not in answers, "an update behind the last one"
+            seen[update.index] += [token.id for token in update.tokens]
+            if update.finished:
+                answers[update.index] = update.finished
+    assert seen == {index: answers[index].ids for index in indices}
+
+
+def test_a_stream_yields_token_by_token_and_frees_its_place_when_left() -> None:
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_length=200)
+    request = picture_request("a cat")
+    whole = [token.id for update in engine.stream(request) for token in update.tokens]
+    assert whole == generate([request], at_once=1)[0].ids
+    for update in engine.stream(request):
+        assert update.tokens
+        break
+    assert not engine.busy
+    assert engine.stats.cache_used == 0
+
+
+def test_a_stop_string_ends_the_text() -> None:
+    # The answer to this request, so that what it says is known to come.
+    request = text_request(
+        "prose", grammar=GrammarOptions(images=False), max_images=0, max_new_tokens=60, seed=4
+    )
+    (free,) = generate([request], at_once=1)
+    text = next(part for part in free.document.texts if len(part) > 3)
+    word = text[1:3]
+    stopped = text_request(
+        "prose",
+        grammar=GrammarOptions(images=False),
+        max_images=0,
+        max_new_tokens=60,
+        seed=4,
+        stop=("never said", word),
+    )
+    (answer,) = generate([stopped], at_once=1)
+    assert answer.finish is Finish.stop
+    assert answer.document.texts[-1].endswith(word)
+    assert free.ids[: len(answer.ids)] == answer.ids
+
+
+def test_a_request_ends_behind_its_last_image() -> None:
+    options = GrammarOptions(open_image=True, size=GridSize(height=1, width=2))
+    requests = [
+        picture_request(
+            "story", grammar=options, max_images=2, max_new_tokens=400, guidance=1.0, seed=seed
+        )
+        for seed in range(12)
+    ]
+    answers = generate(requests, at_once=12)
+    ended = [answer for answer in answers if answer.finish is Finish.images]
+    assert ended, "no request has come to its second image"
+    for answer in ended:
+        assert len(answer.document.images) == 2
+        assert answer.ids[-1] == V.eoi
+
+
+def test_the_waiting_line_has_an_end() -> None:
+    engine = Engine(
+        model=model(), tokenizer=TOKENIZER, max_length=100, max_requests=2, max_waiting=1
+    )
+    for _ in range(3):
+        engine.submit(picture_request("a cat"))
+    with pytest.raises(QueueFull, match="max_waiting=1"):
+        engine.submit(picture_request("a dog"))
+    assert len(engine.run()) == 3
+    engine.submit(picture_request("a dog"))
+
+
+def test_what_can_never_fit_the_cache_is_refused() -> None:
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_length=1000, cache_tokens=256)
+    with pytest.raises(ConfigError, match=r"640 slots of the cache \(2 streams.*has 256"):
+        engine.submit(picture_request("a cat", max_new_tokens=300))
+
+
+def test_log_probabilities_are_those_of_the_policy() -> None:
+    """Replayed the plain way: guidance over the whole vocabulary, mask, temperature, top-k."""
+    request = picture_request("a cat", seed=9, visual=sampling(top_k=10, temperature=0.7))
+    (answer,) = generate([request], at_once=1)
+    seen, unconditional = list(request.prompt), list(request.unconditional)
+    for token in answer.tokens:
+        if token.kind is NextKind.VISUAL:
+            conditional_V = full_logits(seen)[0].log_softmax(-1)
+            unconditional_V = full_logits(unconditional)[0].log_softmax(-1)
+            guided_V = unconditional_V + request.guidance * (conditional_V - unconditional_V)
+            scores_V = guided_V[V.visual_start :] / 0.7
+            kept_V = scores_V.masked_fill(scores_V < scores_V.topk(10).values[-1], -torch.inf)
+            expected = float(kept_V.log_softmax(-1)[token.id - V.visual_start])
+            assert token.logprob == pytest.approx(expected, abs=2e-4)
+            assert token.support == 10
+        else:
+            assert token.forced
+            assert (token.logprob, token.support) == (0.0, 1)
+        seen.append(token.id)
+        unconditional.append(token.id)
+
+
+def test_top_log_probabilities_are_reported_where_they_are_asked_for() -> None:
+    asked = text_request("prose", seed=4, max_images=0, top_logprobs=3, text=sampling(top_k=5))
+    silent = text_request("prose", seed=4, max_images=0, text=sampling(top_k=5))
+    with_top, without = generate([asked, silent], at_once=2)
+    assert with_top.ids == without.ids
+    assert not any(token.top for token in without.tokens)
+    drawn = [token for token in with_top.tokens if token.kind is NextKind.TEXT]
+    assert drawn
+    for token in drawn:
+        assert len(token.top) == 3
+        assert [value for _, value in token.top] == sorted(
+            (value for _, value in token.top), reverse=True
+        )
+        assert token.logprob <= token.top[0][1] + 1e-6
