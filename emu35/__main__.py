@@ -1,7 +1,6 @@
 """``python -m emu35`` is the ``emu35`` command."""
 
-import sys
-
 from emu35.cli import main
+from emu35.run.worker import end_rank
 
-sys.exit(main())
+end_rank(main)

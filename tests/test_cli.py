@@ -31,6 +31,7 @@ def in_subprocess(code: str) -> "subprocess.CompletedProcess[str]":
         ["run", "--help"],
         ["generate", "--help"],
         ["serve", "--help"],
+        ["view", "--help"],
         ["show", "experiment=demo/pretrain", "--diff"],
         ["plan", "experiment=emu35_34b/pretrain_s1", "--json"],
         ["launch", "experiment=emu35_34b/sft_s1", "--dry-run"],

@@ -12,11 +12,15 @@ splitting is a reshape and no permutation of heads is needed.
 The embedding and the output layer may have rows beyond the vocabulary, added so that they divide
 over ranks; those never leave.
 
-Both directions only reshape, slice and concatenate, hence they are exact inverses in every dtype.
-Names of the unpartitioned model are meant: layers counted from the first stage, no shards.
+Both directions only reshape and slice, hence they are exact inverses in every dtype. Out of the
+model goes a whole one: layers counted from the first stage, no shards. Into it, a tensor-parallel
+rank takes its own part of each tensor: whole key-value groups, the same rows of gate and up, rows
+of the vocabulary, and columns of the two projections that write to the residual stream.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -37,6 +41,8 @@ LAYER_NAMES = {
     "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
     "mlp.down_proj.weight": "mlp.linear_fc2.weight",
 }
+COLUMN_NAMES = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+"""Tensors of a layer of which a tensor-parallel rank holds columns."""
 VOCABULARY_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
 
 QKV, FC1 = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
@@ -76,41 +82,138 @@ def to_hf(
     return {name: found[name] for name in expected}
 
 
-def to_mcore(
-    state: Mapping[str, torch.Tensor],
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Shard:
+    """Part ``rank`` of ``size`` equal parts of every weight that is split over ranks."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@runtime_checkable
+class PartReader(Protocol):
+    """Official tensors of which a part can be read alone."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor, known without reading it."""
+        ...
+
+    def part(self, name: str, *, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Indices [start, stop) of dimension ``dim`` of a tensor."""
+        ...
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Piece:
+    """Indices [start, stop) of dimension ``dim`` of the official tensor ``name``, and the view of
+    a parameter that they fill, of as many elements in the same order."""
+
+    name: str
+    dim: int
+    start: int
+    stop: int
+    target: torch.Tensor
+
+
+@torch.no_grad()
+def fill_from_hf(
+    parameters: Mapping[str, torch.Tensor],
     *,
+    state: Mapping[str, torch.Tensor],
     config: LMConfig,
     vocabulary_size: int,
-    padded_vocabulary_size: int | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The inverse of :func:`to_hf`, tensor by tensor, so that ``state`` may read them from disk as
-    they are asked for. Vocabulary rows up to ``padded_vocabulary_size`` are zero.
+    shard: Shard | None = None,
+) -> None:
+    """The inverse of :func:`to_hf`: copy official tensors into the parameters of one
+    tensor-parallel rank, converted to their type. Vocabulary rows beyond the real ones become zero.
+
+    Every part goes straight from ``state`` to its place, so nothing of the model's size exists
+    beside the parameters; of a ``state`` that is a :class:`PartReader` only this rank's parts are
+    read.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or has the wrong shape.
     """
     expected = hf_shapes(config, vocabulary_size=vocabulary_size)
     _check_names(set(state), expected=set(expected), what="the release")
+    for piece in _pieces(
+        parameters, config=config, vocabulary_size=vocabulary_size, shard=shard or Shard()
+    ):
+        part = _read(piece, state=state, shape=expected[piece.name])
+        piece.target.copy_(part.reshape(piece.target.shape))
+    zero_padding(parameters, vocabulary_size=vocabulary_size, shard=shard)
 
-    def get(name: str) -> torch.Tensor:
-        tensor = state[name]
-        _check_shapes({name: tensor}, expected={name: expected[name]})
-        return tensor
 
-    padding = (padded_vocabulary_size or vocabulary_size) - vocabulary_size
-    for hf, mcore in GLOBAL_NAMES.items():
-        tensor = get(hf)
-        if padding and hf in VOCABULARY_NAMES:
-            tensor = torch.cat([tensor, tensor.new_zeros(padding, config.hidden_size)])
-        yield mcore, tensor
+@torch.no_grad()
+def zero_padding(
+    parameters: Mapping[str, torch.Tensor], *, vocabulary_size: int, shard: Shard | None = None
+) -> None:
+    """Set the vocabulary rows of one rank that stand for no id to zero."""
+    for name in VOCABULARY_NAMES:
+        weight = parameters[GLOBAL_NAMES[name]]
+        weight[_real_rows(weight, vocabulary_size=vocabulary_size, shard=shard or Shard()) :] = 0
+
+
+def _read(
+    piece: _Piece, *, state: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+) -> torch.Tensor:
+    if isinstance(state, PartReader):
+        _check_shape(piece.name, found=state.shape(piece.name), expected=shape)
+        return state.part(piece.name, dim=piece.dim, start=piece.start, stop=piece.stop)
+    tensor = state[piece.name]
+    _check_shape(piece.name, found=tuple(tensor.shape), expected=shape)
+    return tensor.narrow(piece.dim, piece.start, piece.stop - piece.start)
+
+
+def _pieces(
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    config: LMConfig,
+    vocabulary_size: int,
+    shard: Shard,
+) -> Iterator[_Piece]:
+    """Every official tensor once, with the part of it that this rank holds."""
+    for name, ours in GLOBAL_NAMES.items():
+        weight = parameters[ours]
+        if name in VOCABULARY_NAMES:
+            count = _real_rows(weight, vocabulary_size=vocabulary_size, shard=shard)
+            start = min(shard.rank * len(weight), vocabulary_size)
+            yield _Piece(name=name, dim=0, start=start, stop=start + count, target=weight[:count])
+        else:
+            yield _Piece(name=name, dim=0, start=0, stop=len(weight), target=weight)
     for layer in range(config.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for hf, mcore in LAYER_NAMES.items():
-            yield ours + mcore, get(theirs + hf)
-        q, k, v = (get(f"{theirs}self_attn.{part}_proj.weight") for part in "qkv")
-        yield ours + QKV, merge_qkv(q, k, v, config=config)
-        gate, up = (get(f"{theirs}mlp.{part}_proj.weight") for part in ("gate", "up"))
-        yield ours + FC1, torch.cat([gate, up])
+        for name, mcore in LAYER_NAMES.items():
+            weight = parameters[ours + mcore]
+            dim = int(name in COLUMN_NAMES)
+            start = shard.rank * weight.shape[1] if dim else 0
+            stop = start + weight.shape[dim]
+            yield _Piece(name=theirs + name, dim=dim, start=start, stop=stop, target=weight)
+        for name, target in {
+            **_qkv_views(parameters[ours + QKV], config=config),
+            **_fc1_views(parameters[ours + FC1]),
+        }.items():
+            rows = target.numel() // config.hidden_size
+            start = shard.rank * rows
+            yield _Piece(name=theirs + name, dim=0, start=start, stop=start + rows, target=target)
+
+
+def _qkv_views(weight: torch.Tensor, *, config: LMConfig) -> dict[str, torch.Tensor]:
+    """Where query, key and value lie in the key-value groups that ``weight`` holds."""
+    queries = config.num_attention_heads // config.num_kv_heads
+    by_group = weight.view(-1, queries + 2, config.head_dim, config.hidden_size)
+    parts = by_group.split([queries, 1, 1], dim=1)
+    return {f"self_attn.{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
+
+
+def _fc1_views(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    gate, up = weight.chunk(2)
+    return {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up}
+
+
+def _real_rows(weight: torch.Tensor, *, vocabulary_size: int, shard: Shard) -> int:
+    """How many rows of a rank's vocabulary matrix stand for an id; the rest pads."""
+    return max(0, min(len(weight), vocabulary_size - shard.rank * len(weight)))
 
 
 def split_qkv(weight: torch.Tensor, *, config: LMConfig) -> list[torch.Tensor]:
@@ -126,15 +229,6 @@ def split_qkv(weight: torch.Tensor, *, config: LMConfig) -> list[torch.Tensor]:
         ) from None
     parts = by_group.split([queries, 1, 1], dim=1)
     return [part.reshape(-1, config.hidden_size) for part in parts]
-
-
-def merge_qkv(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, config: LMConfig
-) -> torch.Tensor:
-    """The inverse of :func:`split_qkv`."""
-    groups, dim, hidden = config.num_kv_heads, config.head_dim, config.hidden_size
-    parts = [part.view(groups, -1, dim, hidden) for part in (q, k, v)]
-    return torch.cat(parts, dim=1).reshape(-1, hidden)
 
 
 def _mcore_names(config: LMConfig) -> list[str]:
@@ -158,10 +252,12 @@ def _check_shapes(
     found: Mapping[str, torch.Tensor], *, expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     for name, shape in expected.items():
-        if tuple(found[name].shape) != shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(found[name].shape)}, but the configuration says {shape}"
-            )
+        _check_shape(name, found=tuple(found[name].shape), expected=shape)
+
+
+def _check_shape(name: str, *, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise CheckpointError(f"{name} has shape {found}, but the configuration says {expected}")
 
 
 def _some(names: list[str]) -> str:

@@ -109,11 +109,27 @@ class SafetensorFolder(Mapping[str, torch.Tensor]):
         except (OSError, SafetensorError) as error:
             raise ReleaseError(f"{self.folder / info.file}: {name}: {error}") from error
 
+    def part(self, name: str, *, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Indices [start, stop) of dimension ``dim`` (0 or 1) of a tensor; the rest of it is not
+        read."""
+        info = self.info[name]
+        whole: list[slice] = [slice(None)] * len(info.shape)
+        whole[dim] = slice(start, stop)
+        try:
+            with self._open(info.file) as file:
+                return file.get_slice(name)[tuple(whole)]
+        except (OSError, SafetensorError) as error:
+            raise ReleaseError(f"{self.folder / info.file}: {name}: {error}") from error
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.info)
 
     def __len__(self) -> int:
         return len(self.info)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return self.info[name].shape
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -4,14 +4,15 @@ Generation, evaluation and conversion go through here, so that a run and the rel
 give the same model, the same tokenizer and the same prompts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from emu35.checkpoint.hf import to_mcore
+from emu35.checkpoint.agree import gather
+from emu35.checkpoint.hf import Shard, fill_from_hf, zero_padding
 from emu35.checkpoint.hf_config import (
     CONFIG_JSON,
     EMU3,
@@ -32,6 +33,7 @@ from emu35.checkpoint.unpickle import refuse_code
 from emu35.config import (
     AttentionBackend,
     LMConfig,
+    ParallelConfig,
     Precision,
     RunConfig,
     SFTConfig,
@@ -39,10 +41,11 @@ from emu35.config import (
     TokenizerKind,
 )
 from emu35.config.io import CONFIG_FILE, read_config
-from emu35.errors import CheckpointError, ReleaseError
+from emu35.config.rules import split_problems
+from emu35.errors import CheckpointError, ConfigError, ReleaseError
 from emu35.model.build import build_model
 from emu35.model.transformer import Emu35Model
-from emu35.parallel.mesh import single_process_mesh
+from emu35.parallel.mesh import current_mesh, inference_mesh
 from emu35.tokens.release_files import text_tokenizer_config
 from emu35.tokens.template import PromptTemplate
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
@@ -116,24 +119,28 @@ def open_source(
     *,
     step: int | None = None,
     precision: Precision | None = None,
+    parallel: ParallelConfig | None = None,
     message: Message = print,
 ) -> Source:
-    """Load the language model of a run folder or a release folder into this process.
+    """Load the language model of a run folder or a release folder into this process, or this
+    rank's part of it.
 
     Args:
         path: a run folder (``config.yaml`` and ``checkpoints``) or a release (``config.json``).
         step: a certain checkpoint of a run; the newest valid one by default.
         precision: type of the parameters; that of training or of the stored weights by default.
+        parallel: as in :func:`load_model`.
         message: told about checkpoints that were passed over.
 
     Raises:
         CheckpointError: no run or release there, or no usable checkpoint.
+        ConfigError, LaunchError: as :func:`load_model`.
         ReleaseError: a release that is damaged or contradicts itself.
         TokenizerError: the text table is missing or differs.
     """
     described = describe(path, step=step, message=message)
     return Source(
-        model=load_model(described, precision=precision or described.precision),
+        model=load_model(described, precision=precision or described.precision, parallel=parallel),
         config=described.config,
         tokenizer=build_text_tokenizer(described.tokenizer),
         vision_folder=described.vision_folder,
@@ -159,45 +166,97 @@ def describe(path: Path, *, step: int | None = None, message: Message = print) -
     )
 
 
-def load_model(described: Described, *, precision: Precision) -> Emu35Model:
-    """Build the whole model in this process and fill it."""
-    single_process_mesh()
+def load_model(
+    described: Described, *, precision: Precision, parallel: ParallelConfig | None = None
+) -> Emu35Model:
+    """Build the model, or this rank's part of it, and fill it; in evaluation mode.
+
+    Args:
+        described: what to load.
+        precision: type of the parameters.
+        parallel: by default the whole model in this one process. With ``tp`` = N every one of N
+            ranks (of torchrun, or below :mod:`emu35.run.tp`) calls this and reads only what it
+            holds; the mesh is laid out if it is not yet.
+
+    Raises:
+        ConfigError: the model cannot be split like that, or as many ranks were not started.
+        LaunchError: several ranks were started, but ``parallel`` asks for one.
+        CheckpointError, ReleaseError: the weights cannot be read or do not fit.
+    """
+    parallel = parallel or ParallelConfig()
     # The backend it was trained with may not exist on this machine; this one does on all.
     config = replace(described.config, attention_backend=AttentionBackend.segment)
-    model = build_model(config, vocabulary_size=described.vocabulary_size, precision=precision)
+    if problems := list(_layout_problems(parallel, config=config)):
+        raise ConfigError(problems)
+    inference_mesh(tp=parallel.tp)
+    if len(steps := set(gather(described.step))) > 1:
+        raise CheckpointError(
+            f"ranks found different checkpoints of {described.path}: steps {sorted(steps)}; it is "
+            "being trained, so name one with step"
+        )
+    model = build_model(
+        config,
+        vocabulary_size=described.vocabulary_size,
+        parallel=parallel,
+        precision=precision,
+    )
     load_into(model, described=described)
     return model.eval().requires_grad_(False)
 
 
+def _layout_problems(parallel: ParallelConfig, *, config: LMConfig) -> Iterator[str]:
+    """Why a model cannot be used for inference in this layout."""
+    yield from parallel.problems()
+    for name, size in (("pp", parallel.pp), ("cp", parallel.cp)):
+        if size > 1:
+            yield (
+                f"{name}={size} cannot generate: a token at a time keeps all but one of these "
+                f"ranks waiting; use {name}=1 and split the model by tp"
+            )
+    if parallel.sp:
+        yield "sp=true cannot generate: one token does not divide over ranks; use sp=false"
+    if parallel.tp > 1:
+        yield from split_problems(parallel, model=config)
+
+
 def load_into(model: Emu35Model, *, described: Described) -> None:
-    """Fill a model of the right architecture, converting to the type of its parameters."""
+    """Fill a model of the right architecture, or this rank's part of one, converting to the type
+    of its parameters. For a run: collective."""
     # Imported late: it pulls in megatron-core's checkpointing, which a release does not need.
     from emu35.checkpoint.sharded import load_model_only
 
     if described.checkpoint is not None:
         refuse_code(described.checkpoint.path)
         load_model_only(described.checkpoint.path, model)
+        # Where more ranks make more padding, the files have no rows for it.
+        zero_padding(
+            dict(model.named_parameters()),
+            vocabulary_size=model.vocabulary_size,
+            shard=_own_shard(),
+        )
         return
     assert described.weights is not None
     fill(model, state=described.weights)
 
 
 def fill(model: Emu35Model, *, state: Mapping[str, torch.Tensor]) -> None:
-    """Copy tensors under official names into ``model``.
+    """Copy tensors under official names into ``model``, which may be a tensor-parallel rank's part.
 
     Raises:
         CheckpointError: names or shapes do not fit its architecture.
     """
-    parameters = dict(model.named_parameters())
-    tensors = to_mcore(
-        state,
+    fill_from_hf(
+        dict(model.named_parameters()),
+        state=state,
         config=model.lm_config,
         vocabulary_size=model.vocabulary_size,
-        padded_vocabulary_size=parameters["output_layer.weight"].shape[0],
+        shard=_own_shard(),
     )
-    with torch.no_grad():
-        for name, tensor in tensors:
-            parameters[name].copy_(tensor)
+
+
+def _own_shard() -> Shard:
+    mesh = current_mesh()
+    return Shard(rank=mesh.tp_rank, size=mesh.tp_size)
 
 
 def describe_start(

@@ -94,13 +94,7 @@ def _layout(config: RunConfig) -> Iterator[str]:
     sizes = (parallel.tp, parallel.pp, parallel.vpp, parallel.cp)
     if not isinstance(model, LMConfig) or min(sizes) < 1:
         return
-    for name, size in (
-        ("num_kv_heads", model.num_kv_heads),
-        ("ffn_hidden_size", model.ffn_hidden_size),
-    ):
-        if size > 0 and size % parallel.tp:
-            usable = ", ".join(map(str, divisors(model.num_kv_heads)))
-            yield f"tp={parallel.tp} does not divide {name}={size}; use tp in {{{usable}}}"
+    yield from split_problems(parallel, model=model)
     yield from _exchanged_heads(parallel, model=model)
     yield from _stages(parallel, model=model)
     if isinstance(config.data, TokenDataConfig):
@@ -112,6 +106,17 @@ def _layout(config: RunConfig) -> Iterator[str]:
                 f"data.sequence_length={length} is not a multiple of {cut}, "
                 f"which cp={parallel.cp} and sp={parallel.sp} (tp={parallel.tp}) need"
             )
+
+
+def split_problems(parallel: ParallelConfig, *, model: LMConfig) -> Iterator[str]:
+    """Why ``model`` cannot be split over ``parallel.tp`` ranks, as sentences."""
+    for name, size in (
+        ("num_kv_heads", model.num_kv_heads),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        if size > 0 and size % parallel.tp:
+            usable = ", ".join(map(str, divisors(model.num_kv_heads)))
+            yield f"tp={parallel.tp} does not divide {name}={size}; use tp in {{{usable}}}"
 
 
 def _stages(parallel: ParallelConfig, *, model: LMConfig) -> Iterator[str]:

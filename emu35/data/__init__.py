@@ -25,5 +25,8 @@ A document is never joined to another: labels stop at its last token, positions 
 holds whole documents. Only a document longer than the row is cut, at a part boundary where one is
 near and never inside a picture (:mod:`~emu35.data.split`).
 
+Answers of a model leave as stories (:mod:`~emu35.data.story`), the protobuf files that the official
+viewer reads.
+
 Modality codes are stored, loss weights are not: what a token counts for is the stage's business.
 """

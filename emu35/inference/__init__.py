@@ -16,6 +16,8 @@ sequence that is ready). The parts it is made of:
   generated text; they come and go as a pair. :mod:`~emu35.inference.arena` gives streams their
   slots of the cache, contiguous and growing; when they run out, the youngest request steps back and
   goes on later as if nothing had happened.
+- :mod:`~emu35.inference.ask` makes requests of what people wish, and
+  :mod:`~emu35.inference.progress` makes what people can follow of a request's tokens.
 - :mod:`~emu35.inference.ranks` keeps tensor-parallel ranks of one mind.
 
 Forced tokens cost no forward, projection or draw of their own: they are fed together with the token

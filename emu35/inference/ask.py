@@ -94,6 +94,11 @@ class Ask:
         return TASKS[self.task]
 
     @property
+    def references(self) -> int:
+        """Reference images of all turns."""
+        return len(self.images) + sum(len(turn.images) for turn in self.earlier)
+
+    @property
     def draws(self) -> bool:
         """Whether the answer may hold pictures."""
         asked = self.size is not None or self.ratio is not None or self.steps is not None
@@ -106,7 +111,7 @@ class Ask:
     def _wrong_question(self) -> Iterator[str]:
         if not self.question.strip():
             yield "the prompt is empty; write what should be generated"
-        given = len(self.images) + sum(len(turn.images) for turn in self.earlier)
+        given = self.references
         if given > MAX_REFERENCES:
             yield (
                 f"{given} reference images are too many; a dialogue takes at most "
@@ -190,7 +195,10 @@ def build_request(
 
 
 def _wrong_codes(ask: Ask, *, tokenizer: TextTokenizer) -> Iterator[str]:
-    """What is wrong with the codes and ids that came from outside."""
+    """What is wrong with the codes and ids that came from outside. Too many images are refused
+    unread, or a flood of them would cost its sender less than us."""
+    if ask.references > MAX_REFERENCES:
+        return
     turns = [(f"turn {at}, reference image", turn.images) for at, turn in enumerate(ask.earlier)]
     for where, images in (*turns, ("reference image", ask.images)):
         for at, codes_HW in enumerate(images):

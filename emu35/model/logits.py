@@ -264,4 +264,15 @@ def id_logits(model: Emu35Model, *, hidden_NH: torch.Tensor, ids: Sequence[int])
 
 
 def _project(hidden_NH: torch.Tensor, *, weight_RH: torch.Tensor) -> torch.Tensor:
-    return (hidden_NH @ weight_RH.t()).float()
+    """Logits fp32 [N, R] of a few rows.
+
+    A CPU's matrix product spreads the rows of its first operand over threads: as weight x hidden
+    each thread streams its own part of the weights, which for a few hidden rows takes a third of
+    the time of hidden x weight (scripts/bench/generate.py). One column alone would fall back to a
+    matrix-vector product on a single thread, hence two.
+    """
+    if hidden_NH.device.type != "cpu" or weight_RH.dtype != torch.float32:
+        return (hidden_NH @ weight_RH.t()).float()
+    count = len(hidden_NH)
+    columns_HN = (hidden_NH.repeat(2, 1) if count == 1 else hidden_NH).t()
+    return (weight_RH @ columns_HN).t()[:count].contiguous()

@@ -93,6 +93,22 @@ def single_process_mesh(*, seed: int = 0) -> Mesh:
     return init_mesh(ParallelConfig(), seed=seed)
 
 
+def inference_mesh(*, tp: int) -> Mesh:
+    """The mesh of a model in ``tp`` ranks; an equal one that is there already is kept.
+
+    Raises:
+        ConfigError: the world does not divide by ``tp``.
+        LaunchError: several ranks were started for ``tp`` = 1, or they cannot reach each other.
+    """
+    if tp == 1:
+        return single_process_mesh()
+    if parallel_state.model_parallel_is_initialized():
+        mesh = current_mesh()
+        if (mesh.tp_size, mesh.pp_size, mesh.cp_size) == (tp, 1, 1):
+            return mesh
+    return init_mesh(ParallelConfig(tp=tp), seed=0)
+
+
 def current_mesh() -> Mesh:
     """The mesh that ``init_mesh`` laid out."""
     return Mesh(

@@ -4,6 +4,9 @@ Signals are passed on to them, the first one to fail takes the others with it an
 end of its log, and the exit code is theirs (75 when they were stopped and saved). Nothing but this
 process stands between a signal and the ranks, and a rank's exit code arrives as it is; what it
 takes to have the same through torchrun is in :mod:`emu35.run.torchrun`.
+
+Ranks may also be led by rank 0 (:mod:`emu35.run.tp`): it has the terminal, and its end is the end
+of all.
 """
 
 import os
@@ -34,18 +37,24 @@ _TAIL_LINES = 20
 
 
 def run_ranks(
-    config: RunConfig, *, run_dir: Path, lock: int, command: Sequence[str] | None = None
+    config: RunConfig,
+    *,
+    run_dir: Path,
+    lock: int | None = None,
+    command: Sequence[str] | None = None,
+    led: bool = False,
 ) -> int:
     """Run ``launch.nproc`` ranks here until all have ended; returns the exit code.
 
     ``lock`` is the descriptor of the run folder's lock, which every rank inherits. Rank 0 writes
     to our standard output and error; ``logs/rankN.log`` receives what the others print. ``command``
-    is what a rank executes, by default the worker on ``run_dir``.
+    is what a rank executes, by default the worker on ``run_dir``. Ranks that are ``led`` end with
+    rank 0, which also reads our standard input.
 
     Raises:
         LaunchError: a rank failed; the message names it and shows the end of its log.
     """
-    ranks = _Ranks(logs=run_dir / LOGS)
+    ranks = _Ranks(logs=run_dir / LOGS, led=led)
     command = command or [sys.executable, "-m", WORKER, str(run_dir)]
     ranks.logs.mkdir(exist_ok=True)
     with _forwarding(ranks):
@@ -68,6 +77,7 @@ class _Ranks:
     """The processes of a local run."""
 
     logs: Path
+    led: bool = False
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
     echo: Thread | None = None
     signalled: signal.Signals | None = None
@@ -76,18 +86,20 @@ class _Ranks:
         return self.logs / f"rank{rank}.log"
 
     def start(
-        self, rank: int, *, command: Sequence[str], environment: Mapping[str, str], lock: int
+        self, rank: int, *, command: Sequence[str], environment: Mapping[str, str], lock: int | None
     ) -> None:
+        # A leader has the terminal itself: what it draws there depends on its being one.
+        leads = self.led and rank == 0
         log = self.log(rank).open("ab")
         with log:
             try:
                 process = subprocess.Popen(
                     list(command),
                     env=dict(environment),
-                    stdin=subprocess.DEVNULL,
+                    stdin=None if leads else subprocess.DEVNULL,
                     stdout=None if rank == 0 else log,
-                    stderr=subprocess.PIPE if rank == 0 else log,
-                    pass_fds=(lock,),
+                    stderr=None if leads else subprocess.PIPE if rank == 0 else log,
+                    pass_fds=() if lock is None else (lock,),
                     # Ctrl-C reaches the whole foreground group: without a session of its own a
                     # rank would see it twice, once from the terminal and once from us.
                     start_new_session=True,
@@ -116,11 +128,17 @@ class _Ranks:
             codes = [process.poll() for process in self.processes]
             failed = [r for r, code in enumerate(codes) if code not in (None, 0, 75)]
             if failed:
-                # A rank that was killed comes first: the others fail because their peer is gone.
-                culprit = min(failed, key=lambda r: (codes[r] or 0) >= 0)
-                self._let_others_end()
+                if self.led and 0 in failed:
+                    self.kill()  # nothing is left to do for the others
+                else:
+                    self._let_others_end()
                 self._finish_echo()
-                return self._answer_for(culprit)
+                # A rank that was killed comes first: the others fail because their peer is gone.
+                failed.sort(key=lambda r: (codes[r] or 0) >= 0)
+                return self._answer_for_led(failed) if self.led else self._answer_for(failed[0])
+            if self.led and codes[0] is not None:
+                self._let_others_end()
+                return codes[0]
             if None not in codes:
                 self._finish_echo()
                 return Interrupted.exit_code if Interrupted.exit_code in codes else 0
@@ -152,9 +170,23 @@ class _Ranks:
             return 128 + self.signalled
         if self.processes[0].returncode == Emu35Error.exit_code:
             return Emu35Error.exit_code  # rank 0 has already told the user
-        log = self.log(rank)
+        raise self._failure(rank)
+
+    def _answer_for_led(self, failed: list[int]) -> int:
+        """Rank 0's own code, unless it can only have failed for want of another rank."""
+        code = self.processes[0].returncode
+        meant = {0, Emu35Error.exit_code}
+        if self.signalled is not None:
+            meant |= {-self.signalled, 128 + self.signalled}
+        others = [rank for rank in failed if rank != 0]
+        if others and code not in meant:
+            raise self._failure(others[0])
+        return code if code >= 0 else 128 - code
+
+    def _failure(self, rank: int) -> LaunchError:
+        code, log = self.processes[rank].returncode, self.log(rank)
         how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        raise LaunchError(f"rank {rank} {how}; {log} ends with:\n{tail(log)}")
+        return LaunchError(f"rank {rank} {how}; {log} ends with:\n{tail(log)}")
 
 
 def _environment(config: RunConfig, *, rank: int, port: int) -> dict[str, str]:

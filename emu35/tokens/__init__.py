@@ -13,6 +13,7 @@ Data flows one way for training and the other way after generation::
     Text | Image | ... -> Document -> TokenSequence        document.py, serialize.py
     task + question -----------------> Prompt              template.py
     ids --------- serialize.deserialize ----------> Document
+    generated Document -----------> Answer: thoughts, text, images       answer.py
 
 Everything a released Emu3.5 must agree on byte for byte (special ids, the image grid, prompts,
 tokenizer files) is here and is tested against values that the official code produced.

@@ -1,7 +1,6 @@
 """``emu35 generate``: prompts to pictures and text, from a run or a release."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from emu35.run.arguments import Commands
@@ -50,6 +49,12 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
+    command.add_argument(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="slots of the key-value cache (default: what the prompts need, as far as memory goes)",
+    )
     command.add_argument("--precision", choices=PRECISIONS, help="default: as trained")
     _add_form(command)
     _add_end(command)
@@ -132,7 +137,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     from emu35.tokens.template import PromptTemplate, Task
 
     template: str = arguments.template
-    stream: bool | None = arguments.stream
     options = GenerateOptions(
         source=arguments.source,
         prompts=arguments.prompt,
@@ -166,7 +170,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         logprobs=arguments.logprobs,
         page=arguments.page,
         story=arguments.story,
-        stream=sys.stdout.isatty() if stream is None else stream,
+        stream=arguments.stream,
+        cache_tokens=arguments.cache_tokens,
     )
     if arguments.interactive:
         interactive(options)

@@ -4,7 +4,8 @@ import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ class GeneratedFiles:
     ``results.jsonl``; with ``story`` also the protobuf file. ``asked`` has an entry for every
     answer before it is written.
 
-    Files that an earlier call listed in the same ``results.jsonl`` are removed first, so that
-    nothing of it survives between the new ones. That holds wherever the earlier call was killed: a
-    file is listed before it is written.
+    :meth:`remove_earlier` comes first: files that an earlier call listed in the same
+    ``results.jsonl`` go, so that nothing of it survives between the new ones. That holds wherever
+    the earlier call was killed: a file is listed before it is written.
 
     Raises:
         DataError: (from every method) naming a path that cannot be written, and why.
@@ -57,7 +58,7 @@ class GeneratedFiles:
         self,
         *,
         folder: Path,
-        codec: ImageCodec,
+        codec: ImageCodec | None,
         expected: int,
         logprobs: bool = False,
         story: bool = True,
@@ -75,7 +76,6 @@ class GeneratedFiles:
         self._digits = max(3, len(str(expected - 1)))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._remove_earlier()
         except OSError as error:
             raise unwritable(folder, error) from error
 
@@ -83,6 +83,19 @@ class GeneratedFiles:
     def rows(self) -> list[dict[str, Any]]:
         """The rows of all answers so far, in order of their prompts."""
         return [self._rows[index] for index in sorted(self._rows)]
+
+    def remove_earlier(self) -> None:
+        """Remove what an earlier call left in the folder."""
+        results = self.folder / RESULTS
+        if not results.is_file():
+            return
+        try:
+            # A base name only: a row must not reach outside the folder.
+            names = [Path(name).name for name in _listed(results)]
+            for name in (*names, PAGE, DIALOGUE, RESULTS):
+                (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
 
     def add_image(self, index: int, codes_HW: NDArray[np.integer]) -> Path:
         """Write the next image of an answer that is not finished yet; its path."""
@@ -249,29 +262,16 @@ class GeneratedFiles:
         except OSError as error:
             raise unwritable(path, error) from error
 
-    def _remove_earlier(self) -> None:
-        results = self.folder / RESULTS
-        if not results.is_file():
-            return
-        for line in results.read_text(errors="replace").splitlines():
-            try:
-                names = json.loads(line)["files"]
-            except (ValueError, KeyError, TypeError):
-                continue  # not a row of ours: then its files are not ours to remove either
-            for name in names:
-                # A base name only: a row must not reach outside the folder.
-                (self.folder / Path(str(name)).name).unlink(missing_ok=True)
-        for name in (PAGE, DIALOGUE, RESULTS):
-            (self.folder / name).unlink(missing_ok=True)
 
-
-def decode_images(grids: Sequence[NDArray[np.integer]], *, codec: ImageCodec) -> list[bytes]:
-    """PNG bytes of every grid of codes [H, W]; grids of one size are decoded together."""
+def decode_images(grids: Sequence[NDArray[np.integer]], *, codec: ImageCodec | None) -> list[bytes]:
+    """PNG bytes of every grid of codes [H, W]; grids of one size are decoded together. No codec is
+    needed where there are none."""
     places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for at, codes_HW in enumerate(grids):
         places[codes_HW.shape].append(at)
     pictures: list[bytes] = [b""] * len(grids)
     for chosen in places.values():
+        assert codec is not None, "an answer has an image that its request did not permit"
         codes_BHW = torch.from_numpy(np.stack([grids[at] for at in chosen]).astype(np.int64))
         pixels_B3HW = codec.decode(codes_BHW).cpu().numpy()
         for at, pixels_3HW in zip(chosen, pixels_B3HW, strict=True):
@@ -284,6 +284,13 @@ def png_of(pixels_3HW: NDArray[np.floating]) -> bytes:
     stream = io.BytesIO()
     to_image(pixels_3HW).save(stream, format="PNG")
     return stream.getvalue()
+
+
+def _listed(results: Path) -> Iterator[str]:
+    """The files that rows name; a line that is no row of ours names none."""
+    for line in results.read_text(errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            yield from map(str, json.loads(line)["files"])
 
 
 def _text(answer: Generated) -> bytes:

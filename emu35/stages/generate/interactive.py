@@ -24,11 +24,13 @@ from typing import TextIO, TypeAlias
 from emu35.checkpoint.source import describe, load_model
 from emu35.data.story import Clip, Segment, Story
 from emu35.errors import ConfigError, DataError
+from emu35.inference.arena import whole_pages
 from emu35.inference.ask import Turn, build_request
 from emu35.inference.engine import Engine
 from emu35.inference.request import Finish, Generated, Request
 from emu35.log.console import Console
 from emu35.stages.generate.files import Asked, GeneratedFiles
+from emu35.stages.generate.memory import free_slots
 from emu35.stages.generate.options import (
     GenerateOptions,
     Wish,
@@ -182,7 +184,7 @@ class Session:
                 display.step()
 
     def _show(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = Path(name.strip("'\"")).expanduser()  # terminals quote what is dropped on them
         if not path.is_file():
             self.console.line(f"image {name or '(no name)'} does not exist; write /image FILE")
             return
@@ -220,14 +222,22 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
     wish = check(options)
     console = Console(stream=sys.stderr)
     described = describe(options.source, step=options.step, message=console.line)
-    codec = open_codec(options, described=described)
+    # A chat in text alone may do without an image tokenizer.
+    pictures = wish.pictures or options.vision or described.vision_folder
+    codec = open_codec(options, described=described) if pictures else None
     references = References(codec=codec, area=options.image_area)
     references.read([wish])
     tokenizer = build_text_tokenizer(described.tokenizer)
     model = load_model(described, precision=options.precision or described.precision)
     positions = described.config.max_position_embeddings
     session = Session(
-        engine=Engine(model=model, tokenizer=tokenizer, max_requests=1, max_length=positions),
+        engine=Engine(
+            model=model,
+            tokenizer=tokenizer,
+            max_requests=1,
+            max_length=positions,
+            cache_tokens=options.cache_tokens or min(2 * whole_pages(positions), free_slots(model)),
+        ),
         files=GeneratedFiles(
             folder=options.out,
             codec=codec,
@@ -243,6 +253,7 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
         max_positions=positions,
         shown=references.of(wish),
     )
+    session.files.remove_earlier()
     try:
         _talk(session, prompts=options.prompts, read=read or _stdin(console))
     finally:

@@ -32,7 +32,9 @@ class GenerateOptions:
     references are resized to. ``images`` are references of every prompt. ``steps`` is the number of
     pictures after which an answer ends. ``batch_size`` counts prompts in flight. ``logprobs`` adds
     to each row how likely every token was. ``page`` and ``story`` are the HTML page and protobuf.
-    ``stream`` shows the text of a single prompt on standard output while it comes.
+    ``stream`` shows the text of a single prompt on standard output while it comes (None: where that
+    is a terminal). ``cache_tokens`` are the slots of the engine's cache (None: as many as needed,
+    as far as memory goes).
     """
 
     source: Path
@@ -59,7 +61,8 @@ class GenerateOptions:
     logprobs: bool = False
     page: bool = True
     story: bool = True
-    stream: bool = False
+    stream: bool | None = None
+    cache_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +85,11 @@ class Wish:
     max_new_tokens: int | None = None
     steps: int | None = None
     stop: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> bool:
+        """Whether pictures go in or may come out."""
+        return bool(self.images) or self.ask(images=(), seed=0).draws
 
     def ask(
         self,
@@ -140,7 +148,11 @@ def wish_of(options: GenerateOptions, *, prompt: str, where: str) -> Wish:
 def call_problems(options: GenerateOptions) -> list[str]:
     """What is wrong with the call itself, whatever it asks for."""
     problems: list[str] = []
-    for name, value in (("batch_size", options.batch_size), ("image_area", options.image_area)):
+    for name, value in (
+        ("batch_size", options.batch_size),
+        ("image_area", options.image_area),
+        ("cache_tokens", options.cache_tokens),
+    ):
         if value is not None and value < 1:
             problems.append(f"{name}={value} is too small; use at least 1")
     if options.out.exists() and not options.out.is_dir():

@@ -22,7 +22,7 @@ from emu35.errors import ConfigError, DataError
 from emu35.inference.ask import SamplingOverride
 from emu35.inference.grammar import GridSize
 from emu35.stages.generate.options import GenerateOptions, Wish, parse_size, wish_of
-from emu35.tokens.template import Task
+from emu35.tokens.template import TASKS, Task
 
 _FORM = 'a line is {"prompt": "..."}'
 
@@ -166,6 +166,9 @@ def _wish(values: dict[str, Any], *, options: GenerateOptions, where: str, folde
     # Either fixes the grid, so one of a record takes the place of both of the call.
     if "size" in values or "ratio" in values:
         wish = replace(wish, size=None, ratio=None)
+    # What the call says of pictures is meant for records that draw: a chat draws if it says so.
+    if "task" in values and not TASKS[values["task"]].images:
+        wish = replace(wish, size=None, ratio=None, steps=None)
     return replace(
         wish,
         visual=replace(wish.visual, **visual),

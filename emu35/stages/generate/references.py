@@ -25,9 +25,10 @@ class Reference:
 
 
 class References:
-    """Reference images by path, resized to ``area`` pixels (None: what the task takes)."""
+    """Reference images by path, resized to ``area`` pixels (None: what the task takes). Without a
+    ``codec`` there are none."""
 
-    def __init__(self, *, codec: ImageCodec, area: int | None) -> None:
+    def __init__(self, *, codec: ImageCodec | None, area: int | None) -> None:
         self._codec = codec
         self._area = area
         self._found: dict[tuple[Path, int], Reference] = {}
@@ -60,6 +61,11 @@ class References:
         Raises:
             DataError: naming the file and what is wrong with it.
         """
+        if self._codec is None:
+            raise DataError(
+                f"image {path} cannot be shown to a model that names no image tokenizer; give the "
+                "tokenizer's folder with vision=FOLDER"
+            )
         key = (path, self._area or TASKS[task].image_area)
         if key not in self._found:
             try:

@@ -17,6 +17,7 @@ from emu35.inference.request import Generated, Request
 from emu35.log.console import Console, human_time
 from emu35.parallel.mesh import local_device
 from emu35.stages.generate.files import Asked, GeneratedFiles
+from emu35.stages.generate.memory import cache_tokens
 from emu35.stages.generate.options import (
     GenerateOptions,
     Wish,
@@ -58,7 +59,9 @@ def generate(options: GenerateOptions) -> GenerateResult:
     wishes = check(options)
     console = Console(stream=sys.stderr)
     described = describe(options.source, step=options.step, message=console.line)
-    codec = open_codec(options, described=described)
+    # A chat in text alone needs no image tokenizer, and a release may come without.
+    pictures = any(wish.pictures for wish in wishes)
+    codec = open_codec(options, described=described) if pictures else None
     tokenizer = build_text_tokenizer(described.tokenizer)
     references = References(codec=codec, area=options.image_area)
     references.read(wishes)
@@ -73,14 +76,19 @@ def generate(options: GenerateOptions) -> GenerateResult:
         story=options.story,
     )
     files.asked = {at: asked(wish, references=references) for at, wish in enumerate(wishes)}
+    model = load_model(described, precision=options.precision or described.precision)
+    at_once = min(options.batch_size, len(requests))
     engine = Engine(
-        model=load_model(described, precision=options.precision or described.precision),
+        model=model,
         tokenizer=tokenizer,
-        max_requests=min(options.batch_size, len(requests)),
+        max_requests=at_once,
         max_length=max(request.slots for request in requests),
+        cache_tokens=options.cache_tokens or cache_tokens(requests, model=model, at_once=at_once),
     )
     for request in requests:
         engine.submit(request)
+    # Not before everything is known to run: what an earlier call made is better than nothing.
+    files.remove_earlier()
     return _run(engine, files=files, console=console, requests=requests, options=options)
 
 
@@ -101,6 +109,10 @@ def check(options: GenerateOptions) -> list[Wish]:
         more, wrong = read_records(options.prompts_file, options=options)
         wishes += more
     problems += [f"{where}: {problem}" for where, found in wrong for problem in found]
+    if options.stream and len(wishes) > 1:
+        problems.append(
+            f"stream shows the text of a single prompt, but there are {len(wishes)}; drop one"
+        )
     problems += gathered([(wish.where, wish.problems()) for wish in wishes])
     if not wishes and not wrong:
         problems.append("there is no prompt; give at least one")
@@ -193,7 +205,8 @@ def _run(
 ) -> GenerateResult:
     began = time.perf_counter()
     tokenizer = engine.tokenizer
-    if options.stream and len(requests) == 1:
+    stream = sys.stdout.isatty() if options.stream is None else options.stream
+    if stream and len(requests) == 1:
         shown = OneAnswer(
             console=console, out=sys.stdout, tokenizer=tokenizer, save=files.add_image
         )

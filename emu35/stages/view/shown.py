@@ -42,7 +42,7 @@ def load_picture(image: StoryImage, *, folder: Path | None) -> LoadedPicture:
     content = picture.image_data
     if not content and picture.image_path:
         if folder is None:
-            raise DataError(f"{picture.image_path!r} is only a path, without a folder to search")
+            raise DataError("it is only a path, and no folder is given to find it in")
         content = read_inside(folder, picture.image_path)
     if not content:
         raise DataError("it has neither bytes nor a path")
@@ -60,13 +60,13 @@ def read_inside(folder: Path, name: str) -> bytes:
     try:
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise DataError(f"{name!r} lies outside {folder}; only files within it are read")
+            raise DataError(f"it lies outside {folder}; only files within that folder are read")
         if not path.is_file():
             raise DataError("the file is missing" if not path.exists() else "it is no file")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise DataError(f"cannot read {name!r}: {reason}") from error
+        raise DataError(f"it cannot be read: {reason}") from error
 
 
 def picture_name(image: StoryImage, *, default: str) -> str:

@@ -71,30 +71,49 @@ def _read_pb(path: Path) -> Shown:
 
 
 def _read_results(path: Path) -> Iterator[Shown]:
-    """One story a row, without reading the file at once: rows hold all ids."""
-    rows = 0
+    """One story for each prompt, without holding the file: its rows hold all ids.
+
+    A generation that was killed leaves several rows of a prompt; the last one knows most.
+    """
+    last: dict[int | str, int] = {}
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    rows += 1
+                    last[_prompt_index(line, default=f"line {number}")] = number
+        with path.open("rb") as file:
+            chosen = frozenset(last.values())
+            for number, line in enumerate(file, start=1):
+                if number in chosen:
                     yield _read_row(line, name=f"{path.name} line {number}", folder=path.parent)
     except OSError as error:
         yield Shown(story=None, name=path.name, problems=[error.strerror or str(error)])
         return
-    if not rows:
+    if not last:
         yield Shown(story=None, name=path.name, problems=["it has no rows"])
+
+
+def _prompt_index(line: bytes, *, default: str) -> int | str:
+    """The number of a row's prompt, or ``default``, since a line may be anything."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return default
+    match row:
+        case {"index": int(index)}:
+            return index
+    return default
 
 
 def _read_row(line: bytes, *, name: str, folder: Path) -> Shown:
     try:
         row = json.loads(line.decode(errors="replace"))
-    except (ValueError, RecursionError) as error:
-        return Shown(story=None, name=name, problems=[f"not JSON: {error}"])
-    try:
         return _from_row(row, name=name, folder=folder)
+    except (ValueError, RecursionError) as error:
+        reason = f"not JSON: {error}"
     except DataError as error:
-        return Shown(story=None, name=name, problems=[str(error)])
+        reason = str(error)
+    return Shown(story=None, name=name, problems=[reason])
 
 
 def _from_row(row: Any, *, name: str, folder: Path) -> Shown:
@@ -120,6 +139,8 @@ def _from_row(row: Any, *, name: str, folder: Path) -> Shown:
     answer = read_answer(Document(parts))
     kept = [int(image.codes_HW[0, 0]) for image in answer.images]
     match row:
+        case {"index": int(index), "id": str(id)}:
+            name = f"prompt {index} ({id})"
         case {"index": int(index)}:
             name = f"prompt {index}"
     story = build_story(
@@ -129,6 +150,8 @@ def _from_row(row: Any, *, name: str, folder: Path) -> Shown:
         references=[Picture(image_path=file) for file in _strings(row, "references")],
     )
     problems = [*_strings(row, "problems"), *answer.problems]
+    if "finish" in row and row["finish"] is None:
+        problems.append("generation was stopped before this answer was finished")
     return Shown(story=story, name=name, problems=problems, folder=folder)
 
 

@@ -1,101 +1,20 @@
 """Generation from folders on disk, with a tiny model of random weights."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image as Picture
+from tiny_source import CODES, PROMPTS, options, rows, write_vision
 
-from emu35.checkpoint import sharded
-from emu35.checkpoint.manager import CheckpointManager
-from emu35.config import (
-    CheckpointConfig,
-    IBQConfig,
-    LMConfig,
-    PretrainConfig,
-    RunConfig,
-    TokenizerConfig,
-)
-from emu35.config.io import write_config
 from emu35.errors import CheckpointError, ConfigError, DataError
 from emu35.inference.ask import SamplingOverride
 from emu35.inference.grammar import GridSize
-from emu35.model.build import build_model
-from emu35.model.init import initialize
-from emu35.parallel.mesh import single_process_mesh
 from emu35.stages.generate import files as files_module
-from emu35.stages.generate.options import GenerateOptions, parse_size, prompt_seed
+from emu35.stages.generate.options import parse_size, prompt_seed
 from emu35.stages.generate.run import generate
 from emu35.stages.release import ExportOptions, export
 from emu35.tokens.template import PromptTemplate, Task
-from emu35.tokens.vocabulary import vocabulary_of
-from emu35.vision.ibq.folder import write_folder
-from emu35.vision.ibq.model import IBQ
-
-CODES = 64
-PROMPTS = ["a red circle", "two blue squares on the left", "x"]
-
-
-def write_vision(folder: Path, *, codes: int = CODES) -> None:
-    torch.manual_seed(0)
-    config = IBQConfig(
-        ch=32,
-        ch_mult=[1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        resolution=8,
-        z_channels=8,
-        embed_dim=8,
-        n_embed=codes,
-    )
-    write_folder(IBQ(config), folder=folder)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as pretraining leaves it."""
-    root = tmp_path_factory.mktemp("generate")
-    write_vision(root / "vision")
-    model = LMConfig(
-        num_layers=1,
-        hidden_size=32,
-        ffn_hidden_size=64,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        max_position_embeddings=256,
-        init_std=0.3,
-    )
-    config = RunConfig(
-        run_dir=str(root / "run"),
-        model=model,
-        tokenizer=TokenizerConfig(codebook_size=CODES, vision=str(root / "vision")),
-        stage=PretrainConfig(),
-    )
-    folder = root / "run"
-    folder.mkdir()
-    write_config(config, folder)
-    vocabulary = vocabulary_of(config.tokenizer)
-    single_process_mesh()
-    built = build_model(model, vocabulary_size=vocabulary.size)
-    initialize(built, seed=5, pad_id=vocabulary.pad)
-    manager = CheckpointManager(root=folder / "checkpoints", config=CheckpointConfig(), identity={})
-    manager.save(1, write=lambda to: sharded.save(to, chunks=[built], optimizer=None), extra={})
-    return folder
-
-
-def options(run: Path, out: Path, **changes: object) -> GenerateOptions:
-    base = GenerateOptions(
-        source=run, prompts=PROMPTS, out=out, size=GridSize(height=3, width=4), guidance=3.0
-    )
-    return replace(base, **changes)  # type: ignore[arg-type]
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
 def test_every_prompt_becomes_a_picture_of_the_wished_size(run: Path, tmp_path: Path) -> None:
