@@ -28,6 +28,9 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
         help="form of the prompt (default auto: the one that the model was trained for)",
     )
     command.add_argument("--precision", choices=PRECISIONS, help="default: as trained")
+    command.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="processes that share the model (default 1)"
+    )
     command.add_argument("--host", default="127.0.0.1", help="default: this machine only")
     command.add_argument("--port", type=int, default=8000, help="default 8000; 0: a free one")
     command.add_argument(
@@ -78,8 +81,11 @@ def _serve(arguments: argparse.Namespace) -> int:
             "pip install 'emu35[serve]'"
         ) from error
     from emu35.config import Precision
+    from emu35.run.tp import in_ranks
     from emu35.tokens.template import PromptTemplate
 
+    if (code := in_ranks(arguments.tp)) is not None:
+        return code
     template: str = arguments.template
     serve(
         ServeOptions(
@@ -101,6 +107,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             ),
             grace=arguments.grace,
             api_key_env=arguments.api_key_env,
+            tp=arguments.tp,
         )
     )
     return 0

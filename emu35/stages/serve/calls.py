@@ -65,7 +65,7 @@ class Call:
         updates: list[tuple[int, Update]] = []
         for item in items:
             if isinstance(item, EngineFailure):
-                self._running.clear()
+                self.close()
                 raise item
             updates.append(item)
             if item[1].finished is not None:

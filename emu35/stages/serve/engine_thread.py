@@ -1,7 +1,7 @@
 """The one thread that uses the engine.
 
-Whoever wants something puts a command of :mod:`.calls` into the mailbox; commands are plain data
-that could be sent to other ranks. Between two steps the thread takes what lies there, applies
+Whoever wants something puts a command of :mod:`.calls` into the mailbox. Between two steps the
+thread takes what lies there, tells it to the other tensor-parallel ranks (:mod:`.replica`), applies
 it in order, and after the step it hands every call its updates, one wake-up of the event loop a
 step. While nothing is asked it sleeps.
 
@@ -11,13 +11,14 @@ the engine cannot even let go of them, it is not used any more.
 """
 
 import asyncio
+import contextlib
 import queue
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from emu35.errors import Emu35Error
 from emu35.inference.engine import Engine, EngineStats
@@ -25,6 +26,10 @@ from emu35.inference.grammar import NextKind
 from emu35.inference.request import Finish, Generated, Request, Update
 from emu35.stages.serve.calls import Abort, Call, Command, EngineFailure, Item, Stop, Submit
 from emu35.stages.serve.metrics import Metrics
+from emu35.stages.serve.replica import Replica, share
+
+_HEARTBEAT = 60.0
+"""Seconds between two signs of life to other ranks, whose patience with a collective ends."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,22 +54,6 @@ class _Pace:
         self.mean += 0.2 * (seconds - self.mean)
 
 
-@dataclass(kw_only=True, slots=True)
-class _Flights:
-    """Requests in flight by their number in the engine, oldest first."""
-
-    by_index: dict[int, _Flight] = field(default_factory=dict[int, _Flight])
-    index_of: dict[int, int] = field(default_factory=dict[int, int])  # key -> index
-
-    def add(self, key: int, *, index: int, flight: _Flight) -> None:
-        self.by_index[index], self.index_of[key] = flight, index
-
-    def pop(self, index: int) -> _Flight:
-        flight = self.by_index.pop(index)
-        del self.index_of[flight.call.keys[flight.place]]
-        return flight
-
-
 class EngineThread:
     """Made and used from the event loop; ``make`` builds the engine inside the thread.
 
@@ -81,7 +70,7 @@ class EngineThread:
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._calls: dict[int, Call] = {}  # by the first key; until the engine has them
         self._keys = 0
-        self._flights = _Flights()
+        self._flights: dict[int, _Flight] = {}  # by key, oldest first
         self._pace = _Pace()
         self.stats: EngineStats | None = None
         self.failure: str | None = None
@@ -103,7 +92,7 @@ class EngineThread:
     @property
     def in_flight(self) -> int:
         """Requests that have not ended."""
-        return len(self._flights.by_index)
+        return len(self._flights)
 
     @property
     def retry_after(self) -> int:
@@ -143,18 +132,18 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            engine = self._make()
+            replica = Replica(self._make())
         except BaseException as error:  # whoever awaits start() gets it
             self._post(_fail, self._made, error)
             self._post(_succeed, self._ended)
             return
-        self.stats = engine.stats
+        self.stats = replica.stats
         self._post(_succeed, self._made)
         try:
-            while self._apply(self._commands(wait=not engine.busy), engine=engine):
-                if engine.busy:
-                    self._step(engine)
-                self.stats = engine.stats
+            while self._apply(share(self._commands(wait=not replica.busy)), replica=replica):
+                if replica.busy:
+                    self._step(replica)
+                self.stats = replica.stats
         except BaseException as error:
             self._die(error)
             while not isinstance(command := self._mailbox.get(), Stop):
@@ -163,42 +152,40 @@ class EngineThread:
         self._post(_succeed, self._ended)
 
     def _commands(self, *, wait: bool) -> list[Command]:
-        """What lies in the mailbox; with ``wait`` at least one. The place where ranks of a
-        tensor-parallel group would agree on what they do next."""
-        commands = [self._mailbox.get()] if wait else []
-        while not self._mailbox.empty():
-            commands.append(self._mailbox.get())
+        """What lies in the mailbox; with ``wait`` it may take a while until there is something."""
+        commands: list[Command] = []
+        with contextlib.suppress(queue.Empty):
+            if wait:
+                commands.append(self._mailbox.get(timeout=_HEARTBEAT))
+            while True:
+                commands.append(self._mailbox.get_nowait())
         return commands
 
-    def _apply(self, commands: Sequence[Command], *, engine: Engine) -> bool:
+    def _apply(self, commands: Sequence[Command], *, replica: Replica) -> bool:
         """Do as told; False to leave."""
         for command in commands:
             if isinstance(command, Submit):
-                self._submit(command, engine=engine)
+                self._submit(command, replica=replica)
             elif isinstance(command, Abort):
-                self._abort(command.keys, engine=engine)
+                self._deliver(replica.abort(command.keys))
             else:
-                self._abort(None, engine=engine)
+                self._deliver(replica.abort(None))
                 return False
         return True
 
-    def _submit(self, command: Submit, *, engine: Engine) -> None:
-        indices: list[int] = []
+    def _submit(self, command: Submit, *, replica: Replica) -> None:
         try:
-            for request in command.requests:
-                indices.append(engine.submit(request))
+            replica.submit(command)
+        except Emu35Error as error:
+            self._refuse(command, error)
+            return
         except Exception as error:
-            for index in indices:
-                engine.abort(index)
-            expected = isinstance(error, Emu35Error)
-            if not expected:
-                report("the engine failed to take a request", error)
-            self._refuse(command, error if expected else EngineFailure(describe(error)))
+            report("the engine failed to take a request", error)
+            self._refuse(command, EngineFailure(describe(error)))
             return
         call, now = self._calls.pop(command.keys[0]), time.perf_counter()
-        for place, (key, index) in enumerate(zip(command.keys, indices, strict=True)):
-            flight = _Flight(call=call, place=place, accepted=now)
-            self._flights.add(key, index=index, flight=flight)
+        for place, key in enumerate(command.keys):
+            self._flights[key] = _Flight(call=call, place=place, accepted=now)
             self._metrics.tokens.labels("prompt").inc(len(command.requests[place].prompt))
         self._post(_succeed, call.accepted)
 
@@ -206,78 +193,53 @@ class EngineThread:
         if (call := self._calls.pop(command.keys[0], None)) is not None:
             self._post(_fail, call.accepted, error)
 
-    def _abort(self, keys: tuple[int, ...] | None, *, engine: Engine) -> None:
-        updates: list[Update] = []
-        for key in tuple(self._flights.index_of) if keys is None else keys:
-            index = self._flights.index_of.get(key)
-            if index is not None and (update := self._let_go(index, engine=engine)):
-                updates.append(update)
-        self._deliver(updates)
-
-    def _let_go(self, index: int, *, engine: Engine) -> Update | None:
-        """Abort a request; its last update, or None where it fails instead of ending.
-
-        Raises:
-            Whatever the engine raises if the request is still in it.
-        """
+    def _step(self, replica: Replica) -> None:
         try:
-            return engine.abort(index)
+            updates = replica.step()
         except Exception as error:
-            engine.abort(index)  # nothing, if only its answer could not be made
-            report("an aborted request has no answer", error)
-            self._fail_flights([index], reason=describe(error))
-            return None
-
-    def _step(self, engine: Engine) -> None:
-        try:
-            updates = engine.step()
-        except Exception as error:
-            self._fail_step(error, engine=engine)
+            self.failure = describe(error)
+            self._metrics.failures.inc()
+            report("a step of the engine failed; its requests got an error", error)
+            replica.abort(None)  # raising here ends the use of this engine
+            self._fail_flights(list(self._flights), reason=self.failure)
             return
         self.failure = None
-        self._note_admitted(engine.stats.waiting)
+        self._note_admitted(replica.stats.waiting)
         self._deliver(updates)
 
-    def _fail_step(self, error: Exception, *, engine: Engine) -> None:
-        self.failure = describe(error)
-        self._metrics.failures.inc()
-        report("a step of the engine failed; its requests got an error", error)
-        for index in list(self._flights.by_index):
-            self._let_go(index, engine=engine)  # raising here ends the use of this engine
-        self._fail_flights(list(self._flights.by_index), reason=self.failure)
-
-    def _fail_flights(self, indices: Sequence[int], *, reason: str) -> None:
-        calls = {id(flight.call): flight.call for flight in map(self._flights.pop, indices)}
-        failure = EngineFailure(reason)
+    def _fail_flights(self, keys: Sequence[int], *, reason: str) -> None:
+        calls = {id(flight.call): flight.call for flight in map(self._flights.pop, keys)}
         for call in calls.values():
-            self._post(call.put, failure)
-        self._metrics.ended.labels("error").inc(len(indices))
+            self._post(call.put, EngineFailure(reason))
+        self._metrics.ended.labels("error").inc(len(keys))
 
     def _die(self, error: BaseException) -> None:
         self.failure = f"{describe(error)}; the engine cannot go on: restart the server"
         report("the engine thread failed and serves nothing more", error)
-        self._fail_flights(list(self._flights.by_index), reason=self.failure)
+        self._fail_flights(list(self._flights), reason=self.failure)
         for call in list(self._calls.values()):
             self._post(_fail, call.accepted, EngineFailure(self.failure))
         self._calls.clear()
 
-    def _deliver(self, updates: Sequence[Update]) -> None:
+    def _deliver(self, updates: Sequence[tuple[int, Update | Exception]]) -> None:
         items: list[tuple[Call, Item]] = []
         now = time.perf_counter()
-        for update in updates:
-            flight = self._flights.by_index.get(update.index)
-            if flight is None:
+        for key, update in updates:
+            if isinstance(update, Exception):
+                report("an aborted request has no answer", update)
+                self._fail_flights([key], reason=describe(update))
                 continue
+            flight = self._flights[key]
             self._measure(flight, update, now=now)
             items.append((flight.call, (flight.place, update)))
             if update.finished is not None:
-                self._flights.pop(update.index)
+                del self._flights[key]
         if items:
             self._post(_put, items)
 
     def _note_admitted(self, waiting: int) -> None:
         """Requests leave the waiting line in order, so its length tells which ones have."""
-        outside = [f for f in self._flights.by_index.values() if f.admitted is None]
+        outside = [f for f in self._flights.values() if f.admitted is None]
         now = time.perf_counter()
         for flight in outside[: max(0, len(outside) - waiting)]:
             flight.admitted = now

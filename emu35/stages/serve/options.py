@@ -38,7 +38,8 @@ class ServeOptions:
     ``max_length`` (prompt and answer, in tokens; None: the model's positions) and ``cache_tokens``
     bound the memory. ``port`` 0 takes a free one. ``grace``: seconds that running requests get
     after SIGTERM. ``api_key_env`` names the environment variable that holds the key clients must
-    send; the key itself never stands on a command line.
+    send; the key itself never stands on a command line. ``tp`` ranks share the model, of which
+    this process is one.
     """
 
     source: Path
@@ -55,6 +56,7 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
     grace: float = 30.0
     api_key_env: str | None = None
+    tp: int = 1
 
     def api_key(self) -> str | None:
         """The key that clients must send; None where none is asked for."""

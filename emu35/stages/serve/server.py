@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -9,14 +10,19 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from emu35.checkpoint.agree import gather
 from emu35.checkpoint.source import Described, describe, load_model
+from emu35.config import ParallelConfig
 from emu35.errors import ConfigError
+from emu35.inference.arena import whole_pages
 from emu35.inference.engine import Engine
 from emu35.log.console import Console
 from emu35.parallel.mesh import local_device
+from emu35.stages.generate.memory import free_slots
 from emu35.stages.serve.app import build_app
 from emu35.stages.serve.asking import Asker
 from emu35.stages.serve.options import ServeOptions, check
+from emu35.stages.serve.replica import follow
 from emu35.stages.serve.service import Service
 from emu35.tokens.text import build_text_tokenizer
 from emu35.vision.codec import ImageCodec, load_codec
@@ -28,7 +34,8 @@ Message = Callable[[str], object]
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve until SIGTERM or SIGINT; returns when all is closed.
+    """Serve until SIGTERM or SIGINT; returns when all is closed. With ``tp`` ranks, rank 0 serves
+    and the others help it generate.
 
     Raises:
         ConfigError: options that make no sense, or a port that cannot be had.
@@ -38,35 +45,53 @@ def serve(options: ServeOptions) -> None:
     message = Console(stream=sys.stderr).line
     described = describe(options.source, step=options.step, message=message)
     _check_source(options, described=described)
+    if int(os.environ.get("RANK", "0")) > 0:
+        follow(engine_maker(options, described=described))
+        return
     with contextlib.closing(_listen(options)) as listener:
         asyncio.run(_serve(options, described=described, listener=listener, message=message))
 
 
-def build_service(options: ServeOptions, *, described: Described) -> Service:
-    """The service of ``described``, nothing loaded yet; to be called in the event loop."""
-    tokenizer = build_text_tokenizer(described.tokenizer)
-    positions = described.config.max_position_embeddings
-    max_length = min(options.max_length or positions, positions)
+def engine_maker(options: ServeOptions, *, described: Described) -> Callable[[], Engine]:
+    """What loads the model, or this rank's part of it, and builds the engine. Collective."""
 
-    def make_engine() -> Engine:
+    def make() -> Engine:
+        model = load_model(
+            described,
+            precision=options.precision or described.precision,
+            parallel=ParallelConfig(tp=options.tp),
+        )
+        length = _max_length(options, described=described)
+        # All ranks schedule alike, so their caches are equal.
+        fitting = min(2 * options.max_requests * whole_pages(length), *gather(free_slots(model)))
         return Engine(
-            model=load_model(described, precision=options.precision or described.precision),
-            tokenizer=tokenizer,
-            max_length=max_length,
-            cache_tokens=options.cache_tokens,
+            model=model,
+            tokenizer=build_text_tokenizer(described.tokenizer),
+            max_length=length,
+            cache_tokens=options.cache_tokens or fitting,
             max_requests=options.max_requests,
             max_waiting=options.max_waiting,
         )
 
+    return make
+
+
+def _max_length(options: ServeOptions, *, described: Described) -> int:
+    positions = described.config.max_position_embeddings
+    return min(options.max_length or positions, positions)
+
+
+def build_service(options: ServeOptions, *, described: Described) -> Service:
+    """The service of ``described``, nothing loaded yet; to be called in the event loop."""
     return Service(
         name=described.name,
         options=options,
         asker=Asker(
-            tokenizer=tokenizer,
+            tokenizer=build_text_tokenizer(described.tokenizer),
             template=options.template or described.template,
-            max_length=max_length,
+            max_length=_max_length(options, described=described),
         ),
-        make_engine=make_engine,
+        make_engine=engine_maker(options, described=described),
         open_codec=lambda: _open_codec(options, described=described),
     )
 

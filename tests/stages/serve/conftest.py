@@ -70,7 +70,7 @@ def drawing_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_size=32,
         ffn_hidden_size=64,
         num_attention_heads=2,
-        num_kv_heads=1,
+        num_kv_heads=2,
         head_dim=16,
         max_position_embeddings=POSITIONS,
         init_std=0.1,

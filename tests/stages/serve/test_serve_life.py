@@ -288,6 +288,34 @@ def test_sigterm_finishes_what_runs_and_ends_with_code_0(drawing_run: Path) -> N
     assert said[-1] == "emu35: stopped\n"
 
 
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_two_ranks_answer_as_one_does(server, drawing_run: Path) -> None:
+    bodies = [
+        {**PICTURE, "seed": 1, "return_token_ids": True},
+        {"prompt": ["a", "b"], "seed": 2, "max_tokens": 30, "return_token_ids": True},
+    ]
+    alone = [token_ids(server.post(TEXT, body)) for body in bodies]
+    with process("--run", str(drawing_run), "--tp", "2") as (running, url, said):
+        answers = [httpx.post(f"{url}{TEXT}", json=body, timeout=60) for body in bodies]
+        assert [token_ids(answer) for answer in answers] == alone
+        # What is refused and what is left is forgotten by both, or they would part here.
+        refused = httpx.post(f"{url}{TEXT}", json={"prompt": "x", "max_tokens": 4000})
+        assert refused.status_code == 400
+        with streaming(url, TEXT, PICTURE) as chunks:
+            next(chunks)
+        with ThreadPoolExecutor(8) as pool:
+            crowd = pool.map(lambda _: httpx.post(f"{url}{TEXT}", json=bodies[1]), range(8))
+            assert [token_ids(answer) for answer in crowd] == [alone[1]] * 8
+        with streaming(url, TEXT, PICTURE) as chunks:
+            next(chunks)
+            running.send_signal(signal.SIGTERM)
+            *_, last = chunks
+        assert last["choices"][0]["finish_reason"] == "stop"
+        assert running.wait(30) == 0
+    assert said[-1] == "emu35: stopped\n"
+
+
 def test_what_keeps_a_server_from_starting(
     drawing_run: Path,
     tmp_path: Path,
