@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 from emu35.checkpoint.source import describe, load_model
 from emu35.config import ParallelConfig, Precision
@@ -62,8 +63,9 @@ class _Words:
     """What rank 0 says, in order, one key of the store a word."""
 
     def __init__(self) -> None:
+        # torch's own annotations know neither the class nor that values are bytes.
         store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore("emu35/lead", store)
+        self._store: Any = PrefixStore("emu35/lead", store)
         self._said = self._forgotten = 0
 
     def say(self, word: _Word) -> None:
