@@ -211,6 +211,9 @@ class Engine:
         sequence.finish = Finish.abort
         return self._update(sequence)
 
+    def close(self) -> None:
+        """Nothing more will be asked. Only an engine of several ranks has anything to do."""
+
     def _misfits(self, request: Request) -> list[str]:
         """What would keep ``request`` from ever finishing here."""
         found: list[str] = []

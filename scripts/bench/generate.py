@@ -219,8 +219,8 @@ def race(contestants: dict[str, Work], *, title: str, rounds: int) -> dict[str, 
     from generate_hf import first_difference
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    answers: dict[str, list[list[int]]] = {}
     for done in range(rounds):
-        answers: dict[str, list[list[int]]] = {}
         for name, work in contestants.items():
             began = time.perf_counter()
             answers[name] = work()

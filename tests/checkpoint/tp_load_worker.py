@@ -7,6 +7,7 @@ must be the very slices of the whole ones, and the logits equal up to the order 
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from emu35.checkpoint.source import describe, load_model, open_source
 from emu35.config import ParallelConfig, Precision
-from emu35.errors import LaunchError
+from emu35.errors import CheckpointError, LaunchError
 from emu35.model.context import AttentionContext
 from emu35.model.logits import vocabulary_logits
 from emu35.model.mask import AttentionMask
@@ -67,6 +68,10 @@ def main() -> None:
         assert gap < 1e-4 * whole["logits"].abs().max().item(), (source.name, gap)
     with pytest.raises(LaunchError, match=f"{tp} ranks were started"):
         load_model(describe(sources[0]), precision=Precision.fp32)
+    described = describe(sources[0])
+    behind = replace(described, step=described.step + current_mesh().tp_rank)
+    with pytest.raises(CheckpointError, match=r"different checkpoints .*: steps \[1, 2"):
+        load_model(behind, precision=Precision.fp32, parallel=parallel)
     leave()
 
 

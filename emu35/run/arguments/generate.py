@@ -50,6 +50,9 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
     command.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="split the model over N ranks of this host"
+    )
+    command.add_argument(
         "--cache-tokens",
         type=int,
         metavar="N",
@@ -130,6 +133,16 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from emu35.config import Precision
+    from emu35.run.tp import in_ranks
+
+    if (code := in_ranks(arguments.tp)) is not None:
+        return code
+    precision = Precision(arguments.precision) if arguments.precision else None
+    from emu35.inference.lead import follow, follows
+
+    if follows():
+        follow(arguments.source, step=arguments.step, precision=precision, tp=arguments.tp)
+        return 0
     from emu35.inference.ask import SamplingOverride
     from emu35.stages.generate.interactive import interactive
     from emu35.stages.generate.options import GenerateOptions, parse_size
@@ -147,7 +160,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         vision=arguments.vision,
         template=None if template == "auto" else PromptTemplate(template),
         step=arguments.step,
-        precision=Precision(arguments.precision) if arguments.precision else None,
+        precision=precision,
         seed=arguments.seed,
         size=parse_size(arguments.size) if arguments.size else None,
         ratio=arguments.ratio,
@@ -172,6 +185,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         story=arguments.story,
         stream=arguments.stream,
         cache_tokens=arguments.cache_tokens,
+        tp=arguments.tp,
     )
     if arguments.interactive:
         interactive(options)

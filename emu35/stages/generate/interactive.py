@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import TextIO, TypeAlias
 
 from emu35.checkpoint.source import describe, load_model
+from emu35.config import ParallelConfig
 from emu35.data.story import Clip, Segment, Story
 from emu35.errors import ConfigError, DataError
 from emu35.inference.arena import whole_pages
 from emu35.inference.ask import Turn, build_request
 from emu35.inference.engine import Engine
+from emu35.inference.lead import build_engine
 from emu35.inference.request import Finish, Generated, Request
 from emu35.log.console import Console
 from emu35.stages.generate.files import Asked, GeneratedFiles
@@ -228,10 +230,14 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
     references = References(codec=codec, area=options.image_area)
     references.read([wish])
     tokenizer = build_text_tokenizer(described.tokenizer)
-    model = load_model(described, precision=options.precision or described.precision)
+    model = load_model(
+        described,
+        precision=options.precision or described.precision,
+        parallel=ParallelConfig(tp=options.tp),
+    )
     positions = described.config.max_position_embeddings
     session = Session(
-        engine=Engine(
+        engine=build_engine(
             model=model,
             tokenizer=tokenizer,
             max_requests=1,
@@ -260,6 +266,7 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
         if session.done:
             session.save()
         console.close()
+        session.engine.close()
     return [done.turn for done in session.done]
 
 

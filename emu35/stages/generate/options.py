@@ -34,7 +34,8 @@ class GenerateOptions:
     to each row how likely every token was. ``page`` and ``story`` are the HTML page and protobuf.
     ``stream`` shows the text of a single prompt on standard output while it comes (None: where that
     is a terminal). ``cache_tokens`` are the slots of the engine's cache (None: as many as needed,
-    as far as memory goes).
+    as far as memory goes). ``tp`` is over how many ranks the model is split; all of them were
+    started, and this is rank 0.
     """
 
     source: Path
@@ -63,6 +64,7 @@ class GenerateOptions:
     story: bool = True
     stream: bool | None = None
     cache_tokens: int | None = None
+    tp: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

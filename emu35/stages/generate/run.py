@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from types import FrameType
 
 from emu35.checkpoint.source import Described, describe, load_model
+from emu35.config import ParallelConfig
 from emu35.errors import ConfigError
 from emu35.inference.ask import build_request
 from emu35.inference.engine import Engine
+from emu35.inference.lead import build_engine
 from emu35.inference.request import Generated, Request
 from emu35.log.console import Console, human_time
 from emu35.parallel.mesh import local_device
@@ -76,9 +78,13 @@ def generate(options: GenerateOptions) -> GenerateResult:
         story=options.story,
     )
     files.asked = {at: asked(wish, references=references) for at, wish in enumerate(wishes)}
-    model = load_model(described, precision=options.precision or described.precision)
+    model = load_model(
+        described,
+        precision=options.precision or described.precision,
+        parallel=ParallelConfig(tp=options.tp),
+    )
     at_once = min(options.batch_size, len(requests))
-    engine = Engine(
+    engine = build_engine(
         model=model,
         tokenizer=tokenizer,
         max_requests=at_once,
@@ -89,7 +95,10 @@ def generate(options: GenerateOptions) -> GenerateResult:
         engine.submit(request)
     # Not before everything is known to run: what an earlier call made is better than nothing.
     files.remove_earlier()
-    return _run(engine, files=files, console=console, requests=requests, options=options)
+    try:
+        return _run(engine, files=files, console=console, requests=requests, options=options)
+    finally:
+        engine.close()
 
 
 def check(options: GenerateOptions) -> list[Wish]:

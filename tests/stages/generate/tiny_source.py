@@ -46,7 +46,7 @@ def write_vision(folder: Path, *, codes: int = CODES) -> None:
     write_folder(IBQ(config), folder=folder)
 
 
-def write_run(root: Path, *, positions: int = 256, draws: bool = False) -> Path:
+def write_run(root: Path, *, positions: int = 256, draws: bool = False, kv_heads: int = 1) -> Path:
     """A run folder below ``root`` as pretraining leaves it. A model that ``draws`` begins an image
     about every thirty tokens of text, and hardly ever ends its answer."""
     write_vision(root / "vision")
@@ -55,7 +55,7 @@ def write_run(root: Path, *, positions: int = 256, draws: bool = False) -> Path:
         hidden_size=32,
         ffn_hidden_size=64,
         num_attention_heads=2,
-        num_kv_heads=1,
+        num_kv_heads=kv_heads,
         head_dim=16,
         max_position_embeddings=positions,
         init_std=0.02 if draws else 0.3,

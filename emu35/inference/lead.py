@@ -1,0 +1,174 @@
+"""One rank leads, the others follow: an engine over several tensor-parallel ranks for commands that
+take their requests in one place (a terminal, a socket).
+
+:class:`LeadingEngine` is the engine of rank 0; whatever it is told, it passes on before it does it.
+The other ranks sit in :func:`follow`. Words travel through the process group's store rather than as
+collectives: a server may be idle for days, and no collective may.
+"""
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+
+from emu35.checkpoint.source import describe, load_model
+from emu35.config import ParallelConfig, Precision
+from emu35.errors import Emu35Error
+from emu35.inference.engine import Engine
+from emu35.inference.request import Request, Update
+from emu35.model.transformer import Emu35Model
+from emu35.tokens.text import TextTokenizer, build_text_tokenizer
+
+_PATIENCE = timedelta(seconds=60)
+"""How long a rank waits for a word before it asks again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Make:
+    """Build an engine with these numbers."""
+
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Submit:
+    request: Request
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Abort:
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    pass
+
+
+_Word: TypeAlias = _Make | _Submit | _Abort | _Step | _Close
+
+
+class _Words:
+    """What rank 0 says, in order, one key of the store a word."""
+
+    def __init__(self) -> None:
+        # torch's own annotations know neither the class nor that values are bytes.
+        store = dist.distributed_c10d._get_default_store()
+        self._store: Any = PrefixStore("emu35/lead", store)
+        self._said = self._forgotten = 0
+
+    def say(self, word: _Word) -> None:
+        self._store.set(str(self._said), pickle.dumps(word))
+        self._said += 1
+
+    def forget(self) -> None:
+        """Everybody has heard what was said so far."""
+        for number in range(self._forgotten, self._said):
+            self._store.delete_key(str(number))
+        self._forgotten = self._said
+
+    def hear(self) -> _Word:
+        key = str(self._said)
+        while True:
+            try:
+                self._store.wait([key], _PATIENCE)
+                break
+            except dist.DistStoreError as error:
+                if "timeout" not in str(error).lower():
+                    raise
+        self._said += 1
+        return pickle.loads(self._store.get(key))
+
+
+class LeadingEngine(Engine):
+    """Rank 0's engine; :meth:`close` sends the others home."""
+
+    def __init__(self, *, model: Emu35Model, tokenizer: TextTokenizer, **numbers: Any) -> None:
+        self._words = _Words()
+        self._words.say(_Make(numbers=numbers))
+        super().__init__(model=model, tokenizer=tokenizer, **numbers)
+
+    def submit(self, request: Request) -> int:
+        """As of :class:`Engine`, on all ranks."""
+        self._words.say(_Submit(request=request))
+        return super().submit(request)
+
+    def step(self) -> list[Update]:
+        """As of :class:`Engine`, on all ranks."""
+        self._words.say(_Step())
+        forwards = self.stats.forwards
+        updates = super().step()
+        if self.stats.forwards > forwards:  # the layers' collectives have brought all ranks here
+            self._words.forget()
+        return updates
+
+    def abort(self, index: int) -> Update | None:
+        """As of :class:`Engine`, on all ranks."""
+        self._words.say(_Abort(index=index))
+        return super().abort(index)
+
+    def close(self) -> None:
+        """Let the other ranks end."""
+        self._words.say(_Close())
+
+
+def build_engine(*, model: Emu35Model, tokenizer: TextTokenizer, **numbers: Any) -> Engine:
+    """The engine for a model that may be one tensor-parallel rank's part: on rank 0, where the
+    others :func:`follow`. ``numbers`` are those of :class:`Engine`."""
+    split = model.config.tensor_model_parallel_size > 1
+    make: Callable[..., Engine] = LeadingEngine if split else Engine
+    return make(model=model, tokenizer=tokenizer, **numbers)
+
+
+def follows() -> bool:
+    """Whether this process is a rank other than 0, which is to :func:`follow`."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def follow(path: Path, *, step: int | None, precision: Precision | None, tp: int) -> None:
+    """Load this rank's part of the run or release ``path`` and do as rank 0 is told, until it
+    closes its engine. Arguments as rank 0 has them.
+
+    Raises:
+        Emu35Error: the source cannot be opened; rank 0 raises the same.
+    """
+    described = describe(path, step=step, message=lambda _: None)
+    model = load_model(
+        described,
+        precision=precision or described.precision,
+        parallel=ParallelConfig(tp=tp),
+    )
+    obey(model, tokenizer=build_text_tokenizer(described.tokenizer))
+
+
+def obey(model: Emu35Model, *, tokenizer: TextTokenizer) -> None:
+    """The loop of :func:`follow`, for a loaded model."""
+    words = _Words()
+    first = words.hear()
+    assert isinstance(first, _Make)
+    engine = Engine(model=model, tokenizer=tokenizer, **first.numbers)
+    while not isinstance(word := words.hear(), _Close):
+        try:
+            match word:
+                case _Submit():
+                    engine.submit(word.request)
+                case _Abort():
+                    engine.abort(word.index)
+                case _Step():
+                    engine.step()
+                case _:
+                    raise AssertionError(f"an engine that is in use was told {word}")
+        except Emu35Error:
+            # Rank 0 is told the same, and answers for it.
+            continue
