@@ -29,7 +29,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     )
     command.add_argument("--precision", choices=PRECISIONS, help="default: as trained")
     command.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="processes that share the model (default 1)"
+        "--tp", type=int, default=1, metavar="N", help="split the model over N ranks of this host"
     )
     command.add_argument("--host", default="127.0.0.1", help="default: this machine only")
     command.add_argument("--port", type=int, default=8000, help="default 8000; 0: a free one")
@@ -81,11 +81,16 @@ def _serve(arguments: argparse.Namespace) -> int:
             "pip install 'emu35[serve]'"
         ) from error
     from emu35.config import Precision
+    from emu35.inference.lead import follow, follows
     from emu35.run.tp import in_ranks
     from emu35.tokens.template import PromptTemplate
 
     if (code := in_ranks(arguments.tp)) is not None:
         return code
+    precision = Precision(arguments.precision) if arguments.precision else None
+    if follows():
+        follow(arguments.source, step=arguments.step, precision=precision, tp=arguments.tp)
+        return 0
     template: str = arguments.template
     serve(
         ServeOptions(
@@ -93,7 +98,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             step=arguments.step,
             vision=arguments.vision,
             template=None if template == "auto" else PromptTemplate(template),
-            precision=Precision(arguments.precision) if arguments.precision else None,
+            precision=precision,
             host=arguments.host,
             port=arguments.port,
             max_requests=arguments.max_requests,

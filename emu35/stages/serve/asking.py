@@ -153,7 +153,8 @@ class Asker:
 
     def _area(self, body: ChatBody, *, task: Task, factor: int) -> int:
         """Pixels that references are resized to: what the body says, else what the task recommends
-        as far as all of them together leave half of the positions.
+        as far as all of them together take a third of the positions: the answer's image is often
+        as large as the last of them.
 
         Raises:
             Refusal: an area that no prompt of this server can hold.
@@ -161,7 +162,7 @@ class Asker:
         most = self.max_length * factor**2
         if body.image_area is None:
             count = len(_sent(body.messages))
-            return max(factor**2, min(TASKS[task].image_area, most // (2 * max(count, 1))))
+            return max(factor**2, min(TASKS[task].image_area, most // (3 * max(count, 1))))
         if not 0 < body.image_area <= most:
             raise Refusal(
                 f"image_area={body.image_area} must lie in 1..{most} pixels, which is what the "

@@ -1,9 +1,9 @@
 """The one thread that uses the engine.
 
 Whoever wants something puts a command of :mod:`.calls` into the mailbox. Between two steps the
-thread takes what lies there, tells it to the other tensor-parallel ranks (:mod:`.replica`), applies
-it in order, and after the step it hands every call its updates, one wake-up of the event loop a
-step. While nothing is asked it sleeps.
+thread takes what lies there, applies it in order, and after the step it hands every call its
+updates, one wake-up of the event loop a step. While nothing is asked it sleeps. Where ranks share
+the model this is rank 0's thread, and the engine tells the others (:mod:`emu35.inference.lead`).
 
 A step that fails (diverged weights, memory) fails the requests in flight, and only these: they are
 taken out of the engine, the health is bad until a step succeeds again, and the thread goes on. If
@@ -11,7 +11,6 @@ the engine cannot even let go of them, it is not used any more.
 """
 
 import asyncio
-import contextlib
 import queue
 import sys
 import threading
@@ -25,11 +24,8 @@ from emu35.inference.engine import Engine, EngineStats
 from emu35.inference.grammar import NextKind
 from emu35.inference.request import Finish, Generated, Request, Update
 from emu35.stages.serve.calls import Abort, Call, Command, EngineFailure, Item, Stop, Submit
+from emu35.stages.serve.keyed import KeyedEngine
 from emu35.stages.serve.metrics import Metrics
-from emu35.stages.serve.replica import Replica, share
-
-_HEARTBEAT = 60.0
-"""Seconds between two signs of life to other ranks, whose patience with a collective ends."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,50 +128,48 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            replica = Replica(self._make())
+            engine = KeyedEngine(self._make())
         except BaseException as error:  # whoever awaits start() gets it
             self._post(_fail, self._made, error)
             self._post(_succeed, self._ended)
             return
-        self.stats = replica.stats
+        self.stats = engine.stats
         self._post(_succeed, self._made)
         try:
-            while self._apply(share(self._commands(wait=not replica.busy)), replica=replica):
-                if replica.busy:
-                    self._step(replica)
-                self.stats = replica.stats
+            while self._apply(self._commands(wait=not engine.busy), engine=engine):
+                if engine.busy:
+                    self._step(engine)
+                self.stats = engine.stats
         except BaseException as error:
             self._die(error)
             while not isinstance(command := self._mailbox.get(), Stop):
                 if isinstance(command, Submit):
                     self._refuse(command, EngineFailure(self.failure))
+        engine.close()
         self._post(_succeed, self._ended)
 
     def _commands(self, *, wait: bool) -> list[Command]:
-        """What lies in the mailbox; with ``wait`` it may take a while until there is something."""
-        commands: list[Command] = []
-        with contextlib.suppress(queue.Empty):
-            if wait:
-                commands.append(self._mailbox.get(timeout=_HEARTBEAT))
-            while True:
-                commands.append(self._mailbox.get_nowait())
+        """What lies in the mailbox; with ``wait`` at least one."""
+        commands = [self._mailbox.get()] if wait else []
+        while not self._mailbox.empty():
+            commands.append(self._mailbox.get())
         return commands
 
-    def _apply(self, commands: Sequence[Command], *, replica: Replica) -> bool:
+    def _apply(self, commands: Sequence[Command], *, engine: KeyedEngine) -> bool:
         """Do as told; False to leave."""
         for command in commands:
             if isinstance(command, Submit):
-                self._submit(command, replica=replica)
+                self._submit(command, engine=engine)
             elif isinstance(command, Abort):
-                self._deliver(replica.abort(command.keys))
+                self._deliver(engine.abort(command.keys))
             else:
-                self._deliver(replica.abort(None))
+                self._deliver(engine.abort(None))
                 return False
         return True
 
-    def _submit(self, command: Submit, *, replica: Replica) -> None:
+    def _submit(self, command: Submit, *, engine: KeyedEngine) -> None:
         try:
-            replica.submit(command)
+            engine.submit(command)
         except Emu35Error as error:
             self._refuse(command, error)
             return
@@ -193,18 +187,18 @@ class EngineThread:
         if (call := self._calls.pop(command.keys[0], None)) is not None:
             self._post(_fail, call.accepted, error)
 
-    def _step(self, replica: Replica) -> None:
+    def _step(self, engine: KeyedEngine) -> None:
         try:
-            updates = replica.step()
+            updates = engine.step()
         except Exception as error:
             self.failure = describe(error)
             self._metrics.failures.inc()
             report("a step of the engine failed; its requests got an error", error)
-            replica.abort(None)  # raising here ends the use of this engine
+            engine.abort(None)  # raising here ends the use of this engine
             self._fail_flights(list(self._flights), reason=self.failure)
             return
         self.failure = None
-        self._note_admitted(replica.stats.waiting)
+        self._note_admitted(engine.stats.waiting)
         self._deliver(updates)
 
     def _fail_flights(self, keys: Sequence[int], *, reason: str) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import sys
@@ -10,19 +9,18 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from emu35.checkpoint.agree import gather
 from emu35.checkpoint.source import Described, describe, load_model
 from emu35.config import ParallelConfig
 from emu35.errors import ConfigError
 from emu35.inference.arena import whole_pages
 from emu35.inference.engine import Engine
+from emu35.inference.lead import build_engine
 from emu35.log.console import Console
 from emu35.parallel.mesh import local_device
 from emu35.stages.generate.memory import free_slots
 from emu35.stages.serve.app import build_app
 from emu35.stages.serve.asking import Asker
 from emu35.stages.serve.options import ServeOptions, check
-from emu35.stages.serve.replica import follow
 from emu35.stages.serve.service import Service
 from emu35.tokens.text import build_text_tokenizer
 from emu35.vision.codec import ImageCodec, load_codec
@@ -34,8 +32,8 @@ Message = Callable[[str], object]
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve until SIGTERM or SIGINT; returns when all is closed. With ``tp`` ranks, rank 0 serves
-    and the others help it generate.
+    """Serve until SIGTERM or SIGINT; returns when all is closed. Of ``tp`` ranks this is rank 0, and
+    the others :func:`~emu35.inference.lead.follow`.
 
     Raises:
         ConfigError: options that make no sense, or a port that cannot be had.
@@ -45,15 +43,12 @@ def serve(options: ServeOptions) -> None:
     message = Console(stream=sys.stderr).line
     described = describe(options.source, step=options.step, message=message)
     _check_source(options, described=described)
-    if int(os.environ.get("RANK", "0")) > 0:
-        follow(engine_maker(options, described=described))
-        return
     with contextlib.closing(_listen(options)) as listener:
         asyncio.run(_serve(options, described=described, listener=listener, message=message))
 
 
 def engine_maker(options: ServeOptions, *, described: Described) -> Callable[[], Engine]:
-    """What loads the model, or this rank's part of it, and builds the engine. Collective."""
+    """What loads the model, or this rank's part of it, and builds the engine."""
 
     def make() -> Engine:
         model = load_model(
@@ -62,9 +57,8 @@ def engine_maker(options: ServeOptions, *, described: Described) -> Callable[[],
             parallel=ParallelConfig(tp=options.tp),
         )
         length = _max_length(options, described=described)
-        # All ranks schedule alike, so their caches are equal.
-        fitting = min(2 * options.max_requests * whole_pages(length), *gather(free_slots(model)))
-        return Engine(
+        fitting = min(2 * options.max_requests * whole_pages(length), free_slots(model))
+        return build_engine(
             model=model,
             tokenizer=build_text_tokenizer(described.tokenizer),
             max_length=length,

@@ -1,20 +1,17 @@
-"""The engine under the numbers of calls: what every tensor-parallel rank does alike.
+"""The engine under the numbers of calls.
 
-Rank 0 decides (:mod:`.engine_thread`), and before each step it tells the others what has come in;
-:func:`follow` is all they do. They read no request and answer nobody.
+A call gets its requests' numbers when it is made, in the event loop; the engine's own come later,
+in its thread.
 """
 
-from collections.abc import Callable, Sequence
-
-import torch.distributed as dist
+from collections.abc import Sequence
 
 from emu35.inference.engine import Engine, EngineStats
 from emu35.inference.request import Update
-from emu35.parallel.mesh import current_mesh
-from emu35.stages.serve.calls import Abort, Command, Stop, Submit
+from emu35.stages.serve.calls import Submit
 
 
-class Replica:
+class KeyedEngine:
     """An engine whose requests are known by the keys of :class:`~.calls.Submit`."""
 
     def __init__(self, engine: Engine) -> None:
@@ -26,6 +23,10 @@ class Replica:
     def busy(self) -> bool:
         """Whether a step would do anything."""
         return self._engine.busy
+
+    def close(self) -> None:
+        """Let the ranks that share the model end."""
+        self._engine.close()
 
     @property
     def stats(self) -> EngineStats:
@@ -83,40 +84,3 @@ class Replica:
             if update.finished is not None:
                 del self._index_of[key], self._key_of[update.index]
         return updates
-
-
-def share(commands: Sequence[Command]) -> Sequence[Command]:
-    """What rank 0 of the tensor-parallel group was told to do, on all its ranks. Collective."""
-    mesh = current_mesh()
-    if mesh.tp_size == 1:
-        return commands
-    box = [commands]
-    dist.broadcast_object_list(box, src=dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group)
-    return box[0]
-
-
-def follow(make: Callable[[], Engine]) -> None:
-    """Do as rank 0 does, until it says stop."""
-    replica = Replica(make())
-    while True:
-        for command in share(()):
-            if isinstance(command, Stop):
-                return
-            _obey(command, replica=replica)
-        if not replica.busy:
-            continue
-        try:
-            replica.step()
-        except Exception:
-            # It failed on rank 0 as well, where it is reported and the same is done about it.
-            replica.abort(None)
-
-
-def _obey(command: Submit | Abort, *, replica: Replica) -> None:
-    if isinstance(command, Abort):
-        replica.abort(command.keys)
-        return
-    try:
-        replica.submit(command)
-    except Exception:
-        return  # refused on rank 0 as well, which has somebody to tell
