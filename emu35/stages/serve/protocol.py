@@ -19,6 +19,10 @@ MOST_CHOICES = 128
 MOST_STOPS = 16
 """Stop strings of one call."""
 
+LARGEST = 1000.0
+"""Temperature and guidance at most. Nobody wants more, and far beyond it single precision ends: the
+step would fail, and with it whatever else was in it."""
+
 EVERY_EIGHTH = -1
 """``stream_previews=true``: a preview every eighth of a picture."""
 
@@ -55,7 +59,7 @@ class Body(BaseModel):
 class ImageSampling(Body):
     """How visual tokens are drawn; None keeps what the task recommends."""
 
-    temperature: float | None = None
+    temperature: float | None = Field(default=None, le=LARGEST)
     top_p: float | None = None
     top_k: int | None = None
 
@@ -80,7 +84,7 @@ class GenerationBody(Body):
 
     model: str | None = None
     max_tokens: int | None = None
-    temperature: float | None = None
+    temperature: float | None = Field(default=None, le=LARGEST)
     top_p: float | None = None
     top_k: int | None = None
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
@@ -89,7 +93,7 @@ class GenerationBody(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     task: Task | None = None
-    guidance: float | None = None
+    guidance: float | None = Field(default=None, ge=-LARGEST, le=LARGEST)
     size: str | None = None
     ratio: str | None = None
     image_sampling: ImageSampling = Field(default_factory=ImageSampling)

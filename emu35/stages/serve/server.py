@@ -32,8 +32,8 @@ Message = Callable[[str], object]
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve until SIGTERM or SIGINT; returns when all is closed. Of ``tp`` ranks this is rank 0, and
-    the others :func:`~emu35.inference.lead.follow`.
+    """Serve until SIGTERM or SIGINT; returns when all is closed. Of ``tp`` ranks this is rank 0,
+    which the others :func:`~emu35.inference.lead.follow`.
 
     Raises:
         ConfigError: options that make no sense, or a port that cannot be had.

@@ -59,6 +59,8 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (TEXT, {"prompt": "x", "max_tokens": True}, 400, "max_tokens"),
     (TEXT, {"prompt": "x", "temperature": NAN}, 400, "temperature=NaN: input should be a finite"),
     (TEXT, {"prompt": "x", "temperature": -1}, 400, "temperature -1.0 must be 0"),
+    (TEXT, {"prompt": "x", "temperature": 1e308}, 400, "less than or equal to 1000"),
+    (TEXT, {"prompt": "x", "guidance": -1e39}, 400, "greater than or equal to -1000"),
     (TEXT, {"prompt": "x", "guidance": NAN}, 400, "guidance=NaN"),
     (TEXT, {"prompt": "x", "top_p": 2}, 400, "top-p 2.0 must lie in"),
     (TEXT, {"prompt": "x", "n": 1000}, 400, "n=1000"),

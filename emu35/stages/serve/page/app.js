@@ -142,6 +142,7 @@ async function generate() {
   state.running = { entry, abort };
   setRunning(true);
   draw();
+  drawHistory();
   try {
     await stream(entry, abort.signal);
   } catch (error) {
