@@ -173,13 +173,11 @@ class _Ranks:
         raise self._failure(rank)
 
     def _answer_for_led(self, failed: list[int]) -> int:
-        """Rank 0's own code, unless it can only have failed for want of another rank."""
+        """Rank 0's own code, unless it can only have crashed for want of another rank."""
         code = self.processes[0].returncode
-        meant = {0, Emu35Error.exit_code}
-        if self.signalled is not None:
-            meant |= {-self.signalled, 128 + self.signalled}
         others = [rank for rank in failed if rank != 0]
-        if others and code not in meant:
+        crashed = (code == 1 or code < 0) and code != -(self.signalled or 0)
+        if others and crashed:
             raise self._failure(others[0])
         return code if code >= 0 else 128 - code
 
