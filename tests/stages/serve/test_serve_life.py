@@ -340,3 +340,12 @@ def test_what_keeps_a_server_from_starting(
     write_other_vision(tmp_path / "vision")
     wrong = says(*run, "--port", "0", "--vision", str(tmp_path / "vision"))
     assert "has 32 codes, but the language model has 64" in wrong
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    drawing_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "emu35.stages.serve.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "--run", str(drawing_run)]) == 2
+    assert "uvicorn is missing; install the server's with pip install" in capsys.readouterr().err
