@@ -58,6 +58,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         service.check_door(request)
         body = await service.bodies.read(request, CompletionBody)
+        service.check_model(body.model)
         seed = new_seed() if body.seed is None else body.seed
         wire = CompletionWire(
             body, tokenizer=service.asker.tokenizer, model=service.name, seed=seed
@@ -69,6 +70,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat(request: Request) -> Response:
         service.check_door(request)
         body = await service.bodies.read(request, ChatBody)
+        service.check_model(body.model)
         seed = new_seed() if body.seed is None else body.seed
         wire = ChatWire(body, tokenizer=service.asker.tokenizer, model=service.name, seed=seed)
         asked = service.asker.chat(body, pictures=service.pictures, seed=seed)
@@ -86,7 +88,6 @@ async def _generate(
     """Ask the engine and answer, in one piece or as a stream."""
     try:
         requests = await asked
-        service.check_model(body.model)
         _check_shown(service, body, requests)
     except ConfigError as error:
         raise Refusal("; ".join(error.problems)) from error
