@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 REQUIREMENTS = ["transformers>=5.0"]
 INSIDE = "EMU35_BENCH_INSIDE"
 GUIDANCE, GRID = 3.0, (16, 16)
+SERVED_AT_ONCE = 32
 CAPTIONS = (
     "a red circle",
     "two",
@@ -114,6 +115,8 @@ def compare(options: argparse.Namespace) -> int:
         "text_vocabulary_ratio": text_vocabulary_ratio(model, pictures[0], rounds=rounds),
         "forced_rows": forced_rows(model, pictures[0]),
     }
+    if not options.no_server:
+        found |= through_the_server(model, tokenizer, quick=options.quick)
     print(
         json.dumps(
             found
@@ -262,6 +265,28 @@ def text_vocabulary_ratio(model: "Emu35Model", one: "Picture", *, rounds: int) -
             seconds.append(time.perf_counter() - began)
         ratios.append(seconds[0] / seconds[1])
     return round(statistics.median(ratios), 2)
+
+
+def through_the_server(
+    model: "Emu35Model", tokenizer: "TextTokenizer", *, quick: bool
+) -> dict[str, Any]:
+    """Throughput of mixed calls at once / one by one, and how many failed."""
+    from serve_load import measure, serving, speaking
+
+    from emu35.inference.engine import Engine
+
+    def make_engine() -> Engine:
+        return Engine(
+            model=model,
+            tokenizer=speaking(tokenizer),
+            max_length=2048,
+            max_requests=SERVED_AT_ONCE,
+            max_waiting=256,
+        )
+
+    with serving(make_engine, tokenizer=speaking(tokenizer), max_length=2048) as url:
+        measured = measure(url, quick=quick)
+    return {name: measured[name] for name in ("server_speedup", "server_failures")}
 
 
 def forced_rows(model: "Emu35Model", one: "Picture") -> int:
