@@ -6,6 +6,7 @@ ids, grammar and limits, or names everything that is wrong with it.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -32,7 +33,15 @@ from emu35.tokens.template import (
 )
 from emu35.tokens.text import TextTokenizer
 
-__all__ = ["MAX_REFERENCES", "Ask", "SamplingOverride", "Turn", "build_request"]
+__all__ = [
+    "MAX_REFERENCES",
+    "Ask",
+    "SamplingOverride",
+    "Turn",
+    "build_request",
+    "parse_size",
+    "prompt_seed",
+]
 
 MAX_REFERENCES = 16
 """Reference images of one dialogue, all turns together. The release was tuned on up to three."""
@@ -289,3 +298,20 @@ def _budget(ask: Ask, *, grammar: GrammarOptions, room: int) -> int:
     if problems:
         raise ConfigError(problems)
     return budget
+
+
+def parse_size(text: str) -> GridSize:
+    """A grid such as ``64*48`` or ``64x48``, height first, in codes.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,3})[*x]([1-9][0-9]{0,3})", text.strip())
+    if match is None:
+        raise ConfigError(f"size {text!r} is no grid; write HEIGHTxWIDTH in codes, such as 64x48")
+    return GridSize(height=int(match[1]), width=int(match[2]))
+
+
+def prompt_seed(seed: int, *, index: int) -> int:
+    """The seed of prompt ``index``: mixed, so that neighbouring seeds share no noise."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)

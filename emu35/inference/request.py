@@ -12,6 +12,9 @@ from emu35.tokens.template import Sampling
 MOST_TOP_LOGPROBS = 20
 """Candidates a token may be reported with, as in OpenAI's interface."""
 
+MOST_GUIDANCE = 1e3
+"""Beyond it fp32 scores overflow; useful scales are below 20."""
+
 
 class Finish(StrEnum):
     """Why a sequence ended."""
@@ -65,6 +68,8 @@ class Request:
         ]
         if not self.prompt:
             found.append("the prompt has no tokens; a sequence starts with at least BOS")
+        if not abs(self.guidance) <= MOST_GUIDANCE:
+            found.append(f"guidance {self.guidance} must lie in +-{MOST_GUIDANCE:g}")
         if self.guided and not self.unconditional:
             found.append(
                 f"guidance {self.guidance} needs an unconditional prompt; give one, or guidance 1"

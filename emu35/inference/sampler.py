@@ -14,7 +14,6 @@ Suffixes: N rows sampled together, V columns (ids) of a slice, M columns still i
 best of them.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +24,18 @@ from emu35.tokens.template import Sampling
 EVERYTHING = Sampling(temperature=1.0, top_k=0, top_p=1.0)
 """The model's own distribution. ``top_k`` 0 and ``top_p`` 1 keep all; temperature 0 is greedy."""
 
+COLDEST, HOTTEST = 1e-3, 1e3
+"""Temperatures beyond these leave the range of fp32 scores, or of what makes a difference."""
+
 
 def sampling_problems(sampling: Sampling, *, name: str) -> list[str]:
     """Every number of ``sampling`` that makes no sense, as sentences."""
     found: list[str] = []
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        found.append(f"{name} temperature {sampling.temperature} must be 0 (greedy) or positive")
+    if sampling.temperature != 0 and not COLDEST <= sampling.temperature <= HOTTEST:
+        found.append(
+            f"{name} temperature {sampling.temperature} must be 0 (greedy) or lie in "
+            f"[{COLDEST:g}, {HOTTEST:g}]"
+        )
     if sampling.top_k < 0:
         found.append(f"{name} top-k {sampling.top_k} must be 0 (all) or positive")
     if not 0 < sampling.top_p <= 1:

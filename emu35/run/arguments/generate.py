@@ -143,9 +143,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     if follows():
         follow(arguments.source, step=arguments.step, precision=precision, tp=arguments.tp)
         return 0
-    from emu35.inference.ask import SamplingOverride
+    from emu35.inference.ask import SamplingOverride, parse_size
     from emu35.stages.generate.interactive import interactive
-    from emu35.stages.generate.options import GenerateOptions, parse_size
+    from emu35.stages.generate.options import GenerateOptions
     from emu35.stages.generate.run import generate
     from emu35.tokens.template import PromptTemplate, Task
 

@@ -21,28 +21,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO, TypeAlias
 
+from emu35.checkpoint.codec import open_codec
 from emu35.checkpoint.source import describe, load_model
 from emu35.config import ParallelConfig
 from emu35.data.story import Clip, Segment, Story
 from emu35.errors import ConfigError, DataError
 from emu35.inference.arena import whole_pages
-from emu35.inference.ask import Turn, build_request
+from emu35.inference.ask import Turn, build_request, parse_size, prompt_seed
 from emu35.inference.engine import Engine
 from emu35.inference.lead import build_engine
+from emu35.inference.memory import free_slots
 from emu35.inference.request import Finish, Generated, Request
 from emu35.log.console import Console
 from emu35.stages.generate.files import Asked, GeneratedFiles
-from emu35.stages.generate.memory import free_slots
 from emu35.stages.generate.options import (
     GenerateOptions,
     Wish,
     call_problems,
-    parse_size,
-    prompt_seed,
     wish_of,
 )
 from emu35.stages.generate.references import Reference, References
-from emu35.stages.generate.run import interruptible, open_codec
+from emu35.stages.generate.run import interruptible
 from emu35.stages.generate.show import OneAnswer
 from emu35.tokens.template import ASPECT_RATIOS, PromptTemplate, Task
 from emu35.tokens.text import build_text_tokenizer
@@ -226,7 +225,7 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
     described = describe(options.source, step=options.step, message=console.line)
     # A chat in text alone may do without an image tokenizer.
     pictures = wish.pictures or options.vision or described.vision_folder
-    codec = open_codec(options, described=described) if pictures else None
+    codec = open_codec(described, chosen=options.vision) if pictures else None
     references = References(codec=codec, area=options.image_area)
     references.read([wish])
     tokenizer = build_text_tokenizer(described.tokenizer)

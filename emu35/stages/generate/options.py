@@ -1,6 +1,5 @@
 """What one call of ``emu35 generate`` may set, and what it asks of each prompt."""
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emu35.config import Precision
-from emu35.errors import ConfigError
 from emu35.inference.ask import Ask, SamplingOverride, Turn
 from emu35.inference.grammar import GridSize
 from emu35.tokens.template import PromptTemplate, Task
@@ -177,20 +175,3 @@ def gathered(found: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
         more = f" and {len(where) - _SHOWN} more" if len(where) > _SHOWN else ""
         lines.append(f"{', '.join(where[:_SHOWN])}{more}: {problem}")
     return lines
-
-
-def parse_size(text: str) -> GridSize:
-    """A grid such as ``64*48`` or ``64x48``, height first, in codes.
-
-    Raises:
-        ConfigError: if it is none.
-    """
-    match = re.fullmatch(r"([1-9][0-9]{0,3})[*x]([1-9][0-9]{0,3})", text.strip())
-    if match is None:
-        raise ConfigError(f"size {text!r} is no grid; write HEIGHTxWIDTH in codes, such as 64x48")
-    return GridSize(height=int(match[1]), width=int(match[2]))
-
-
-def prompt_seed(seed: int, *, index: int) -> int:
-    """The seed of prompt ``index``: mixed, so that neighbouring seeds share no noise."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)

@@ -19,9 +19,9 @@ from types import MappingProxyType
 from typing import Any
 
 from emu35.errors import ConfigError, DataError
-from emu35.inference.ask import SamplingOverride
+from emu35.inference.ask import SamplingOverride, parse_size
 from emu35.inference.grammar import GridSize
-from emu35.stages.generate.options import GenerateOptions, Wish, parse_size, wish_of
+from emu35.stages.generate.options import GenerateOptions, Wish, wish_of
 from emu35.tokens.template import TASKS, Task
 
 _FORM = 'a line is {"prompt": "..."}'

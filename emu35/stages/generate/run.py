@@ -9,30 +9,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from emu35.checkpoint.codec import open_codec
 from emu35.checkpoint.source import Described, describe, load_model
 from emu35.config import ParallelConfig
 from emu35.errors import ConfigError
-from emu35.inference.ask import build_request
+from emu35.inference.ask import build_request, prompt_seed
 from emu35.inference.engine import Engine
 from emu35.inference.lead import build_engine
+from emu35.inference.memory import cache_tokens
 from emu35.inference.request import Generated, Request
 from emu35.log.console import Console, human_time
-from emu35.parallel.mesh import local_device
 from emu35.stages.generate.files import Asked, GeneratedFiles
-from emu35.stages.generate.memory import cache_tokens
 from emu35.stages.generate.options import (
     GenerateOptions,
     Wish,
     call_problems,
     gathered,
-    prompt_seed,
     wish_of,
 )
 from emu35.stages.generate.records import read_records
 from emu35.stages.generate.references import References
 from emu35.stages.generate.show import ManyAnswers, OneAnswer
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
-from emu35.vision.codec import ImageCodec, load_codec
 
 MOST_ON_A_PAGE = 200
 """Prompts whose pictures one page still holds with comfort; ``emu35 view`` makes larger ones."""
@@ -63,7 +61,7 @@ def generate(options: GenerateOptions) -> GenerateResult:
     described = describe(options.source, step=options.step, message=console.line)
     # A chat in text alone needs no image tokenizer, and a release may come without.
     pictures = any(wish.pictures for wish in wishes)
-    codec = open_codec(options, described=described) if pictures else None
+    codec = open_codec(described, chosen=options.vision) if pictures else None
     tokenizer = build_text_tokenizer(described.tokenizer)
     references = References(codec=codec, area=options.image_area)
     references.read(wishes)
@@ -128,33 +126,6 @@ def check(options: GenerateOptions) -> list[Wish]:
     if problems:
         raise ConfigError(problems)
     return wishes
-
-
-def open_codec(options: GenerateOptions, *, described: Described) -> ImageCodec:
-    """The image tokenizer that the model's codes belong to.
-
-    Raises:
-        ConfigError: there is none, or its codebook is another one.
-    """
-    folder = options.vision or described.vision_folder
-    if folder is None:
-        raise ConfigError(
-            f"{options.source} names no image tokenizer, so its codes cannot become pictures; "
-            "give its folder with vision=FOLDER (config.yaml and model.ckpt)"
-        )
-    if not folder.is_dir():
-        raise ConfigError(
-            f"image tokenizer {folder} does not exist; "
-            "give its folder with vision=FOLDER (config.yaml and model.ckpt)"
-        )
-    codec = load_codec(folder, device=local_device())
-    codes = described.tokenizer.codebook_size
-    if codec.codebook_size != codes:
-        raise ConfigError(
-            f"image tokenizer {folder} has {codec.codebook_size} codes, but the language model "
-            f"has {codes}; use the one that its data was made with"
-        )
-    return codec
 
 
 def build_requests(

@@ -10,11 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from emu35.errors import ConfigError
-from emu35.inference.ask import Ask, SamplingOverride, Turn, build_request
+from emu35.inference.ask import (
+    Ask,
+    SamplingOverride,
+    Turn,
+    build_request,
+    parse_size,
+    prompt_seed,
+)
 from emu35.inference.grammar import GrammarOptions, GridSize
 from emu35.inference.request import Request
 from emu35.inference.sampler import EVERYTHING
-from emu35.stages.generate.options import parse_size, prompt_seed
 from emu35.stages.serve.pictures import Codes, Pictures, Sent
 from emu35.stages.serve.prompt_ids import check_ids
 from emu35.stages.serve.protocol import (

@@ -9,21 +9,21 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from emu35.checkpoint.codec import codec_folder, open_codec
 from emu35.checkpoint.source import Described, describe, load_model
 from emu35.config import ParallelConfig
 from emu35.errors import ConfigError
 from emu35.inference.arena import whole_pages
 from emu35.inference.engine import Engine
 from emu35.inference.lead import build_engine
+from emu35.inference.memory import free_slots
 from emu35.log.console import Console
-from emu35.parallel.mesh import local_device
-from emu35.stages.generate.memory import free_slots
 from emu35.stages.serve.app import build_app
 from emu35.stages.serve.asking import Asker
 from emu35.stages.serve.options import ServeOptions, check
 from emu35.stages.serve.service import Service
 from emu35.tokens.text import build_text_tokenizer
-from emu35.vision.codec import ImageCodec, load_codec
+from emu35.vision.codec import ImageCodec
 
 _BACKLOG = 2048
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -171,24 +171,10 @@ def _check_source(options: ServeOptions, *, described: Described) -> None:
 
 
 def _open_codec(options: ServeOptions, *, described: Described) -> ImageCodec | None:
-    """The image tokenizer that the model's codes belong to; None where there is none, and pictures
-    stay ids.
-
-    Raises:
-        ConfigError: its codebook is another one.
-        ReleaseError: it is damaged.
-    """
-    folder = options.vision or described.vision_folder
-    if folder is None or not folder.is_dir():
+    """The image tokenizer; None where there is none, and pictures stay ids."""
+    if codec_folder(described, chosen=options.vision) is None:
         return None
-    codec = load_codec(folder, device=local_device())
-    codes = described.tokenizer.codebook_size
-    if codec.codebook_size != codes:
-        raise ConfigError(
-            f"image tokenizer {folder} has {codec.codebook_size} codes, but the language model "
-            f"has {codes}; use the one that its data was made with"
-        )
-    return codec
+    return open_codec(described, chosen=options.vision)
 
 
 def _listen(options: ServeOptions) -> socket.socket:

@@ -8,10 +8,9 @@ from PIL import Image as Picture
 from tiny_source import CODES, PROMPTS, options, rows, write_vision
 
 from emu35.errors import CheckpointError, ConfigError, DataError
-from emu35.inference.ask import SamplingOverride
+from emu35.inference.ask import SamplingOverride, parse_size, prompt_seed
 from emu35.inference.grammar import GridSize
 from emu35.stages.generate import files as files_module
-from emu35.stages.generate.options import parse_size, prompt_seed
 from emu35.stages.generate.run import generate
 from emu35.stages.release import ExportOptions, export
 from emu35.tokens.template import PromptTemplate, Task

@@ -9,12 +9,12 @@ from tiny_models import tiny_lm
 from tiny_source import options, rows
 
 from emu35.errors import ConfigError
+from emu35.inference import memory
 from emu35.inference.arena import whole_pages
 from emu35.inference.grammar import GrammarOptions
 from emu35.inference.request import Request
 from emu35.model.build import build_model
 from emu35.parallel.mesh import single_process_mesh
-from emu35.stages.generate import memory
 from emu35.stages.generate.run import generate
 
 
