@@ -1,0 +1,95 @@
+"""The pictures of README, from a finished demo.
+
+    python scripts/demo/readme_pictures.py [runs/demo]
+
+``drawings.png``: the first twelve held-out captions in English, not the best ones. ``page.png``:
+the page of ``emu35 serve`` while it draws (needs playwright, and ``chromium`` on PATH).
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from evaluate import find_pictures, read_lines
+
+HERE = Path(__file__).parent / "pictures"
+SIDE, COLUMNS, COUNT, WORDS, GAP = 144, 6, 12, 52, 12
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+def main() -> None:
+    demo = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+    HERE.mkdir(exist_ok=True)
+    draw_grid(demo).save(HERE / "drawings.png", optimize=True)
+    photograph_page(demo, to=HERE / "page.png")
+
+
+def draw_grid(demo: Path) -> Image.Image:
+    """Drawings with their captions beneath."""
+    prompts = read_lines(demo / "corpus" / "heldout.jsonl")
+    pictures = find_pictures(prompts, folder=demo / "generated")
+    chosen = [p for p in prompts if p["prompt"].isascii() and p["id"] in pictures][:COUNT]
+    rows = -(-len(chosen) // COLUMNS)
+    cell = (SIDE + GAP, SIDE + WORDS + GAP)
+    sheet = Image.new("RGB", (COLUMNS * cell[0] + GAP, rows * cell[1] + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for at, prompt in enumerate(chosen):
+        x, y = GAP + at % COLUMNS * cell[0], GAP + at // COLUMNS * cell[1]
+        with Image.open(pictures[prompt["id"]]) as picture:
+            large = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        sheet.paste(large, (x, y))
+        pen.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), outline="#cccccc")
+        words = textwrap.wrap(prompt["prompt"], 24)
+        shown = words if len(words) <= 3 else [*words[:2], words[2] + " ..."]
+        pen.text((x, y + SIDE + 4), "\n".join(shown), fill="#333333", font=font)
+    return sheet.quantize(64)
+
+
+def photograph_page(demo: Path, *, to: Path) -> None:
+    """The server's page in the middle of a picture."""
+    from playwright.sync_api import expect, sync_playwright
+
+    command = [sys.executable, "-m", "emu35", "serve", "--run", str(demo / "pretrain")]
+    server = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        found = re.search(r"http://\S+", server.stderr.readline())
+        assert found, "the server did not say where it listens"
+        with sync_playwright() as player:
+            browser = player.chromium.launch(
+                executable_path=shutil.which("chromium"), args=list(ARGUMENTS)
+            )
+            page = browser.new_page(viewport={"width": 1200, "height": 720})
+            page.goto(found[0])
+            expect(page.locator("#health")).to_have_text("ready", timeout=120_000)
+            for caption in ("a small green triangle", "a large red circle"):
+                page.fill("#prompt", caption)
+                page.fill("#seed", "1")
+                page.click("#generate")
+                if "circle" in caption:
+                    page.locator(".canvas img:not([hidden])").wait_for(timeout=60_000)
+                    page.wait_for_timeout(250)
+                else:
+                    expect(page.locator("#generate")).to_be_enabled(timeout=60_000)
+            page.screenshot(path=str(to))
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+if __name__ == "__main__":
+    main()
