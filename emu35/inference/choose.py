@@ -134,7 +134,7 @@ def _draw_groups(
             sampling=sampling,
             seeds_N=torch.tensor([s.request.seed for s in chosen], device=scores_NV.device),
             positions_N=torch.tensor([len(s.tokens) for s in chosen], device=scores_NV.device),
-            first_id=ids[0],
+            ids=ids,
             top=top,
         )
         tokens |= zip(places, _tokens(drawn, chosen, kind=kind, ids=ids), strict=True)

@@ -13,6 +13,7 @@ from emu35.errors import ConfigError, QueueFull
 from emu35.inference.arena import Arena, whole_pages
 from emu35.inference.choose import Chooser
 from emu35.inference.grammar import Grammar, SizeIds
+from emu35.inference.memory import request_slots
 from emu35.inference.ranks import agree_on
 from emu35.inference.request import Finish, Generated, Request, Update
 from emu35.inference.scheduler import Feed, Scheduler, Sequence, Stream
@@ -52,15 +53,18 @@ class Engine:
     model and is told the same things in the same order; the first rank draws for all of them.
 
     Args:
-        model: put into evaluation mode.
+        model: put into evaluation mode by every step.
         max_length: tokens of the longest stream, prompt and answer; at most the model's positions.
         cache_tokens: slots of the cache over all streams (a guided request has two streams);
             enough for ``max_requests`` of the longest by default.
         max_requests: requests in flight at once.
         max_waiting: requests in line beyond those; None for any number.
         prefill_chunk: prompt tokens fed by one forward at most.
-        headroom: slots kept free for each running request when another is let in. Fewer fill the
-            cache better, more make it rarer that a request is pushed out and starts over.
+        headroom: slots kept free for each growing stream when another request is let in. Fewer
+            fill the cache better, more make it rarer that a request is pushed out and starts over.
+
+    Raises:
+        ConfigError: the model is split in a way that cannot generate, or a number is too small.
     """
 
     def __init__(
@@ -75,7 +79,9 @@ class Engine:
         prefill_chunk: int = 256,
         headroom: int = 256,
     ) -> None:
-        self.model = model.eval()
+        if problems := list(_unfit(model, max_requests=max_requests, chunk=prefill_chunk)):
+            raise ConfigError(problems)
+        self.model = model
         self.tokenizer = tokenizer
         self.vocabulary: Vocabulary = tokenizer.vocabulary
         self.max_length = max_length
@@ -85,12 +91,7 @@ class Engine:
         if cache_tokens is None:
             cache_tokens = 2 * max_requests * whole_pages(max_length)
         self._cache, self._last_RH = _allocate(model, slots=cache_tokens, rows=2 * max_requests)
-        self._arena = Arena(
-            cache_tokens,
-            move=lambda source, target, count: self._cache.move(
-                source=source, target=target, count=count
-            ),
-        )
+        self._arena = Arena(cache_tokens, move=self._cache.move)
         self._scheduler = Scheduler(
             arena=self._arena,
             max_requests=max_requests,
@@ -159,6 +160,8 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """One forward over everything that is pending, and the tokens that it makes possible."""
+        # Training may have had the model in between: dropout here would be silently wrong.
+        self.model.eval()
         self._scheduler.admit()
         with without_shim():
             self._run(self._scheduler.feed())
@@ -193,7 +196,7 @@ class Engine:
         """
         index = self.submit(request)
         try:
-            while True:
+            while self.busy:
                 for update in self.step():
                     if update.index == index:
                         yield update
@@ -223,8 +226,8 @@ class Engine:
                 f"max_new_tokens={request.max_new_tokens} exceed the engine's length "
                 f"{self.max_length}; ask for fewer tokens or build it longer"
             )
-        prompts = [request.prompt, *([request.unconditional] if request.guided else [])]
-        slots = sum(whole_pages(len(prompt) + request.max_new_tokens) for prompt in prompts)
+        prompts = request.prompts
+        slots = request_slots(request)
         if slots > self._arena.slots:
             found.append(
                 f"the request can fill {slots} slots of the cache ({len(prompts)} streams of "
@@ -251,8 +254,6 @@ class Engine:
             tokens += stream.tokens[begin : begin + feed.count]
             positions += range(begin, begin + feed.count)
             spans.append(Span(start=stream.extent.start, length=begin, count=feed.count))
-            stream.fed += feed.count
-            stream.extent.used = stream.fed
         device = self._last_RH.device
         context = AttentionContext(
             positions_BS=torch.tensor([positions], device=device),
@@ -261,7 +262,12 @@ class Engine:
         hidden_S1H = self.model(torch.tensor([tokens], device=device), context=context)
         last_R = torch.tensor([feed.count for feed in feeds], device=device).cumsum(0) - 1
         rows_R = torch.tensor([feed.stream.row for feed in feeds], device=device)
+        # On a GPU this waits for the forward: whoever leads other ranks relies on it.
         self._last_RH[rows_R] = hidden_S1H[last_R, 0]
+        for feed in feeds:
+            assert feed.stream.extent is not None
+            feed.stream.fed += feed.count
+            feed.stream.extent.used = feed.stream.fed
         self._forwards += 1
         self._tokens_fed += len(tokens)
 
@@ -284,6 +290,21 @@ class Engine:
             document=deserialize(ids, self.tokenizer),
             finish=finish,
         )
+
+
+def _unfit(model: Emu35Model, *, max_requests: int, chunk: int) -> Iterator[str]:
+    config = model.config
+    for name, size in (
+        ("pp", config.pipeline_model_parallel_size),
+        ("cp", config.context_parallel_size),
+    ):
+        if size > 1:
+            yield f"{name}={size} cannot generate; load the model with {name}=1 and split it by tp"
+    if config.sequence_parallel:
+        yield "sp=true cannot generate: one token does not divide over ranks; load it with sp=false"
+    for name, value in (("max_requests", max_requests), ("prefill_chunk", chunk)):
+        if value < 1:
+            yield f"{name}={value} must be at least 1"
 
 
 def _allocate(model: Emu35Model, *, slots: int, rows: int) -> tuple[KVCache, torch.Tensor]:

@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import PrefixStore
 
 from emu35.checkpoint.source import describe, load_model
 from emu35.config import ParallelConfig, Precision
-from emu35.errors import Emu35Error
+from emu35.errors import Emu35Error, LaunchError
 from emu35.inference.engine import Engine
 from emu35.inference.request import Request, Update
 from emu35.model.transformer import Emu35Model
@@ -62,10 +62,14 @@ _Word: TypeAlias = _Make | _Submit | _Abort | _Step | _Close
 class _Words:
     """What rank 0 says, in order, one key of the store a word."""
 
+    engines = 0
+    """Built in this process so far: each has words of its own."""
+
     def __init__(self) -> None:
         # torch's own annotations know neither the class nor that values are bytes.
         store = dist.distributed_c10d._get_default_store()
-        self._store: Any = PrefixStore("emu35/lead", store)
+        self._store: Any = PrefixStore(f"emu35/lead/{_Words.engines}", store)
+        _Words.engines += 1
         self._said = self._forgotten = 0
 
     def say(self, word: _Word) -> None:
@@ -92,31 +96,52 @@ class _Words:
 
 
 class LeadingEngine(Engine):
-    """Rank 0's engine; :meth:`close` sends the others home."""
+    """Rank 0's engine; :meth:`close` sends the others home.
+
+    When a step fails here for a reason that the others need not share (memory, a bug), they may be
+    left inside a collective. The engine is then of no more use, and says so.
+    """
 
     def __init__(self, *, model: Emu35Model, tokenizer: TextTokenizer, **numbers: Any) -> None:
+        self._broken: BaseException | None = None
         self._words = _Words()
         self._words.say(_Make(numbers=numbers))
         super().__init__(model=model, tokenizer=tokenizer, **numbers)
 
     def submit(self, request: Request) -> int:
         """As of :class:`Engine`, on all ranks."""
+        self._check()
         self._words.say(_Submit(request=request))
         return super().submit(request)
 
     def step(self) -> list[Update]:
         """As of :class:`Engine`, on all ranks."""
+        self._check()
         self._words.say(_Step())
         forwards = self.stats.forwards
-        updates = super().step()
+        try:
+            updates = super().step()
+        except Emu35Error:
+            raise  # the same on every rank
+        except BaseException as error:
+            self._broken = error
+            raise
         if self.stats.forwards > forwards:  # the layers' collectives have brought all ranks here
             self._words.forget()
         return updates
 
     def abort(self, index: int) -> Update | None:
         """As of :class:`Engine`, on all ranks."""
+        self._check()
         self._words.say(_Abort(index=index))
         return super().abort(index)
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise LaunchError(
+                f"the ranks of this engine have lost each other in a step that failed "
+                f"({type(self._broken).__name__}: {self._broken}); start the command again"
+            )
 
     def close(self) -> None:
         """Let the other ranks end."""

@@ -4,6 +4,7 @@ Within a smaller cache the engine runs fewer requests at a time, so a bound cost
 answer; a single request that does not fit is refused with its numbers.
 """
 
+import os
 from collections.abc import Sequence
 
 import psutil
@@ -19,8 +20,7 @@ _SHARE = 0.8
 
 def request_slots(request: Request) -> int:
     """Slots of the cache that ``request`` can fill, its one or two streams together."""
-    prompts = [request.prompt, *([request.unconditional] if request.guided else [])]
-    return sum(whole_pages(len(prompt) + request.max_new_tokens) for prompt in prompts)
+    return sum(whole_pages(len(prompt) + request.max_new_tokens) for prompt in request.prompts)
 
 
 def cache_tokens(requests: Sequence[Request], *, model: Emu35Model, at_once: int) -> int:
@@ -30,12 +30,14 @@ def cache_tokens(requests: Sequence[Request], *, model: Emu35Model, at_once: int
 
 
 def free_slots(model: Emu35Model) -> int:
-    """Slots that fit into the free memory of the model's device."""
+    """Slots that fit into the free memory of the model's device. Tensor-parallel ranks have a GPU
+    each, of which this one stands for all; on CPUs they share the memory of their host."""
     parameter = next(model.parameters())
     if parameter.is_cuda:
         free, _ = torch.cuda.mem_get_info(parameter.device)
     else:
-        free = psutil.virtual_memory().available
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = psutil.virtual_memory().available // ranks
     return int(free * _SHARE) // slot_bytes(model)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from emu35.inference.grammar import GrammarOptions, NextKind
+from emu35.inference.grammar import MAX_DIGITS, GrammarOptions, NextKind
 from emu35.inference.sampler import EVERYTHING, sampling_problems
 from emu35.tokens.document import Document
 from emu35.tokens.template import Sampling
@@ -56,9 +56,14 @@ class Request:
         return self.guidance != 1.0 and self.grammar.images
 
     @property
+    def prompts(self) -> list[Sequence[int]]:
+        """What its streams begin with: one, or with guidance two."""
+        return [self.prompt, self.unconditional] if self.guided else [self.prompt]
+
+    @property
     def slots(self) -> int:
         """Cache slots that the longer stream can fill."""
-        return max(len(self.prompt), len(self.unconditional)) + self.max_new_tokens
+        return max(map(len, self.prompts)) + self.max_new_tokens
 
     def problems(self) -> list[str]:
         """Everything that keeps the request from being run, as sentences."""
@@ -83,6 +88,8 @@ class Request:
                 found.append(f"{name}={value} must be at least {lowest}")
         if self.top_logprobs > MOST_TOP_LOGPROBS:
             found.append(f"top_logprobs={self.top_logprobs} must be at most {MOST_TOP_LOGPROBS}")
+        if not -(2**63) <= self.seed < 2**63:
+            found.append(f"seed={self.seed} must fit 64 bits; use one from 0 to 2^63 - 1")
         if "" in self.stop:
             found.append("a stop string is empty; it would end every text before it begins")
         return [*found, *self._image_problems()]
@@ -93,7 +100,11 @@ class Request:
             if options.open_image or self.max_images:
                 return ["images=False forbids what open_image or max_images asks for; drop one"]
             return []
+        if not 1 <= options.min_digits <= MAX_DIGITS:
+            return [f"min_digits={options.min_digits} must lie in 1..{MAX_DIGITS}"]
         smallest = options.smallest
+        if min(smallest.height, smallest.width) < 1:
+            return [f"an image of {smallest} codes has none; use at least 1*1"]
         if (options.open_image or options.size) and smallest.image_tokens > self.max_new_tokens:
             return [
                 f"an image of {smallest} codes has {smallest.image_tokens} tokens, but "

@@ -14,6 +14,7 @@ Suffixes: N rows sampled together, V columns (ids) of a slice, M columns still i
 best of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,8 @@ class Drawn:
 
 
 def restrict(scores_NV: torch.Tensor, *, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply temperature, top-k (ties with the k-th kept) and top-p.
+    """Apply temperature, top-k and top-p; ties with the last candidate of either are kept, so that
+    what remains depends on the scores alone.
 
     Returns:
         scores [N, M], -inf where a candidate is out, and the column of each, int64 [N, M]. M is
@@ -95,9 +97,10 @@ def restrict(scores_NV: torch.Tensor, *, sampling: Sampling) -> tuple[torch.Tens
         # A candidate stays while those before it have not yet gathered top_p, so the one that
         # crosses the line stays too and at least one always does.
         gathered_NM = torch.softmax(best_NM, -1).cumsum(-1)
-        best_NM[:, 1:] = best_NM[:, 1:].masked_fill(
-            gathered_NM[:, :-1] > sampling.top_p, -torch.inf
-        )
+        beyond_NM = gathered_NM.roll(1, -1) > sampling.top_p
+        beyond_NM[:, 0] = False
+        last_N1 = best_NM.masked_fill(beyond_NM, torch.inf).amin(-1, keepdim=True)
+        best_NM = best_NM.masked_fill(best_NM < last_N1, -torch.inf)
     return best_NM, columns_NM
 
 
@@ -107,29 +110,31 @@ def draw(
     sampling: Sampling,
     seeds_N: torch.Tensor,
     positions_N: torch.Tensor,
-    first_id: int = 0,
+    ids: Sequence[int] = range(1 << 62),
     top: int = 0,
 ) -> Drawn:
     """One column a row, drawn with probability softmax(restricted scores); -inf marks columns that
     are not legal.
 
     Every candidate gets Gumbel noise, and the largest sum wins. The noise of a column depends on
-    the row's seed and position and on the column's id (``first_id`` + column), not on the order of
-    the scores nor on other rows; unlike inverting a cumulative sum, the outcome is insensitive to
-    the last bits of the logits, and batched equals single.
+    the row's seed and position and on the column's id, not on the order of the scores, nor on
+    which other ids are legal, nor on other rows; unlike inverting a cumulative sum, the outcome is
+    insensitive to the last bits of the logits, and batched equals single.
 
     Args:
         seeds_N: int64 [N].
         positions_N: int64 [N], how many tokens of the sequence were drawn or forced before.
+        ids: the id of every column; its number by default.
         top: how many of the best candidates to report.
 
     Raises:
         CheckpointError: if a row holds NaN or has no finite score: the weights have diverged.
     """
     best_N = scores_NV.amax(-1)
-    if not bool(torch.isfinite(best_N).all()):
+    sound_N = torch.isfinite(best_N)
+    if not bool(sound_N.all()):
         raise CheckpointError(
-            f"the model's logits are not finite (largest score {best_N.tolist()[0]}); "
+            f"the model's logits are not finite (largest score {best_N[~sound_N].tolist()[0]}); "
             "its weights have diverged or overflow in this precision: use an earlier checkpoint"
         )
     if sampling.temperature == 0:
@@ -138,7 +143,12 @@ def draw(
         support_N = torch.ones_like(winner_N1[:, 0])
     else:
         scores_NM, columns_NM = restrict(scores_NV, sampling=sampling)
-        noise_NM = gumbel(seeds_N, positions_N=positions_N, ids_NM=columns_NM + first_id)
+        ids_NM = (
+            columns_NM + ids.start
+            if isinstance(ids, range)
+            else torch.tensor(ids, device=columns_NM.device)[columns_NM]
+        )
+        noise_NM = gumbel(seeds_N, positions_N=positions_N, ids_NM=ids_NM)
         winner_N1 = (scores_NM + noise_NM).argmax(-1, keepdim=True)
         support_N = torch.isfinite(scores_NM).sum(-1)
     total_N1 = scores_NM.logsumexp(-1, keepdim=True)
@@ -160,8 +170,8 @@ def gumbel(
     doi 10.1145/2660193.2660195), one per id, started at a mix of seed and position."""
     start_N = _mix(_mix(seeds_N + _GOLDEN) + positions_N * _GOLDEN)
     bits_NM = _mix(start_N[:, None] + (ids_NM + 1) * _GOLDEN)
-    # 53 bits, in the middle of their cells: never 0 and never 1.
-    uniform_NM = (_shift(bits_NM, 11).double() + 0.5) * 2.0**-53
+    # 52 bits, in the middle of their cells: fp64 holds them exactly, never 0 and never 1.
+    uniform_NM = (_shift(bits_NM, 12).double() + 0.5) * 2.0**-52
     return uniform_NM.log_().neg_().log_().neg_().float()
 
 

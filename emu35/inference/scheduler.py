@@ -80,7 +80,7 @@ class Sequence:
             self.finish = Finish.eos
         elif request.max_images and self.grammar.images >= request.max_images:
             self.finish = Finish.images
-        elif self._stopped_by(token.id):
+        elif self._stopped_by(token):
             self.finish = Finish.stop
         elif len(self.tokens) >= request.max_new_tokens:
             self.finish = Finish.length
@@ -94,13 +94,14 @@ class Sequence:
                 return
             self.append(Token(id=step.ids[0], kind=NextKind.FORCED))
 
-    def _stopped_by(self, id: int) -> bool:
+    def _stopped_by(self, token: Token) -> bool:
         if not self.request.stop:
             return False
-        if id >= self.grammar.vocabulary.n_text:
+        # The digits of an image's size are no text, though they have the same ids.
+        if token.kind is not NextKind.TEXT or token.id >= self.grammar.vocabulary.n_text:
             self._text.clear()
             return False
-        self._text.append(id)
+        self._text.append(token.id)
         # A token has at least one byte, so a stop string that ends with this one began in here.
         longest = max(len(string.encode()) for string in self.request.stop)
         tail = self.tokenizer.decode(self._text[-longest:])
@@ -120,7 +121,7 @@ class Scheduler:
     """``chunk`` bounds the prompt tokens of one forward, and so its memory and the time that
     requests in the middle of an answer wait for it. ``headroom`` is how many slots a request gets
     beyond its prompt where its images have no known size, and how many must be free for each
-    running request before another is let in."""
+    stream in flight that may still grow so far, before another request is let in."""
 
     arena: Arena
     max_requests: int
@@ -140,7 +141,7 @@ class Scheduler:
             sequence = self.waiting[0]
             needs = [whole_pages(slots) for slots in self._first_slots(sequence)]
             # What runs already must be able to go on for a while.
-            if self.active and sum(needs) + self.headroom * len(self.active) > self.arena.free:
+            if self.active and sum(needs) + self._reserve() > self.arena.free:
                 return
             self.waiting.popleft()
             for stream, need in zip(sequence.streams, needs, strict=True):
@@ -192,6 +193,15 @@ class Scheduler:
             stream.fed = 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
+
+    def _reserve(self) -> int:
+        """Slots to be left for the streams in flight, as far as they can grow at all."""
+        return sum(
+            min(self.headroom, whole_pages(stream.most) - stream.extent.size)
+            for sequence in self.active
+            for stream in sequence.streams
+            if stream.extent is not None
+        )
 
     def _make_room(self, stream: Stream, *, count: int) -> bool:
         """Slots for ``count`` more tokens, at the cost of younger requests if need be."""

@@ -43,7 +43,7 @@ class KVCache:
         self.keys_NGLD = torch.zeros(shape, dtype=dtype, device=device)
         self.values_NGLD = torch.zeros(shape, dtype=dtype, device=device)
 
-    def move(self, *, source: int, target: int, count: int) -> None:
+    def move(self, source: int, target: int, count: int) -> None:
         """Copy ``count`` slots from ``source`` to ``target``; the two ranges may overlap."""
         for states_NGLD in (self.keys_NGLD, self.values_NGLD):
             for states_GLD in states_NGLD:

@@ -1,5 +1,7 @@
 """The engine against the plain way: one sequence, the whole prefix through the model each time."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +10,7 @@ from tiny_engine import (
     SMALL,
     TOKENIZER,
     V,
+    build,
     full_logits,
     generate,
     mixed_requests,
@@ -25,7 +28,11 @@ from emu35.inference.request import Finish
 
 
 def test_engine_equals_the_plain_way() -> None:
-    requests = mixed_requests()
+    free = GrammarOptions(open_image=True, min_digits=1)
+    requests = [
+        *mixed_requests(),
+        *(picture_request("free", seed=seed, grammar=free, max_new_tokens=60) for seed in range(9)),
+    ]
     expected = [plain_generate(request) for request in requests]
     assert [answer.ids for answer in generate(requests, at_once=14)] == expected
 
@@ -110,6 +117,14 @@ def test_an_engine_can_be_used_again() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"max_new_tokens": 10_000}, "exceed the engine's length"),
         ({"visual": sampling(top_p=0)}, "image top-p"),
+        ({"visual": sampling(temperature=1e-30)}, r"image temperature 1e-30 .* \[0.001, 1000\]"),
+        ({"guidance": 1e39}, "guidance 1e\\+39 must lie in"),
+        ({"seed": 2**63}, "must fit 64 bits"),
+        ({"stop": ("",)}, "a stop string is empty"),
+        ({"top_logprobs": 99}, "top_logprobs=99 must be at most 20"),
+        ({"grammar": GrammarOptions(size=GridSize(height=0, width=2))}, r"image of 0\*2 codes"),
+        ({"grammar": GrammarOptions(min_digits=3)}, "min_digits=3 must lie in"),
+        ({"prompt": [V.size]}, "outside the vocabulary"),
     ],
 )
 def test_impossible_requests_are_refused(changes: dict[str, object], message: str) -> None:
@@ -243,6 +258,69 @@ def test_the_waiting_line_has_an_end() -> None:
         engine.submit(picture_request("a dog"))
     assert len(engine.run()) == 3
     engine.submit(picture_request("a dog"))
+
+
+@pytest.mark.parametrize("word", ["2", "*3", "*"])
+def test_the_size_of_an_image_is_no_text_to_stop_at(word: str) -> None:
+    (answer,) = generate([picture_request("a cat", stop=(word,))], at_once=1)
+    assert answer.finish is Finish.images
+    assert not answer.document.problems
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_as_many_requests_run_at_once_as_the_engine_is_made_for(guidance: float) -> None:
+    requests = [picture_request("a cat", guidance=guidance, seed=n) for n in range(16)]
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_length=requests[0].slots)
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    assert engine.stats.active == 16
+
+
+def test_a_stream_whose_request_is_aborted_ends() -> None:
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_length=200)
+    for update in engine.stream(picture_request("a cat")):
+        engine.abort(update.index)
+    assert not engine.busy
+
+
+def test_training_in_between_leaves_no_dropout_behind() -> None:
+    request = picture_request("a cat", visual=sampling(temperature=0))
+    (expected,) = generate([request], at_once=1)
+    dropping = build(hidden_dropout=0.5)
+    engine = Engine(model=dropping, tokenizer=TOKENIZER, max_length=200)
+    dropping.train()
+    engine.submit(request)
+    assert engine.run()[0].ids == expected.ids
+
+
+def test_a_failed_forward_leaves_no_token_unfed(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = picture_request("a cat")
+    (expected,) = generate([request], at_once=1)
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_length=200)
+    engine.submit(request)
+    engine.step()
+
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError("no room for this layer")
+
+    layer = engine.model.decoder.layers[1]
+    with layer.register_forward_pre_hook(out_of_memory), pytest.raises(MemoryError):
+        engine.step()
+    assert engine.run()[0].ids == expected.ids
+
+
+def test_an_engine_that_is_dropped_gives_its_cache_back_at_once() -> None:
+    engine = Engine(model=model(), tokenizer=TOKENIZER, max_length=200)
+    cache = weakref.ref(engine._cache)
+    engine.submit(picture_request("a cat"))
+    engine.run()
+    gc.disable()
+    try:
+        del engine
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_what_can_never_fit_the_cache_is_refused() -> None:

@@ -53,6 +53,13 @@ def test_top_p_keeps_the_candidate_that_crosses_the_line() -> None:
     assert survivors(scores, top_p=1e-6) == {0}
 
 
+def test_ties_at_the_edge_of_the_nucleus_stay_together() -> None:
+    scores = torch.tensor([0.4, 0.2, 0.2, 0.2]).log().tolist()
+    assert survivors(scores, top_p=0.5) == {0, 1, 2, 3}
+    assert survivors(scores, top_p=0.3) == {0}
+    assert survivors([*scores, -9.0], top_p=0.5, top_k=4) == {0, 1, 2, 3}
+
+
 def test_temperature_comes_before_top_p() -> None:
     scores = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
     # A hot temperature flattens the distribution, so more candidates are needed to gather top_p.

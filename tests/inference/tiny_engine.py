@@ -40,11 +40,11 @@ def model() -> Emu35Model:
     return build()
 
 
-def build(parallel: ParallelConfig | None = None) -> Emu35Model:
+def build(parallel: ParallelConfig | None = None, **changes: object) -> Emu35Model:
     """The model, or this rank's part of it; the weights are the same in every layout."""
     # A wide initialisation makes the distributions far from uniform: greedy ties are unlikely and
     # the two streams disagree.
-    built = build_model(tiny_lm(init_std=0.3), vocabulary_size=V.size, parallel=parallel)
+    built = build_model(tiny_lm(init_std=0.3, **changes), vocabulary_size=V.size, parallel=parallel)
     initialize(built, seed=3, pad_id=V.pad)
     return built.eval()
 
