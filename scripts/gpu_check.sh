@@ -24,7 +24,7 @@ fi
 "$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)' | tee "$out/device.txt"
 
 : > "$out/figures.jsonl"
-for name in mask loss train_step layouts; do
+for name in mask loss train_step layouts generate; do
   script="scripts/bench/$name.py"
   [ -f "$script" ] || continue
   echo "== $script"

@@ -51,14 +51,14 @@ def build(parallel: ParallelConfig | None = None, **changes: object) -> Emu35Mod
 
 @torch.no_grad()
 def full_logits(ids: Sequence[int]) -> torch.Tensor:
-    """Logits [1, V] after ``ids``, without any cache."""
-    tokens_1S = torch.tensor([list(ids)])
+    """Logits [1, V] after ``ids`` on the CPU, without any cache."""
+    tokens_1S = torch.tensor([list(ids)], device=model().output_weight.device)
     context = AttentionContext(
-        positions_BS=torch.arange(len(ids))[None],
+        positions_BS=torch.arange(len(ids), device=tokens_1S.device)[None],
         mask=AttentionMask.causal(torch.zeros_like(tokens_1S)),
     )
     hidden_S1H = model()(tokens_1S, context=context)
-    return vocabulary_logits(model(), hidden_NH=hidden_S1H[-1])
+    return vocabulary_logits(model(), hidden_NH=hidden_S1H[-1]).cpu()
 
 
 def plain_generate(request: Request) -> list[int]:
