@@ -3,7 +3,7 @@
     python scripts/demo/readme_pictures.py [runs/demo]
 
 ``drawings.png``: the first twelve held-out captions in English, not the best ones. ``page.png``:
-the page of ``emu35 serve`` while it draws (needs playwright, and ``chromium`` on PATH).
+the page of ``emu35 serve`` (needs playwright, and ``chromium`` on PATH).
 """
 
 import re
@@ -19,6 +19,11 @@ from evaluate import find_pictures, read_lines
 
 HERE = Path(__file__).parent / "pictures"
 SIDE, COLUMNS, COUNT, WORDS, GAP = 144, 6, 12, 52, 12
+CAPTIONS = (
+    "There is a small pink circle at the bottom left.",
+    "Two shapes: a small green triangle at the top left and a large cyan star on the right.",
+    "There is a large yellow circle on the left.",
+)
 ARGUMENTS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -59,11 +64,12 @@ def draw_grid(demo: Path) -> Image.Image:
 
 
 def photograph_page(demo: Path, *, to: Path) -> None:
-    """The server's page in the middle of a picture."""
+    """The server's page after a few pictures."""
     from playwright.sync_api import expect, sync_playwright
 
     command = [sys.executable, "-m", "emu35", "serve", "--run", str(demo / "pretrain")]
-    server = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True)
+    command += ["--vision", str(demo / "ibq" / "vision_tokenizer"), "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
         found = re.search(r"http://\S+", server.stderr.readline())
@@ -72,18 +78,18 @@ def photograph_page(demo: Path, *, to: Path) -> None:
             browser = player.chromium.launch(
                 executable_path=shutil.which("chromium"), args=list(ARGUMENTS)
             )
-            page = browser.new_page(viewport={"width": 1200, "height": 720})
+            page = browser.new_page(viewport={"width": 1200, "height": 830})
             page.goto(found[0])
             expect(page.locator("#health")).to_have_text("ready", timeout=120_000)
-            for caption in ("a small green triangle", "a large red circle"):
+            for caption in CAPTIONS:
                 page.fill("#prompt", caption)
                 page.fill("#seed", "1")
+                page.evaluate("document.querySelector('#more').open = true")
+                page.fill("#temperature", "0.4")
+                page.fill("#guidance", "1.5")
+                page.evaluate("document.querySelector('#more').open = false")
                 page.click("#generate")
-                if "circle" in caption:
-                    page.locator(".canvas img:not([hidden])").wait_for(timeout=60_000)
-                    page.wait_for_timeout(250)
-                else:
-                    expect(page.locator("#generate")).to_be_enabled(timeout=60_000)
+                expect(page.locator("#generate")).to_be_enabled(timeout=60_000)
             page.screenshot(path=str(to))
             browser.close()
     finally:
