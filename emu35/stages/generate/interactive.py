@@ -194,6 +194,7 @@ class Session:
         self.console.line(f"{path}: {height}*{width} codes, shown with the next instruction")
 
     def _resize(self, text: str) -> None:
+        self.references.require_codec("a picture")
         if text in ASPECT_RATIOS:
             self.wish = replace(self.wish, ratio=text, size=None)
         else:
@@ -226,7 +227,8 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
     # A chat in text alone may do without an image tokenizer.
     pictures = wish.pictures or options.vision or described.vision_folder
     codec = open_codec(described, chosen=options.vision) if pictures else None
-    references = References(codec=codec, area=options.image_area)
+    positions = described.config.max_position_embeddings
+    references = References(codec=codec, area=options.image_area, positions=positions)
     references.read([wish])
     tokenizer = build_text_tokenizer(described.tokenizer)
     model = load_model(
@@ -234,7 +236,6 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
         precision=options.precision or described.precision,
         parallel=ParallelConfig(tp=options.tp),
     )
-    positions = described.config.max_position_embeddings
     session = Session(
         engine=build_engine(
             model=model,

@@ -63,7 +63,8 @@ def generate(options: GenerateOptions) -> GenerateResult:
     pictures = any(wish.pictures for wish in wishes)
     codec = open_codec(described, chosen=options.vision) if pictures else None
     tokenizer = build_text_tokenizer(described.tokenizer)
-    references = References(codec=codec, area=options.image_area)
+    positions = described.config.max_position_embeddings
+    references = References(codec=codec, area=options.image_area, positions=positions)
     references.read(wishes)
     requests = build_requests(
         options, wishes=wishes, described=described, tokenizer=tokenizer, references=references
