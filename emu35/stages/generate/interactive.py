@@ -33,6 +33,7 @@ from emu35.inference.lead import build_engine
 from emu35.inference.memory import free_slots
 from emu35.inference.request import Finish, Generated, Request
 from emu35.log.console import Console
+from emu35.stages.generate.earlier import DIALOGUE, PAGE
 from emu35.stages.generate.files import Asked, GeneratedFiles
 from emu35.stages.generate.options import (
     GenerateOptions,
@@ -231,6 +232,14 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
     references = References(codec=codec, area=options.image_area, positions=positions)
     references.read([wish])
     tokenizer = build_text_tokenizer(described.tokenizer)
+    files = GeneratedFiles(
+        folder=options.out,
+        codec=codec,
+        expected=0,
+        logprobs=options.logprobs,
+        story=False,
+        writes=[PAGE, DIALOGUE],
+    )
     model = load_model(
         described,
         precision=options.precision or described.precision,
@@ -244,13 +253,7 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
             max_length=positions,
             cache_tokens=options.cache_tokens or min(2 * whole_pages(positions), free_slots(model)),
         ),
-        files=GeneratedFiles(
-            folder=options.out,
-            codec=codec,
-            expected=0,
-            logprobs=options.logprobs,
-            story=False,
-        ),
+        files=files,
         references=references,
         console=console,
         out=sys.stdout,

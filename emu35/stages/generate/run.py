@@ -19,6 +19,7 @@ from emu35.inference.lead import build_engine
 from emu35.inference.memory import cache_tokens
 from emu35.inference.request import Generated, Request
 from emu35.log.console import Console, human_time
+from emu35.stages.generate.earlier import PAGE
 from emu35.stages.generate.files import Asked, GeneratedFiles
 from emu35.stages.generate.options import (
     GenerateOptions,
@@ -75,6 +76,7 @@ def generate(options: GenerateOptions) -> GenerateResult:
         expected=len(wishes),
         logprobs=options.logprobs,
         story=options.story,
+        writes=[PAGE] if options.page and len(wishes) <= MOST_ON_A_PAGE else [],
     )
     files.asked = {at: asked(wish, references=references) for at, wish in enumerate(wishes)}
     model = load_model(

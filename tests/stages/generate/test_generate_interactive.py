@@ -193,7 +193,7 @@ def test_a_chat_needs_no_image_tokenizer(
     assert "size 3x4 from now on" not in log
     generate(replace(call, prompts=["Hello?"], out=tmp_path / "b"))
     assert len(rows(tmp_path / "b")) == 1
-    with pytest.raises(ConfigError, match="names no image tokenizer.* with --vision FOLDER"):
+    with pytest.raises(ConfigError, match=r"names no image tokenizer.* with --vision FOLDER"):
         generate(replace(call, prompts=["Hello?"], steps=1, max_new_tokens=None))
 
 

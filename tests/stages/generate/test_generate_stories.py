@@ -124,7 +124,17 @@ def test_a_reader_who_leaves_ends_the_printing_and_nothing_else(
 ) -> None:
     """As in ``emu35 generate --stream ... | head``, whose reader closes its end of the pipe."""
     arguments = ["generate", "--run", str(storyteller), "--task", "story", "--template", "official"]
-    arguments += ["--size", "3x4", "--steps", "2", "--prompt", "tell", "--guidance", "3", "--stream"]
+    arguments += [
+        "--size",
+        "3x4",
+        "--steps",
+        "2",
+        "--prompt",
+        "tell",
+        "--guidance",
+        "3",
+        "--stream",
+    ]
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as broken:
