@@ -152,13 +152,12 @@ def test_a_picture_begins_grows_and_ends() -> None:
 def test_rows_that_were_shown_stay_as_they_were() -> None:
     """However late a consumer looks at them."""
     codes_HW = np.arange(900).reshape(300, 3) % V.codebook_size
-    events = [e for e in events_of(image_tokens(codes_HW, TOKENIZER)) if hasattr(e, "codes_HW")]
-    *rows, done = events
+    events = events_of(image_tokens(codes_HW, TOKENIZER))
+    rows = [event for event in events if isinstance(event, ImageProgress)]
+    (done,) = (event for event in events if isinstance(event, ImageDone))
     assert len(rows) == 299
     for event in rows:
-        assert isinstance(event, ImageProgress)
         assert np.array_equal(event.codes_HW, codes_HW[: event.rows_done])
-    assert isinstance(done, ImageDone)
     done.codes_HW[:] = 0
     assert np.array_equal(rows[-1].codes_HW, codes_HW[:299])
 
