@@ -143,6 +143,9 @@ def test_texts_go_to_ids_and_back(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", Stdin(lines))
     assert main(["tokens", "encode", "--codebook-size", "4"]) == 0
     encoded = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", Stdin(b"\xef\xbb\xbf" + lines))
+    assert main(["tokens", "encode", "--codebook-size", "4"]) == 0
+    assert capsys.readouterr().out == encoded
     first, second = (json.loads(line)["ids"] for line in encoded.splitlines())
     assert bytes(first).decode() == "caf\u00e9 <|image start|>"
     assert max(second) > 256

@@ -31,7 +31,7 @@ def open_codec(described: Described, *, chosen: Path | None = None) -> ImageCode
             else f"{described.path} names no image tokenizer, so its codes cannot become pictures"
         )
         raise ConfigError(
-            f"{found}; give its folder with vision=FOLDER (config.yaml and model.ckpt)"
+            f"{found}; give its folder (config.yaml and model.ckpt) with --vision FOLDER"
         )
     codec = load_codec(folder, device=local_device())
     codes = described.tokenizer.codebook_size

@@ -5,7 +5,6 @@ turns before, and whatever of the task's numbers should change. :func:`build_req
 ids, grammar and limits, or names everything that is wrong with it.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from emu35.errors import ConfigError, Emu35Error
 from emu35.inference.grammar import GrammarOptions, GridSize
-from emu35.inference.request import MOST_TOP_LOGPROBS, Request
+from emu35.inference.request import MOST_TOP_LOGPROBS, Request, guidance_problems
 from emu35.inference.sampler import sampling_problems
 from emu35.tokens.document import Image
 from emu35.tokens.serialize import image_tokens, split_parts
@@ -151,8 +150,8 @@ class Ask:
                 yield f"{name}={value} is too small; use at least 1"
         if not 0 <= self.seed <= LARGEST_SEED:
             yield f"seed={self.seed} must lie in 0..{LARGEST_SEED}"
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            yield f"guidance={self.guidance} must be a number; 1 turns it off"
+        if self.guidance is not None:
+            yield from guidance_problems(self.guidance)
         if len(self.stop) > MAX_STOPS:
             yield f"{len(self.stop)} stop strings are too many; give at most {MAX_STOPS}"
         if not all(self.stop):

@@ -53,7 +53,9 @@ class ImageBegun:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImageProgress:
-    """A row is complete, and not the last one; ``codes_HW`` are the [rows_done, W] so far."""
+    """A row is complete, and not the last one; ``codes_HW`` are the [rows_done, W] so far: a view
+    of an array that is filled further, behind the rows of the view, which stay as they are. Only
+    read it."""
 
     number: int
     rows_done: int
@@ -63,7 +65,7 @@ class ImageProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImageDone:
-    """The whole image."""
+    """The whole image, in an array of its own."""
 
     number: int
     codes_HW: NDArray[np.integer]
@@ -81,6 +83,9 @@ class Problem:
 class End:
     """Nothing comes any more."""
 
+
+_FIRST_ROWS = 128
+"""Rows that an image has room for at first: as many as most have at all."""
 
 Event: TypeAlias = TextPiece | ThoughtPiece | ImageBegun | ImageProgress | ImageDone | Problem | End
 
@@ -219,16 +224,16 @@ class Progress:
         # A row that does not fit spoils the image: it ends as a problem, and until then stands
         # still.
         fits = len(row_W) == size.width and bool((row_W >= self._vocabulary.visual_start).all())
-        if not fits or len(image.rows) >= size.height:
+        if not fits or image.rows >= size.height:
             image.size = None
             return
-        image.rows.append(row_W - self._vocabulary.visual_start)
+        image.add_row(row_W - self._vocabulary.visual_start, height=size.height)
         self._events.append(
             ImageProgress(
                 number=self._images,
-                rows_done=len(image.rows),
+                rows_done=image.rows,
                 rows=size.height,
-                codes_HW=np.stack(image.rows),
+                codes_HW=image.codes_HW,
             )
         )
 
@@ -270,9 +275,31 @@ class Progress:
 
 @dataclass(kw_only=True, slots=True)
 class _OpenImage:
-    """An image of which BOI has come; ``size`` is None before IMG, and where rows do not fit."""
+    """An image of which BOI has come; ``size`` is None before IMG, and where rows do not fit.
+    ``rows`` of its codes are there."""
 
     ids: list[int]
     size: GridSize | None = None
     row_start: int = 0
-    rows: list[NDArray[np.int64]] = field(default_factory=list[NDArray[np.int64]])
+    rows: int = 0
+    filled_HW: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
+
+    @property
+    def codes_HW(self) -> NDArray[np.int64]:
+        """The codes [rows, W] so far, as a view."""
+        return self.filled_HW[: self.rows]
+
+    def add_row(self, row_W: NDArray[np.int64], *, height: int) -> None:
+        """Add a row to an image of ``height`` rows.
+
+        The size is what the ids say, and it may promise far more rows than will ever come: room is
+        made for as many as there are, twice over, so that all of them cost what the last array has.
+        """
+        if self.rows == len(self.filled_HW):
+            room = min(height, max(_FIRST_ROWS, 2 * self.rows))
+            grown_HW = np.empty((room, len(row_W)), dtype=np.int64)
+            if self.rows:
+                grown_HW[: self.rows] = self.filled_HW
+            self.filled_HW = grown_HW
+        self.filled_HW[self.rows] = row_W
+        self.rows += 1

@@ -16,6 +16,13 @@ MOST_GUIDANCE = 1e3
 """Beyond it fp32 scores overflow; useful scales are below 20."""
 
 
+def guidance_problems(guidance: float) -> list[str]:
+    """What is wrong with ``guidance``, as sentences."""
+    if abs(guidance) <= MOST_GUIDANCE:
+        return []
+    return [f"guidance={guidance} must lie in +-{MOST_GUIDANCE:g}; 1 turns it off"]
+
+
 class Finish(StrEnum):
     """Why a sequence ended."""
 
@@ -70,11 +77,10 @@ class Request:
         found = [
             *sampling_problems(self.text, name="text"),
             *sampling_problems(self.visual, name="image"),
+            *guidance_problems(self.guidance),
         ]
         if not self.prompt:
             found.append("the prompt has no tokens; a sequence starts with at least BOS")
-        if not abs(self.guidance) <= MOST_GUIDANCE:
-            found.append(f"guidance {self.guidance} must lie in +-{MOST_GUIDANCE:g}")
         if self.guided and not self.unconditional:
             found.append(
                 f"guidance {self.guidance} needs an unconditional prompt; give one, or guidance 1"

@@ -181,6 +181,7 @@ def test_an_answer_fits_the_positions_that_the_prompt_leaves() -> None:
             "9 images of 64.64 codes have 37503 tokens, but only 32768 .* fewer steps",
         ),
         ({"guidance": float("inf")}, "guidance=inf"),
+        ({"guidance": 1e9}, "guidance=1000000000.0 must lie in .*; 1 turns it off"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**63}, "seed=9223372036854775808 must lie in"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is too small"),

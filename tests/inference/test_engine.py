@@ -118,7 +118,7 @@ def test_an_engine_can_be_used_again() -> None:
         ({"max_new_tokens": 10_000}, "exceed the engine's length"),
         ({"visual": sampling(top_p=0)}, "image top-p"),
         ({"visual": sampling(temperature=1e-30)}, r"image temperature 1e-30 .* \[0.001, 1000\]"),
-        ({"guidance": 1e39}, "guidance 1e\\+39 must lie in"),
+        ({"guidance": 1e39}, "guidance=1e\\+39 must lie in"),
         ({"seed": 2**63}, "must fit 64 bits"),
         ({"stop": ("",)}, "a stop string is empty"),
         ({"top_logprobs": 99}, "top_logprobs=99 must be at most 20"),

@@ -1,6 +1,7 @@
 """Events of a sequence are its document, however the tokens are cut."""
 
 import itertools
+import tracemalloc
 from collections.abc import Sequence
 
 import numpy as np
@@ -146,6 +147,45 @@ def test_a_picture_begins_grows_and_ends() -> None:
         assert event.codes_HW.tolist() == [[0, 1], [2, 3]][:rows]
     assert isinstance(done, ImageDone)
     assert done.codes_HW.tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_rows_that_were_shown_stay_as_they_were() -> None:
+    """However late a consumer looks at them."""
+    codes_HW = np.arange(900).reshape(300, 3) % V.codebook_size
+    events = events_of(image_tokens(codes_HW, TOKENIZER))
+    rows = [event for event in events if isinstance(event, ImageProgress)]
+    (done,) = (event for event in events if isinstance(event, ImageDone))
+    assert len(rows) == 299
+    for event in rows:
+        assert np.array_equal(event.codes_HW, codes_HW[: event.rows_done])
+    done.codes_HW[:] = 0
+    assert np.array_equal(rows[-1].codes_HW, codes_HW[:299])
+
+
+def test_a_tall_picture_costs_what_its_codes_do() -> None:
+    """All events kept; copies of all rows at each would be 8,000 * 8,000 / 2 codes, 256 MB."""
+    ids = image(8000, 1)
+    tracemalloc.start()
+    try:
+        events = events_of(ids, cuts=range(len(ids)))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(events) == 8000 + 2
+    assert most < 16 * 2**20
+
+
+def test_a_size_that_only_promises_rows_takes_no_memory() -> None:
+    row = [V.visual(n % V.codebook_size) for n in range(1000)]
+    ids = [V.boi, *TOKENIZER.encode("999999*1000"), V.img, *row, V.eol]
+    tracemalloc.start()
+    try:
+        kinds = [type(event) for event in events_of(ids)]
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kinds == [ImageBegun, ImageProgress, Problem, End]
+    assert most < 16 * 2**20
 
 
 def test_thoughts_are_told_apart() -> None:

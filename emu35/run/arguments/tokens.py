@@ -66,7 +66,7 @@ def _stdin() -> Iterator[str]:
     """Lines of standard input as UTF-8, whatever the locale says."""
     for number, line in enumerate(sys.stdin.buffer, start=1):
         try:
-            yield line.decode("utf-8")
+            yield line.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"line {number} is not UTF-8 ({error.reason}); convert it") from None
 

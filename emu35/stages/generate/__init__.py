@@ -6,6 +6,7 @@
     run.py          assemble, step, write        references.py  images to codes
     interactive.py  a dialogue in the terminal   memory.py      how large a cache fits
     files.py        what is left on disk         show.py        what a person sees meanwhile
+    earlier.py      what an earlier call left
 
 Everything that can be wrong with a call is checked before weights are read, and all of it is
 reported together. What is finished is written at once, each file whole or not at all, so a call

@@ -4,8 +4,7 @@ import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from emu35.data.story import Picture, Story, build_story, encode_story, read_picture
 from emu35.inference.request import Generated
+from emu35.stages.generate.earlier import DIALOGUE, PAGE, earlier_files
 from emu35.stages.output import unwritable, write_output
 from emu35.stages.view.page import write_page
 from emu35.stages.view.sources import RESULTS, read_stories
@@ -24,10 +24,6 @@ from emu35.tokens.document import Image, Special, Text
 from emu35.tokens.template import Task
 from emu35.vision.codec import ImageCodec
 from emu35.vision.resize import to_image
-
-PAGE = "index.html"
-DIALOGUE = "story.pb"
-"""All turns of a dialogue as one story."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,13 +40,15 @@ class Asked:
 class GeneratedFiles:
     """Writes answers below ``folder``: prompt, references, images and text of each, and a row of
     ``results.jsonl``; with ``story`` also the protobuf file. ``asked`` has an entry for every
-    answer before it is written.
+    answer before it is written; ``writes`` are those of :data:`~emu35.stages.generate.earlier.PAGE`
+    and :data:`~emu35.stages.generate.earlier.DIALOGUE` that will be written.
 
     :meth:`remove_earlier` comes first: files that an earlier call listed in the same
     ``results.jsonl`` go, so that nothing of it survives between the new ones. That holds wherever
     the earlier call was killed: a file is listed before it is written.
 
     Raises:
+        ConfigError: the folder has files in the way that are not ours; none is touched.
         DataError: (from every method) naming a path that cannot be written, and why.
     """
 
@@ -62,12 +60,15 @@ class GeneratedFiles:
         expected: int,
         logprobs: bool = False,
         story: bool = True,
+        writes: Collection[str] = (PAGE,),
     ) -> None:
+        earlier_files(folder, writes=writes)
         self.folder = folder
         self.asked: dict[int, Asked] = {}
         self._codec = codec
         self._logprobs = logprobs
         self._story = story
+        self._writes = writes
         self._rows: dict[int, dict[str, Any]] = {}
         self._drawn: defaultdict[int, list[str]] = defaultdict(list)  # images of unfinished answers
         self._references: dict[bytes, str] = {}
@@ -85,14 +86,14 @@ class GeneratedFiles:
         return [self._rows[index] for index in sorted(self._rows)]
 
     def remove_earlier(self) -> None:
-        """Remove what an earlier call left in the folder."""
-        results = self.folder / RESULTS
-        if not results.is_file():
-            return
+        """Remove what an earlier call left in the folder.
+
+        Raises:
+            ConfigError: by now it has files in the way that are not ours; none is touched.
+        """
+        names = earlier_files(self.folder, writes=self._writes)
         try:
-            # A base name only: a row must not reach outside the folder.
-            names = [Path(name).name for name in _listed(results)]
-            for name in (*names, PAGE, DIALOGUE, RESULTS):
+            for name in names:
                 (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(self.folder, error) from error
@@ -134,13 +135,14 @@ class GeneratedFiles:
             self._write_rest(answer)
 
     def forget(self, index: int) -> None:
-        """Remove an answer: its row, and the files that no other answer has."""
+        """Remove an answer: its row, and the files that no other answer has. With the last one go
+        the page and the dialogue, which show nothing else."""
         row = self._rows.pop(index)
         self._drawn.pop(index, None)
         others = {name for other in self._rows.values() for name in other["files"]}
         self._put(RESULTS, content=_lines(self.rows))
         gone = set(row["files"]) - others
-        for name in gone:
+        for name in (*gone, *(() if self._rows else self._writes)):
             (self.folder / name).unlink(missing_ok=True)
         self._shown -= gone
         self._references = {png: n for png, n in self._references.items() if n not in gone}
@@ -284,13 +286,6 @@ def png_of(pixels_3HW: NDArray[np.floating]) -> bytes:
     stream = io.BytesIO()
     to_image(pixels_3HW).save(stream, format="PNG")
     return stream.getvalue()
-
-
-def _listed(results: Path) -> Iterator[str]:
-    """The files that rows name; a line that is no row of ours names none."""
-    for line in results.read_text(errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError):
-            yield from map(str, json.loads(line)["files"])
 
 
 def _text(answer: Generated) -> bytes:

@@ -33,6 +33,7 @@ from emu35.inference.lead import build_engine
 from emu35.inference.memory import free_slots
 from emu35.inference.request import Finish, Generated, Request
 from emu35.log.console import Console
+from emu35.stages.generate.earlier import DIALOGUE, PAGE
 from emu35.stages.generate.files import Asked, GeneratedFiles
 from emu35.stages.generate.options import (
     GenerateOptions,
@@ -194,6 +195,7 @@ class Session:
         self.console.line(f"{path}: {height}*{width} codes, shown with the next instruction")
 
     def _resize(self, text: str) -> None:
+        self.references.require_codec("a picture")
         if text in ASPECT_RATIOS:
             self.wish = replace(self.wish, ratio=text, size=None)
         else:
@@ -226,15 +228,23 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
     # A chat in text alone may do without an image tokenizer.
     pictures = wish.pictures or options.vision or described.vision_folder
     codec = open_codec(described, chosen=options.vision) if pictures else None
-    references = References(codec=codec, area=options.image_area)
+    positions = described.config.max_position_embeddings
+    references = References(codec=codec, area=options.image_area, positions=positions)
     references.read([wish])
     tokenizer = build_text_tokenizer(described.tokenizer)
+    files = GeneratedFiles(
+        folder=options.out,
+        codec=codec,
+        expected=0,
+        logprobs=options.logprobs,
+        story=False,
+        writes=[PAGE, DIALOGUE],
+    )
     model = load_model(
         described,
         precision=options.precision or described.precision,
         parallel=ParallelConfig(tp=options.tp),
     )
-    positions = described.config.max_position_embeddings
     session = Session(
         engine=build_engine(
             model=model,
@@ -243,13 +253,7 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
             max_length=positions,
             cache_tokens=options.cache_tokens or min(2 * whole_pages(positions), free_slots(model)),
         ),
-        files=GeneratedFiles(
-            folder=options.out,
-            codec=codec,
-            expected=0,
-            logprobs=options.logprobs,
-            story=False,
-        ),
+        files=files,
         references=references,
         console=console,
         out=sys.stdout,

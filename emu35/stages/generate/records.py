@@ -116,7 +116,7 @@ def read_records(
     """
     try:
         # Not splitlines(): U+2028 inside a prompt is no end of a line of JSON.
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({error}); give a UTF-8 file of prompts") from None
     wishes: list[Wish] = []

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from emu35.errors import DataError
+from emu35.errors import ConfigError, DataError
 from emu35.stages.generate.files import png_of
 from emu35.stages.generate.options import Wish
 from emu35.tokens.template import TASKS, Task
@@ -25,13 +25,32 @@ class Reference:
 
 
 class References:
-    """Reference images by path, resized to ``area`` pixels (None: what the task takes). Without a
-    ``codec`` there are none."""
+    """Reference images by path, resized to ``area`` pixels (None: what the task takes), for a model
+    of ``positions`` positions. Without a ``codec`` there are none.
 
-    def __init__(self, *, codec: ImageCodec | None, area: int | None) -> None:
+    Raises:
+        ConfigError: an area that is less than a code, or more than the positions hold.
+    """
+
+    def __init__(self, *, codec: ImageCodec | None, area: int | None, positions: int) -> None:
+        if codec is not None and area is not None:
+            _check_area(area, factor=codec.factor, positions=positions)
         self._codec = codec
         self._area = area
         self._found: dict[tuple[Path, int], Reference] = {}
+
+    def require_codec(self, what: str) -> ImageCodec:
+        """The image tokenizer, without which there is no ``what``.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self._codec is None:
+            raise DataError(
+                f"{what} needs an image tokenizer, and the model names none; start again with "
+                "--vision FOLDER (config.yaml and model.ckpt)"
+            )
+        return self._codec
 
     def read(self, wishes: Sequence[Wish]) -> None:
         """Read the references of ``wishes``, so that none of them fails later.
@@ -61,20 +80,26 @@ class References:
         Raises:
             DataError: naming the file and what is wrong with it.
         """
-        if self._codec is None:
-            raise DataError(
-                f"image {path} cannot be shown to a model that names no image tokenizer; give the "
-                "tokenizer's folder with vision=FOLDER"
-            )
+        codec = self.require_codec(f"image {path}")
         key = (path, self._area or TASKS[task].image_area)
         if key not in self._found:
             try:
                 picture = open_image(path)
-                pixels_3HW = to_pixels(picture, area=key[1], factor=self._codec.factor)
+                pixels_3HW = to_pixels(picture, area=key[1], factor=codec.factor)
             except RejectedImage as error:
                 raise DataError(f"reference image {path}: {error}") from error
-            codes_1HW = self._codec.encode(torch.from_numpy(pixels_3HW)[None])
+            codes_1HW = codec.encode(torch.from_numpy(pixels_3HW)[None])
             self._found[key] = Reference(
                 codes_HW=codes_1HW[0].cpu().numpy(), png=png_of(pixels_3HW)
             )
         return self._found[key]
+
+
+def _check_area(area: int, *, factor: int, positions: int) -> None:
+    smallest, largest = factor**2, positions * factor**2
+    if not smallest <= area <= largest:
+        raise ConfigError(
+            f"image_area={area} must lie in {smallest}..{largest} pixels: a code is {factor} x "
+            f"{factor} of them, and the model has {positions:,} positions for codes; set "
+            "--image-area accordingly, or leave it to the task"
+        )

@@ -19,6 +19,7 @@ from emu35.inference.lead import build_engine
 from emu35.inference.memory import cache_tokens
 from emu35.inference.request import Generated, Request
 from emu35.log.console import Console, human_time
+from emu35.stages.generate.earlier import PAGE
 from emu35.stages.generate.files import Asked, GeneratedFiles
 from emu35.stages.generate.options import (
     GenerateOptions,
@@ -63,7 +64,8 @@ def generate(options: GenerateOptions) -> GenerateResult:
     pictures = any(wish.pictures for wish in wishes)
     codec = open_codec(described, chosen=options.vision) if pictures else None
     tokenizer = build_text_tokenizer(described.tokenizer)
-    references = References(codec=codec, area=options.image_area)
+    positions = described.config.max_position_embeddings
+    references = References(codec=codec, area=options.image_area, positions=positions)
     references.read(wishes)
     requests = build_requests(
         options, wishes=wishes, described=described, tokenizer=tokenizer, references=references
@@ -74,6 +76,7 @@ def generate(options: GenerateOptions) -> GenerateResult:
         expected=len(wishes),
         logprobs=options.logprobs,
         story=options.story,
+        writes=[PAGE] if options.page and len(wishes) <= MOST_ON_A_PAGE else [],
     )
     files.asked = {at: asked(wish, references=references) for at, wish in enumerate(wishes)}
     model = load_model(

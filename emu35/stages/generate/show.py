@@ -128,7 +128,9 @@ class ManyAnswers:
 class OneAnswer:
     """One answer while it comes: its text on ``out``, its images as progress and then as files.
 
-    Thoughts stand between marks, so that they are not taken for the answer.
+    Thoughts stand between marks, so that they are not taken for the answer. A reader who has seen
+    enough (``| head``) or an output that is full ends the printing and nothing else: the answer and
+    its files are made all the same.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class OneAnswer:
     ) -> None:
         self._console = console
         self._pace = Pace(console=console)
-        self._out = out
+        self._out: TextIO | None = out
         self._progress = Progress(tokenizer)
         self._clock: ImageClock | None = None
         self._save = save
@@ -194,6 +196,12 @@ class OneAnswer:
             self._write("\n")
 
     def _write(self, text: str) -> None:
-        self._out.write(text.translate(_CONTROLS))
-        self._out.flush()
+        if self._out is None:
+            return
+        try:
+            self._out.write(text.translate(_CONTROLS))
+            self._out.flush()
+        except OSError:  # what still lies in the buffer fails again, for the command line to tell
+            self._out = None
+            return
         self._column = 0 if text.endswith("\n") else 1

@@ -64,7 +64,8 @@ class Answering:
         events: list[list[Event]] = [[] for _ in self._requests]
         try:
             async for place, update in self.call.updates():
-                events[place] += self._pieces[place].feed(update)
+                came = self._pieces[place].feed(update)
+                events[place] += [e for e in came if not isinstance(e, ImageProgress)]
         except EngineFailure as error:
             raise engine_failed(error) from error
         answers = [

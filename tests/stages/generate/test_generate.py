@@ -1,5 +1,6 @@
 """Generation from folders on disk, with a tiny model of random weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from emu35.errors import CheckpointError, ConfigError, DataError
 from emu35.inference.ask import SamplingOverride, parse_size, prompt_seed
 from emu35.inference.grammar import GridSize
 from emu35.stages.generate import files as files_module
+from emu35.stages.generate.interactive import interactive
 from emu35.stages.generate.run import generate
 from emu35.stages.release import ExportOptions, export
 from emu35.tokens.template import PromptTemplate, Task
@@ -158,6 +160,21 @@ def test_references_decide_the_size(run: Path, tmp_path: Path) -> None:
     )
     # 72 pixels at 2:1 are 6 x 12, in codes of 2 x 2 pixels 3 x 6.
     assert [row["sizes"] for row in rows(tmp_path / "out")] == [[[3, 6]]] * 3
+
+
+@pytest.mark.parametrize("area", [3, 1025, 10**12])
+def test_an_area_that_no_reference_can_have_is_refused_before_it_is_read(
+    run: Path, tmp_path: Path, area: int
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"never read")
+    call = options(
+        run, tmp_path / "out", task=Task.x2i, images=[tmp_path / "broken.png"], image_area=area
+    )
+    # A code is 2 x 2 pixels, and the model has 256 positions.
+    for start in (generate, lambda call: interactive(replace(call, task=Task.story, prompts=[]))):
+        with pytest.raises(ConfigError, match=rf"image_area={area} must lie in 4\.\.1024 pixels"):
+            start(call)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_broken_reference_is_named(run: Path, tmp_path: Path) -> None:

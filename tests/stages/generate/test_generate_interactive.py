@@ -181,14 +181,19 @@ def test_a_chat_needs_no_image_tokenizer(
     call = dialogue(
         blind, tmp_path / "out", task=Task.chat, size=None, guidance=None, max_new_tokens=9
     )
-    turns = hold(call, ["Hello?", f"/image {picture(tmp_path / 'a.png')}", "Really?"])
-    assert len(turns) == 2
-    assert "a.png cannot be shown to a model that names no image tokenizer" in (
-        capsys.readouterr().err
-    )
+    path = picture(tmp_path / "a.png")
+    turns = hold(call, ["Hello?", f"/image {path}", "/size 3x4", "/size auto", "Really?"])
+    assert [turn.images for turn in turns] == [(), ()]
+    # What cannot be done is said and changes nothing: the next turn is text alone as well.
+    assert [row["images"] for row in rows(tmp_path / "out")] == [[], []]
+    remedy = "needs an image tokenizer, and the model names none; start again with --vision FOLDER"
+    log = capsys.readouterr().err
+    assert log.count(f"a picture {remedy}") == 2
+    assert f"image {path} {remedy}" in log
+    assert "size 3x4 from now on" not in log
     generate(replace(call, prompts=["Hello?"], out=tmp_path / "b"))
     assert len(rows(tmp_path / "b")) == 1
-    with pytest.raises(ConfigError, match="names no image tokenizer"):
+    with pytest.raises(ConfigError, match=r"names no image tokenizer.* with --vision FOLDER"):
         generate(replace(call, prompts=["Hello?"], steps=1, max_new_tokens=None))
 
 

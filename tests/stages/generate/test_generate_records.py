@@ -94,10 +94,12 @@ def test_every_problem_of_every_line_is_reported(tmp_path: Path) -> None:
         {"prompt": " ", "task": "x2i"},
         {"prompt": "x", "images": ["gone.png"]},
         {"prompt": "x", "steps": 0, "seed": -2},
+        {"prompt": "x", "guidance": -1e9, "temperature": 1e-30, "text_temperature": 1e9},
+        {"prompt": "x", "seed": 2**63},
         batch_size=0,
     )
     numbers = [line.partition("line ")[2].partition(":")[0] for line in found]
-    assert numbers == ["", "2", "3", "4", "4", "4", "5", "5", "6", "7", "7"]
+    assert numbers == ["", "2", "3", "4", "4", "4", "5", "5", "6", "7", "7", *"8889"]
     text = "\n".join(found)
     for message in (
         "batch_size=0",
@@ -110,6 +112,10 @@ def test_every_problem_of_every_line_is_reported(tmp_path: Path) -> None:
         "gone.png does not exist",
         "steps=0",
         "seed=-2",
+        "line 8: guidance=-1000000000.0 must lie in +-1000; 1 turns it off",
+        "line 8: image temperature 1e-30 must be 0",
+        "line 8: text temperature 1000000000.0 must be 0",
+        "line 9: seed=9223372036854775808 must lie in",
     ):
         assert message in text
 
@@ -145,11 +151,18 @@ def test_other_keys_belong_to_the_user(tmp_path: Path) -> None:
 
 def test_a_problem_of_all_prompts_is_one_of_the_call(tmp_path: Path) -> None:
     assert refused(tmp_path, *[{"prompt": "x"}] * 9, guidance=float("nan")) == [
-        "guidance=nan must be a number; 1 turns it off"
+        "guidance=nan must lie in +-1000; 1 turns it off"
     ]
     (problem,) = refused(tmp_path, *[{"prompt": ""}] * 9, {"prompt": "x"})
     assert problem.count("prompts.jsonl, line ") == 5
     assert " and 4 more: the prompt is empty" in problem
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path: Path) -> None:
+    made = call(tmp_path, {"prompt": "a"}, {"prompt": "b"})
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert [wish.prompt for wish in check(made)] == ["a", "b"]
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image as Picture
 from tiny_source import options, rows
 
+from emu35.cli import main
 from emu35.data.story import decode_story
 from emu35.inference.grammar import GridSize
 from emu35.stages.generate import show
@@ -116,6 +117,36 @@ def test_a_single_prompt_is_told_while_it_comes(
     assert rows(tmp_path / "quiet") == [row]
     for name in row["files"]:
         assert (tmp_path / "quiet" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_reader_who_leaves_ends_the_printing_and_nothing_else(
+    storyteller: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ``emu35 generate --stream ... | head``, whose reader closes its end of the pipe."""
+    arguments = ["generate", "--run", str(storyteller), "--task", "story", "--template", "official"]
+    arguments += [
+        "--size",
+        "3x4",
+        "--steps",
+        "2",
+        "--prompt",
+        "tell",
+        "--guidance",
+        "3",
+        "--stream",
+    ]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+        monkeypatch.undo()
+    generate(story(storyteller, tmp_path / "quiet"))
+    (row,) = rows(tmp_path / "out")
+    assert rows(tmp_path / "quiet") == [row]
+    assert len(row["images"]) == 2
+    names = {*row["files"], "index.html", "results.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
 def test_progress_in_a_log_is_plain_lines(

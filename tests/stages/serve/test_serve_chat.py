@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from PIL import Image
 
 from emu35.inference.grammar import NextKind
-from emu35.inference.progress import TextPiece, ThoughtPiece
+from emu35.inference.progress import Event, ImageDone, ImageProgress, TextPiece, ThoughtPiece
 from emu35.inference.request import Finish, Generated, Token, Update
+from emu35.stages.serve.answering import Answering
 from emu35.stages.serve.pieces import Pieces
 from emu35.tokens.serialize import deserialize, image_tokens
 
@@ -68,6 +70,20 @@ def test_a_picture_is_the_answers_codes(server) -> None:
     (codes_HW,) = deserialize(answer.choices[0].token_ids, server.service.asker.tokenizer).images
     assert codes_HW.shape == (4, 6)
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_an_answer_that_is_no_stream_keeps_no_rows(server, monkeypatch) -> None:
+    kept: list[type[Event]] = []
+    answer = Answering._answer
+
+    async def spy(self: Answering, *arguments: Any, events: Sequence[Event]) -> Any:
+        kept.extend(map(type, events))
+        return await answer(self, *arguments, events=events)
+
+    monkeypatch.setattr(Answering, "_answer", spy)
+    chat(server, "a fox", task="t2i", size="4x6", seed=3)
+    assert ImageDone in kept
+    assert ImageProgress not in kept
 
 
 def test_a_stream_shows_text_rows_previews_and_pictures_in_order(server) -> None:
