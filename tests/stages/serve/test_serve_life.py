@@ -23,6 +23,8 @@ import torch
 
 from emu35.checkpoint.source import describe
 from emu35.cli import main
+from emu35.errors import LaunchError
+from emu35.inference.lead import LeadingEngine
 from emu35.stages.serve import server as server_module
 from emu35.stages.serve.app import build_app
 from emu35.stages.serve.options import ServeOptions
@@ -160,6 +162,70 @@ def test_a_failing_step_is_an_error_and_not_the_end(
     weight.data.copy_(sound)
     assert server.post(TEXT, {"prompt": "x"}).status_code == 200
     assert server.get("/health").status_code == 200
+
+
+def lost(monkeypatch: pytest.MonkeyPatch) -> list[LeadingEngine]:
+    """Servers get the engine of ranks that share a model; it lands in the list."""
+    engines: list[LeadingEngine] = []
+
+    def leading(**numbers: Any) -> LeadingEngine:
+        engines.append(LeadingEngine(**numbers))
+        return engines[-1]
+
+    monkeypatch.setattr(server_module, "build_engine", leading)
+    return engines
+
+
+def out_of_memory(*_: object) -> None:
+    raise MemoryError("no room for this layer")
+
+
+def test_a_step_that_parts_the_ranks_ends_the_use_of_the_engine(
+    start_server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = lost(monkeypatch)
+    server = start_server()
+    with streaming(server.url, TEXT, PICTURE) as chunks:
+        next(chunks)
+        with engines[0].model.register_forward_pre_hook(out_of_memory):
+            (error,) = [chunk["error"] for chunk in chunks if "error" in chunk]
+    assert "no room for this layer" in error["message"]
+    assert eventually(lambda: "restart the server" in server.get("/health").json()["reason"])
+    health = server.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "unhealthy")
+    assert "have lost each other" in health.json()["reason"]
+    # The layer has room again, but who knows where the other ranks are.
+    failed = server.post(TEXT, {"prompt": "x"})
+    assert failed.status_code == 500
+    assert "have lost each other" in failed.json()["error"]["message"]
+    assert server.service.engine.in_flight == 0
+    # That the server can still be stopped is what start_server asserts at the end.
+
+
+@pytest.mark.parametrize("command", ["abort", "submit", "close"])
+def test_whatever_tells_that_the_ranks_are_lost_the_server_can_be_stopped(
+    start_server, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    engines = lost(monkeypatch)
+    server = start_server()
+
+    def gone(*_: object) -> None:
+        raise LaunchError("the ranks of this engine have lost each other")
+
+    if command == "submit":
+        monkeypatch.setattr(engines[0], command, gone)
+        assert server.post(TEXT, {"prompt": "x"}).status_code == 500
+        assert "have lost each other" in server.get("/health").json()["reason"]
+        return
+    with streaming(server.url, TEXT, PICTURE) as chunks:
+        next(chunks)
+        monkeypatch.setattr(engines[0], command, gone)
+        # Its last command aborts what runs.
+        stop = asyncio.run_coroutine_threadsafe(server.service.engine.stop(), server.loop)
+        stop.result(timeout=10)
+        *_, last = chunks
+    ended = last.get("error", {}).get("message") or last["choices"][0]["finish_reason"]
+    assert ended == "abort" if command == "close" else "have lost each other" in ended
 
 
 def mixed(place: int) -> tuple[str, dict[str, Any]]:
