@@ -1,7 +1,10 @@
 """A server's life: starting, clients that leave, failing steps, a crowd, being told to stop."""
 
 import asyncio
+import base64
 import contextlib
+import gc
+import io
 import json
 import os
 import random
@@ -12,14 +15,17 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from emu35.checkpoint.source import describe
 from emu35.cli import main
@@ -298,6 +304,55 @@ def test_metrics_count_what_happened(server) -> None:
     for gauge in ("requests_waiting", "requests_active", "cache_used_tokens", "cache_tokens"):
         assert f"# TYPE emu35_{gauge} gauge" in text
     assert "# TYPE emu35_preemptions_total counter" in text
+
+
+def test_the_models_name_and_its_alias(start_server) -> None:
+    server = start_server(model_name="fox/large")
+    ask = {"prompt": "x", "max_tokens": 2}
+    assert [model.id for model in server.client.models.list()] == ["fox/large"]
+    for name in ("fox/large", "emu35"):
+        assert server.client.completions.create(model=name, **ask).model == "fox/large"
+        assert server.client.models.retrieve(name).id == "fox/large"
+    assert server.get("/health").json()["model"] == "fox/large"
+    wrong = server.post(TEXT, {**ask, "model": "tiny"})
+    assert wrong.status_code == 404
+    assert 'use "fox/large"' in wrong.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_open_call_keeps_nothing_of_its_body(start_server, stream: bool) -> None:
+    server = start_server(max_requests=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "x"}]
+    ask = {"messages": [{"role": "user", "content": content}], "image_area": 16, "task": "x2i",
+           "size": "18x20", "stream": stream}  # fmt: skip
+    body = json.dumps(ask).encode()
+    assert len(body) > 3 * 2**20
+
+    def send() -> int:
+        headers = {"Content-Type": "application/json"}
+        return httpx.post(f"{server.url}{CHAT}", content=body, headers=headers).status_code
+
+    def open_at_once(calls: int) -> int:
+        """Bytes that so many open calls keep."""
+        tracemalloc.start()
+        try:
+            with ThreadPoolExecutor(calls) as pool:
+                answers = [pool.submit(send) for _ in range(calls)]
+                assert eventually(lambda: server.service.engine.in_flight == calls, seconds=20)
+                gc.collect()
+                kept = tracemalloc.get_traced_memory()[0]
+                assert server.service.bodies._held == 0
+                server.service.engine.abort_all()
+                assert [answer.result() for answer in answers] == [200] * calls
+                return kept
+        finally:
+            tracemalloc.stop()
+
+    assert open_at_once(4) - open_at_once(1) < len(body)
 
 
 def test_a_drain_aborts_what_outlives_the_grace_time(start_server) -> None:
