@@ -31,6 +31,9 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     command.add_argument(
         "--tp", type=int, default=1, metavar="N", help="split the model over N ranks of this host"
     )
+    command.add_argument(
+        "--model-name", metavar="NAME", help="what clients call it (default: the source's name)"
+    )
     command.add_argument("--host", default="127.0.0.1", help="default: this machine only")
     command.add_argument("--port", type=int, default=8000, help="default 8000; 0: a free one")
     command.add_argument(
@@ -99,6 +102,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             vision=arguments.vision,
             template=None if template == "auto" else PromptTemplate(template),
             precision=precision,
+            model_name=arguments.model_name,
             host=arguments.host,
             port=arguments.port,
             max_requests=arguments.max_requests,

@@ -22,7 +22,7 @@ from emu35.stages.serve.calls import Call, EngineFailure
 from emu35.stages.serve.engine_thread import describe, report
 from emu35.stages.serve.pictures import Codes, Pictures
 from emu35.stages.serve.pieces import Pieces
-from emu35.stages.serve.protocol import EVERY_EIGHTH, GenerationBody
+from emu35.stages.serve.protocol import EVERY_EIGHTH, Look
 from emu35.stages.serve.refusal import SERVER, Refusal
 from emu35.stages.serve.wire import Answer, Json, Piece, Wire
 from emu35.tokens.text import TextTokenizer
@@ -40,18 +40,18 @@ class Answering:
         self,
         call: Call,
         *,
-        body: GenerationBody,
+        look: Look,
         requests: Sequence[Request],
         tokenizer: TextTokenizer,
         pictures: Pictures,
         wire: Wire,
     ) -> None:
         self.call = call
-        self._body = body
+        self._look = look
         self._requests = requests
         self._pictures = pictures
         self._wire = wire
-        self._show_images = body.return_images and pictures.available
+        self._show_images = look.return_images and pictures.available
         self._pieces = [Pieces(tokenizer, stop=request.stop) for request in requests]
         self._previewed = dict[tuple[int, int], int]()  # (place, image) -> rows shown
 
@@ -108,7 +108,7 @@ class Answering:
                     mine = [update for at, update in updates if at == place]
                     async for chunk in self._chunks(place, mine):
                         yield _event(chunk)
-            if self._body.include_usage:
+            if self._look.include_usage:
                 answers = [pieces.finished for pieces in self._pieces if pieces.finished]
                 yield _event(self._wire.usage(self._requests, answers))
         except EngineFailure as error:
@@ -122,10 +122,7 @@ class Answering:
         pieces = self._pieces[place]
         events = [event for update in updates for event in pieces.feed(update)]
         tokens = [token for update in updates for token in update.tokens]
-        wanted = self._body.return_token_ids or getattr(self._body, "logprobs", None) not in (
-            None,
-            False,
-        )
+        wanted = self._look.return_token_ids or self._look.logprobs is not None
         newest = {e.number: e for e in events if isinstance(e, ImageProgress)}
         for event in events:
             if isinstance(event, ImageProgress) and newest[event.number] is not event:
@@ -165,7 +162,7 @@ class Answering:
         return None
 
     def _preview_due(self, place: int, event: ImageProgress) -> bool:
-        every = self._body.stream_previews
+        every = self._look.stream_previews
         if every == EVERY_EIGHTH:
             every = max(1, event.rows // 8)
         if not every or not self._show_images:

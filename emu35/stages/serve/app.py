@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -20,7 +21,7 @@ from emu35.stages.serve.answering import Answering, unless_gone
 from emu35.stages.serve.asking import new_seed
 from emu35.stages.serve.bodies import RefusedBodies
 from emu35.stages.serve.calls import Call
-from emu35.stages.serve.protocol import ChatBody, CompletionBody, GenerationBody
+from emu35.stages.serve.protocol import ChatBody, CompletionBody, Look
 from emu35.stages.serve.refusal import SERVER, Refusal
 from emu35.stages.serve.service import Service
 from emu35.stages.serve.wire import ChatWire, CompletionWire, Json, Wire
@@ -31,9 +32,10 @@ CHAT = "/v1/chat/completions"
 
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'"
+    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
 )
-"""The page may talk to this server and to nobody else."""
+"""The page may talk to this server and to nobody else, and no other page may frame it."""
 
 
 def build_app(service: Service) -> ASGIApp:
@@ -57,52 +59,64 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post(COMPLETIONS, openapi_extra=_takes(CompletionBody))
     async def completions(request: Request) -> Response:
         service.check_door(request)
-        body = await service.bodies.read(request, CompletionBody)
-        service.check_model(body.model)
-        seed = new_seed() if body.seed is None else body.seed
-        wire = CompletionWire(
-            body, tokenizer=service.asker.tokenizer, model=service.name, seed=seed
-        )
-        asked = asyncio.to_thread(service.asker.completion, body, seed=seed)
-        return await _generate(service, request, body=body, asked=asked, wire=wire)
+        return await _generate(service, request, asked=_completion(service, request))
 
     @app.post(CHAT, openapi_extra=_takes(ChatBody))
     async def chat(request: Request) -> Response:
         service.check_door(request)
-        body = await service.bodies.read(request, ChatBody)
+        return await _generate(service, request, asked=_chat(service, request))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """What is left of a body once it is read: of a picture, its codes."""
+
+    requests: list[EngineRequest]
+    look: Look
+    wire: Wire
+
+
+async def _completion(service: Service, request: Request) -> _Asked:
+    asker = service.asker
+    async with service.bodies.read(request, CompletionBody) as body:
         service.check_model(body.model)
         seed = new_seed() if body.seed is None else body.seed
-        wire = ChatWire(body, tokenizer=service.asker.tokenizer, model=service.name, seed=seed)
-        asked = service.asker.chat(body, pictures=service.pictures, seed=seed)
-        return await _generate(service, request, body=body, asked=asked, wire=wire)
+        requests = await asyncio.to_thread(asker.completion, body, seed=seed)
+        look = body.look
+    wire = CompletionWire(look, tokenizer=asker.tokenizer, model=service.name, seed=seed)
+    return _Asked(requests=requests, look=look, wire=wire)
 
 
-async def _generate(
-    service: Service,
-    request: Request,
-    *,
-    body: GenerationBody,
-    asked: Awaitable[list[EngineRequest]],
-    wire: Wire,
-) -> Response:
+async def _chat(service: Service, request: Request) -> _Asked:
+    asker = service.asker
+    async with service.bodies.read(request, ChatBody) as body:
+        service.check_model(body.model)
+        seed = new_seed() if body.seed is None else body.seed
+        requests = await asker.chat(body, pictures=service.pictures, seed=seed)
+        look = body.look
+    _check_shown(service, look, requests)
+    wire = ChatWire(look, tokenizer=asker.tokenizer, model=service.name, seed=seed)
+    return _Asked(requests=requests, look=look, wire=wire)
+
+
+async def _generate(service: Service, request: Request, *, asked: Awaitable[_Asked]) -> Response:
     """Ask the engine and answer, in one piece or as a stream."""
     try:
-        requests = await asked
-        _check_shown(service, body, requests)
+        found = await asked
     except ConfigError as error:
         raise Refusal("; ".join(error.problems)) from error
     except Emu35Error as error:
         raise Refusal(str(error)) from error
-    call = await service.submit(requests)
+    call = await service.submit(found.requests)
     answering = Answering(
         call,
-        body=body,
-        requests=requests,
+        look=found.look,
+        requests=found.requests,
         tokenizer=service.asker.tokenizer,
         pictures=service.pictures,
-        wire=wire,
+        wire=found.wire,
     )
-    if body.stream:
+    if found.look.stream:
         return _EventStream(answering)
     try:
         work = asyncio.create_task(answering.whole())
@@ -114,10 +128,9 @@ async def _generate(
     return Response(status_code=499) if answer is None else JSONResponse(answer)
 
 
-def _check_shown(service: Service, body: GenerationBody, requests: Sequence[EngineRequest]) -> None:
+def _check_shown(service: Service, look: Look, requests: Sequence[EngineRequest]) -> None:
     """Refuse to draw what could not be shown, unless only ids are wanted."""
-    wanted = isinstance(body, ChatBody) and body.return_images
-    if wanted and not service.pictures.available and requests[0].grammar.images:
+    if look.return_images and not service.pictures.available and requests[0].grammar.images:
         raise Refusal(
             "this server has no image tokenizer, so it shows no pictures; start it with --vision "
             "DIR, or ask for ids with return_images=false and return_token_ids=true",
@@ -159,6 +172,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return _model(service)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         found = service.health
@@ -167,10 +181,12 @@ def _add_information(app: FastAPI, service: Service) -> None:
             body["reason"] = found.reason
         return JSONResponse(body, status_code=200 if found.ok else 503)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/")
     async def page() -> HTMLResponse:
         return HTMLResponse(_page(), headers={"Content-Security-Policy": _PAGE_POLICY})

@@ -58,9 +58,7 @@ class Asker:
             Refusal, ConfigError: the body asks for something that cannot be.
         """
         if body.unconditional_prompt is not None:
-            check_ids(
-                body.unconditional_prompt, tokenizer=self.tokenizer, name="unconditional_prompt"
-            )
+            self._check_ids(body.unconditional_prompt, name="unconditional_prompt")
         requests: list[Request] = []
         for at, prompt in enumerate(body.prompt):
             name = "prompt" if len(body.prompt) == 1 else f"prompt[{at}]"
@@ -70,13 +68,13 @@ class Asker:
 
     def _completion(self, body: CompletionBody, prompt: str | list[int], *, name: str) -> Request:
         if isinstance(prompt, str):
-            self._check_text(prompt, name=name)
+            self._check_length(len(prompt), name=name)
             if body.task is not None:
                 request = self._ask(_ask(body, task=body.task, question=prompt), body=body)
                 return self._steered(request, body)
             ids = [self.tokenizer.vocabulary.bos, *self.tokenizer.encode(prompt)]
         else:
-            check_ids(prompt, tokenizer=self.tokenizer, name=name)
+            self._check_ids(prompt, name=name)
             ids = prompt
         return self._steered(self._continuation(body, ids), body)
 
@@ -124,8 +122,7 @@ class Asker:
         """
         task = body.task or Task.chat
         pictures.check(_sent(body.messages))
-        for message in body.messages:
-            self._check_text(message.text, name="messages")
+        await asyncio.to_thread(self._check_messages, body.messages)
         area = self._area(body, task=task, factor=pictures.factor)
         turns = await self._turns(body.messages, pictures=pictures, area=area)
         ask = replace(
@@ -177,12 +174,21 @@ class Asker:
             )
         return body.image_area
 
-    def _check_text(self, text: str, *, name: str) -> None:
+    def _check_messages(self, messages: Sequence[Message]) -> None:
+        self._check_length(sum(len(message.text) for message in messages), name="messages")
+        for at, message in enumerate(messages):
+            if message.token_ids is not None:
+                self._check_ids(message.token_ids, name=f"messages[{at}].token_ids")
+
+    def _check_ids(self, ids: Sequence[int], *, name: str) -> None:
+        check_ids(ids, tokenizer=self.tokenizer, name=name, max_length=self.max_length)
+
+    def _check_length(self, characters: int, *, name: str) -> None:
         """Refuse at once what would only be found too long after it was tokenized."""
         most = _LONGEST_TOKEN * self.max_length
-        if len(text) > most:
+        if characters > most:
             raise Refusal(
-                f"{name}: a text of {len(text)} characters; {most} are more than fit the "
+                f"{name}: a text of {characters} characters; {most} are more than fit the "
                 f"{self.max_length} tokens of this server: shorten it",
                 param=name,
                 code="context_length_exceeded",
@@ -219,10 +225,12 @@ class Asker:
 
     async def _answer(self, message: Message, *, at: int, pictures: Pictures) -> list[int]:
         if message.token_ids is not None:
-            check_ids(message.token_ids, tokenizer=self.tokenizer, name=f"messages[{at}].token_ids")
             return message.token_ids
-        grids = iter(await pictures.encode(_sent([message], first=at), area=None))
-        ids: list[int] = []
+        grids = await pictures.encode(_sent([message], first=at), area=None)
+        return await asyncio.to_thread(self._answer_ids, message, grids)
+
+    def _answer_ids(self, message: Message, images: Sequence[Codes]) -> list[int]:
+        grids, ids = iter(images), list[int]()
         for part in message.parts:
             if isinstance(part, TextPart):
                 ids += self.tokenizer.encode(part.text)

@@ -7,7 +7,8 @@ the model this is rank 0's thread, and the engine tells the others (:mod:`emu35.
 
 A step that fails (diverged weights, memory) fails the requests in flight, and only these: they are
 taken out of the engine, the health is bad until a step succeeds again, and the thread goes on. If
-the engine cannot even let go of them, it is not used any more.
+the engine cannot even let go of them, as where ranks have lost each other, it is not used any more:
+whatever is asked gets an error, the health says to restart, and the thread waits to be stopped.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from emu35.errors import Emu35Error
+from emu35.errors import Emu35Error, LaunchError
 from emu35.inference.engine import Engine, EngineStats
 from emu35.inference.grammar import NextKind
 from emu35.inference.request import Finish, Generated, Request, Update
@@ -68,6 +69,7 @@ class EngineThread:
         self._keys = 0
         self._flights: dict[int, _Flight] = {}  # by key, oldest first
         self._pace = _Pace()
+        self._stopping = False
         self.stats: EngineStats | None = None
         self.failure: str | None = None
 
@@ -142,10 +144,14 @@ class EngineThread:
                 self.stats = engine.stats
         except BaseException as error:
             self._die(error)
-            while not isinstance(command := self._mailbox.get(), Stop):
-                if isinstance(command, Submit):
-                    self._refuse(command, EngineFailure(self.failure))
-        engine.close()
+            while not self._stopping:
+                for command in self._commands(wait=True):
+                    if isinstance(command, Submit):
+                        self._refuse(command, EngineFailure(self.failure))
+        try:
+            engine.close()
+        except Exception as error:  # the other ranks may be gone
+            report("the engine could not be closed", error)
         self._post(_succeed, self._ended)
 
     def _commands(self, *, wait: bool) -> list[Command]:
@@ -153,6 +159,8 @@ class EngineThread:
         commands = [self._mailbox.get()] if wait else []
         while not self._mailbox.empty():
             commands.append(self._mailbox.get())
+        # Kept in mind, as a command before it may fail.
+        self._stopping = self._stopping or any(isinstance(each, Stop) for each in commands)
         return commands
 
     def _apply(self, commands: Sequence[Command], *, engine: KeyedEngine) -> bool:
@@ -170,6 +178,8 @@ class EngineThread:
     def _submit(self, command: Submit, *, engine: KeyedEngine) -> None:
         try:
             engine.submit(command)
+        except LaunchError:  # the ranks have lost each other, which ends the use of this engine
+            raise
         except Emu35Error as error:
             self._refuse(command, error)
             return

@@ -12,6 +12,9 @@ from emu35.tokens.template import PromptTemplate
 
 DEFAULT_PORT = 8000
 
+ALIAS = "emu35"
+"""A name under which every server's model is known, for clients that were written for no run."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
@@ -36,10 +39,11 @@ class ServeOptions:
     ``source`` is a run or a release, ``vision`` overrides its image tokenizer, ``template`` the
     form of its prompts. ``max_requests`` are generated at a time and ``max_waiting`` more may wait;
     ``max_length`` (prompt and answer, in tokens; None: the model's positions) and ``cache_tokens``
-    bound the memory. ``port`` 0 takes a free one. ``grace``: seconds that running requests get
-    after SIGTERM. ``api_key_env`` names the environment variable that holds the key clients must
-    send; the key itself never stands on a command line. ``tp`` ranks share the model, of which
-    this process is one.
+    bound the memory. ``model_name`` is what clients call the model (None: as the source is called;
+    :data:`ALIAS` does as well). ``port`` 0 takes a free one. ``grace``: seconds that running
+    requests get after SIGTERM. ``api_key_env`` names the environment variable that holds the key
+    clients must send; the key itself never stands on a command line. ``tp`` ranks share the model,
+    of which this process is one.
     """
 
     source: Path
@@ -47,6 +51,7 @@ class ServeOptions:
     vision: Path | None = None
     template: PromptTemplate | None = None
     precision: Precision | None = None
+    model_name: str | None = None
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     max_requests: int = 16
@@ -88,6 +93,8 @@ def check(options: ServeOptions) -> None:
             f"max_references={limits.max_references} must be at most {MAX_REFERENCES}, which is "
             "what a dialogue takes"
         )
+    if options.model_name is not None and not options.model_name.strip():
+        problems.append(f"model_name={options.model_name!r} is no name; leave it out or give one")
     if not 0 <= options.port <= 65535:
         problems.append(f"port={options.port} must lie in 0..65535; 0 takes a free one")
     if not (math.isfinite(options.grace) and options.grace >= 0):

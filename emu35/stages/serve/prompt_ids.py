@@ -17,12 +17,20 @@ _SIZE = re.compile(r"([1-9][0-9]{0,5})\*([1-9][0-9]{0,5})")
 _LONGEST_SIZE = 13
 
 
-def check_ids(ids: Sequence[int], *, tokenizer: TextTokenizer, name: str) -> None:
-    """Refuse ids that no prompt can have. ``name`` is the field they came in.
+def check_ids(ids: Sequence[int], *, tokenizer: TextTokenizer, name: str, max_length: int) -> None:
+    """Refuse ids that no prompt can have. ``name`` is the field they came in, ``max_length`` how
+    many there may be at most, which is looked at before they are.
 
     Raises:
         Refusal: naming the position, the id and the rule.
     """
+    if len(ids) > max_length:
+        raise Refusal(
+            f"{name}: {len(ids)} ids; this server holds {max_length} tokens of prompt and answer: "
+            "shorten it",
+            param=name,
+            code="context_length_exceeded",
+        )
     vocabulary = tokenizer.vocabulary
 
     def refuse(position: int, problem: str) -> Refusal:

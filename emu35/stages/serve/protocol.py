@@ -5,9 +5,19 @@ OpenAI's fields those we cannot honour are taken with the value that changes not
 clients send them by themselves, and refused with any other.
 """
 
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
 
 from emu35.inference.request import MOST_TOP_LOGPROBS
 from emu35.stages.serve.refusal import shown
@@ -18,6 +28,12 @@ MOST_CHOICES = 128
 
 MOST_STOPS = 16
 """Stop strings of one call."""
+
+MOST_FIELDS = 100
+"""Keys of one JSON object, wrong ones included."""
+
+MOST_PARTS = 2**14
+"""Messages of one call and the parts of their contents, together."""
 
 LARGEST = 1000.0
 """Temperature and guidance at most. Nobody wants more, and far beyond it single precision ends: the
@@ -37,23 +53,73 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "parallel_tool_calls": (None, True, False),
     "functions": (None, []),
+    "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"], ["text", "image"]),
     "reasoning_effort": (None,),
     "prediction": (None,),
     "audio": (None,),
     "web_search_options": (None,),
+    "verbosity": (None,),
+    "moderation": (None,),
 }
 """OpenAI's fields that do nothing here -> the values that ask for nothing."""
 
-_IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
-"""Fields about the caller, which no answer depends on."""
+_MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "refusal": (None, ""),
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "tool_calls": (None, []),
+}
+"""The same of a message: what OpenAI's client writes when an answer is sent back."""
+
+_IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    }
+)
+"""Fields about the caller and what a service keeps, which no answer depends on."""
 
 
 class Body(BaseModel):
-    """Any JSON object of ours."""
+    """Any JSON object of ours. ``neutral`` and ``ignored`` are OpenAI's fields that it may carry;
+    null is as good as leaving a field out that may be left out."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    ignored: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _meaningful(cls, values: Any) -> Any:
+        """Drop fields that ask for nothing; refuse those that ask for what we do not do."""
+        if not isinstance(values, dict):
+            return values  # which the form itself refuses
+        if len(values) > MOST_FIELDS:
+            raise ValueError(f"{len(values)} fields in one object; give at most {MOST_FIELDS}")
+        kept: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in cls.model_fields:
+                if value is not None or cls.model_fields[name].is_required():
+                    kept[name] = value
+            elif name in cls.neutral:
+                if value not in cls.neutral[name]:
+                    raise ValueError(f"{name}={shown(value)} is not supported; leave {name} out")
+            elif name not in cls.ignored:
+                kept[name] = value
+        return kept
+
+
+TopK: TypeAlias = Annotated[int, AfterValidator(lambda k: 0 if k == -1 else k)]
+"""How many candidates are kept; 0, and vLLM's -1, keep all."""
 
 
 class ImageSampling(Body):
@@ -61,7 +127,7 @@ class ImageSampling(Body):
 
     temperature: float | None = Field(default=None, le=LARGEST)
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: TopK | None = None
 
 
 class StreamOptions(Body):
@@ -69,6 +135,20 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     include_obfuscation: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """How an answer is to look: all that is kept of a body while it is answered, as pictures and
+    prompts are large and a call may be long. ``logprobs`` are rivals of each token, None for no
+    log-probabilities at all; the rest as in :class:`GenerationBody`."""
+
+    stream: bool
+    include_usage: bool
+    stream_previews: int
+    return_images: bool
+    return_token_ids: bool
+    logprobs: int | None
 
 
 class GenerationBody(Body):
@@ -86,7 +166,7 @@ class GenerationBody(Body):
     max_tokens: int | None = None
     temperature: float | None = Field(default=None, le=LARGEST)
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: TopK | None = None
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     stop: Any = Field(default=None, validate_default=True)
@@ -103,19 +183,15 @@ class GenerationBody(Body):
     return_images: bool = True
     image_area: int | None = None
 
+    neutral = _NEUTRAL
+    ignored = _IGNORED
+
     @model_validator(mode="before")
     @classmethod
-    def _neutral_fields(cls, values: Any) -> Any:
-        """Drop fields that ask for nothing; refuse those that ask for what we do not do."""
+    def _object(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             raise ValueError('the body must be a JSON object, such as {"prompt": "..."}')
-        kept: dict[str, Any] = {}
-        for name, value in values.items():
-            if name in cls.model_fields or name not in _NEUTRAL.keys() | _IGNORED:
-                kept[name] = value
-            elif name in _NEUTRAL and value not in _NEUTRAL[name]:
-                raise ValueError(f"{name}={shown(value)} is not supported; leave {name} out")
-        return kept
+        return values
 
     @field_validator("stream_previews", mode="before")
     @classmethod
@@ -142,13 +218,30 @@ class GenerationBody(Body):
             raise ValueError("size and ratio both fix the grid; give one of them")
         return self
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+    def _look(self, *, logprobs: int | None) -> Look:
+        return Look(
+            stream=self.stream,
+            include_usage=self.stream_options is not None and self.stream_options.include_usage,
+            stream_previews=self.stream_previews,
+            return_images=self.return_images,
+            return_token_ids=self.return_token_ids,
+            logprobs=logprobs,
+        )
 
 
-Ids: TypeAlias = list[int]
+def _as_ids(value: Any) -> list[int]:
+    """pydantic's own check of a list holds the interpreter's lock until its end; this one does
+    not, so that it stays in its thread."""
+    if not isinstance(value, list) or not _are_ids(value):
+        raise ValueError(f"{shown(value)} must be a list of token ids")
+    return value
+
+
+def _are_ids(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values)
+
+
+Ids: TypeAlias = Annotated[list[int], PlainValidator(_as_ids, json_schema_input_type=list[int])]
 
 
 class CompletionBody(GenerationBody):
@@ -190,6 +283,11 @@ class CompletionBody(GenerationBody):
             )
         return self
 
+    @property
+    def look(self) -> Look:
+        """What answering needs of this body."""
+        return self._look(logprobs=self.logprobs)
+
 
 def _as_prompts(value: Any) -> list[str | Ids]:
     if isinstance(value, str):
@@ -203,10 +301,6 @@ def _as_prompts(value: Any) -> list[str | Ids]:
     if all(isinstance(each, list) and each and _are_ids(each) for each in value):
         return value
     return []
-
-
-def _are_ids(values: list[Any]) -> bool:
-    return all(type(value) is int for value in values)
 
 
 class TextPart(Body):
@@ -243,8 +337,9 @@ class Message(Body):
     content: list[Part] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    refusal: None = None
     token_ids: Ids | None = None
+
+    neutral = _MESSAGE_NEUTRAL
 
     @field_validator("content", mode="before")
     @classmethod
@@ -270,6 +365,11 @@ class Message(Body):
         return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
 
+def _count_parts(messages: list[Any]) -> int:
+    contents = (each.get("content") for each in messages if isinstance(each, dict))
+    return len(messages) + sum(len(each) for each in contents if isinstance(each, list))
+
+
 class ChatBody(GenerationBody):
     """``POST /v1/chat/completions``.
 
@@ -281,6 +381,13 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        if isinstance(value, list) and (count := _count_parts(value)) > MOST_PARTS:
+            raise ValueError(f"{count} messages and parts; give at most {MOST_PARTS}")
+        return value
 
     @model_validator(mode="after")
     def _dialogue(self) -> Self:
@@ -294,6 +401,11 @@ class ChatBody(GenerationBody):
         if self.max_completion_tokens is not None and self.max_tokens is not None:
             raise ValueError("max_tokens and max_completion_tokens are one thing; give one of them")
         return self
+
+    @property
+    def look(self) -> Look:
+        """What answering needs of this body."""
+        return self._look(logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
     @property
     def token_limit(self) -> int | None:

@@ -7,7 +7,7 @@ value, the rule it breaks and the remedy.
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -60,14 +60,16 @@ def invalid_body(error: ValidationError, *, model: type[BaseModel]) -> Refusal:
     lines = [_sentence(problem, model=model) for problem in found[:_MOST_PROBLEMS]]
     if len(found) > _MOST_PROBLEMS:
         lines.append(f"and {len(found) - _MOST_PROBLEMS} more problems")
-    return Refusal("; ".join(lines), param=_place(found[0]["loc"]) or None, code=found[0]["type"])
+    place = _place(_located(found[0]["loc"], model=model)[0])
+    return Refusal("; ".join(lines), param=place or None, code=found[0]["type"])
 
 
 def _sentence(problem: Any, *, model: type[BaseModel]) -> str:
-    place = _place(problem["loc"])
+    steps, forms = _located(problem["loc"], model=model)
+    place = _place(steps)
     if problem["type"] == "extra_forbidden":
-        name = str(problem["loc"][-1])
-        close = difflib.get_close_matches(name, list(model.model_fields), n=1)
+        fields = [field for form in forms for field in form.model_fields]
+        close = difflib.get_close_matches(str(steps[-1]), fields, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "leave it out"
         return f"unknown field {place!r}; {hint}"
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -78,6 +80,38 @@ def _sentence(problem: Any, *, model: type[BaseModel]) -> str:
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}"
     return f"{place}={shown(problem['input'])}: {message[:1].lower()}{message[1:]}"
+
+
+def _located(
+    loc: Sequence[str | int], *, model: type[BaseModel]
+) -> tuple[list[str | int], list[type[BaseModel]]]:
+    """The steps to a problem without those that only name a form, as ``image_url`` behind
+    ``content[0]`` does; and the forms (mostly one) that the last step is a field of."""
+    steps: list[str | int] = []
+    forms = inside = [model]
+    for step in loc:
+        if isinstance(step, int):
+            steps.append(step)
+        elif len(inside) > 1 and any(_is_called(form, step) for form in inside):
+            inside = [form for form in inside if _is_called(form, step)]
+        else:
+            steps.append(step)
+            fields = [form.model_fields[step] for form in inside if step in form.model_fields]
+            forms, inside = inside, [form for field in fields for form in _forms(field.annotation)]
+    return steps, forms
+
+
+def _is_called(form: type[BaseModel], name: str) -> bool:
+    """Whether ``name`` is what tells ``form`` from its alternatives."""
+    kinds = (field.annotation for field in form.model_fields.values())
+    return any(get_origin(kind) is Literal and name in get_args(kind) for kind in kinds)
+
+
+def _forms(annotation: Any) -> list[type[BaseModel]]:
+    """The forms that ``annotation`` speaks of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [form for argument in get_args(annotation) for form in _forms(argument)]
 
 
 def _place(loc: Sequence[str | int]) -> str:
@@ -95,8 +129,12 @@ def shown(value: object) -> str:
     """``value`` as a message repeats it: short, and without line breaks."""
     if isinstance(value, str | list):
         value = value[:_LONGEST_VALUE]
+    text = ""
     try:
-        text = json.dumps(value)
+        for piece in json.JSONEncoder().iterencode(value):  # of a large value only the beginning
+            text += piece
+            if len(text) > _LONGEST_VALUE:
+                break
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

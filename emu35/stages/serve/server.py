@@ -78,7 +78,7 @@ def _max_length(options: ServeOptions, *, described: Described) -> int:
 def build_service(options: ServeOptions, *, described: Described) -> Service:
     """The service of ``described``, nothing loaded yet; to be called in the event loop."""
     return Service(
-        name=described.name,
+        name=options.model_name or described.name,
         options=options,
         asker=Asker(
             tokenizer=build_text_tokenizer(described.tokenizer),

@@ -17,8 +17,9 @@ from emu35.stages.serve.bodies import Bodies
 from emu35.stages.serve.calls import Call, EngineFailure
 from emu35.stages.serve.engine_thread import EngineThread
 from emu35.stages.serve.metrics import Metrics
-from emu35.stages.serve.options import ServeOptions
+from emu35.stages.serve.options import ALIAS, ServeOptions
 from emu35.stages.serve.pictures import Pictures
+from emu35.stages.serve.protocol import MOST_CHOICES
 from emu35.stages.serve.refusal import SERVER, Refusal, shown
 from emu35.vision.codec import ImageCodec
 
@@ -64,7 +65,10 @@ class Service:
         self.options = options
         self.asker = asker
         self.metrics = Metrics()
-        self.bodies = Bodies(largest=options.limits.body_bytes)
+        self.bodies = Bodies(
+            largest=options.limits.body_bytes,
+            most_ids=(MOST_CHOICES + 1) * asker.max_length,  # and the unconditional prompt
+        )
         self.pictures = Pictures(None, limits=options.limits)
         self.engine = EngineThread(make_engine, metrics=self.metrics)
         self.metrics.watch(lambda: self.engine.stats)
@@ -97,6 +101,7 @@ class Service:
         """End the threads."""
         await self.engine.stop()
         self.pictures.close()
+        self.bodies.close()
 
     async def _until_idle(self, seconds: float, *, hurry: asyncio.Event) -> None:
         deadline = asyncio.get_running_loop().time() + seconds
@@ -155,12 +160,12 @@ class Service:
             )
 
     def check_model(self, name: str | None) -> None:
-        """Refuse a call for another model.
+        """Refuse a call for another model; none, and the :data:`~.options.ALIAS`, mean ours.
 
         Raises:
             Refusal: 404.
         """
-        if name is not None and name != self.name:
+        if name not in (None, self.name, ALIAS):
             raise Refusal(
                 f"model {shown(name)} is not served here; use {shown(self.name)}",
                 status=404,

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 from emu35.inference.grammar import NextKind
 from emu35.inference.request import Finish, Generated, Request, Token
-from emu35.stages.serve.protocol import ChatBody, CompletionBody
+from emu35.stages.serve.protocol import Look
 from emu35.tokens.text import TextTokenizer
 
 Json: TypeAlias = dict[str, Any]
@@ -80,8 +80,10 @@ class Wire(Protocol):
 class _Envelope:
     """What all bodies of one answer share."""
 
-    def __init__(self, *, kind: str, chunk: str, prefix: str, model: str, seed: int) -> None:
-        self._kind, self._chunk_kind = kind, chunk
+    def __init__(
+        self, look: Look, *, kind: str, chunk: str, prefix: str, model: str, seed: int
+    ) -> None:
+        self._look, self._kind, self._chunk_kind = look, kind, chunk
         self._shared: Json = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -91,7 +93,10 @@ class _Envelope:
 
     def _body(self, choices: list[Json], *, chunk: bool) -> Json:
         kind = self._chunk_kind if chunk else self._kind
-        return {**self._shared, "object": kind, "choices": choices}
+        body: Json = {**self._shared, "object": kind, "choices": choices}
+        if chunk and self._look.include_usage:
+            body["usage"] = None  # the counts come with the last chunk
+        return body
 
     def usage(self, asked: Sequence[Request], answers: Sequence[Generated]) -> Json:
         """The chunk of the counts, which has no choices."""
@@ -101,12 +106,10 @@ class _Envelope:
 class CompletionWire(_Envelope):
     """``POST /v1/completions``."""
 
-    def __init__(
-        self, body: CompletionBody, *, tokenizer: TextTokenizer, model: str, seed: int
-    ) -> None:
+    def __init__(self, look: Look, *, tokenizer: TextTokenizer, model: str, seed: int) -> None:
         kind = "text_completion"
-        super().__init__(kind=kind, chunk=kind, prefix="cmpl", model=model, seed=seed)
-        self._body_in, self._tokenizer = body, tokenizer
+        super().__init__(look, kind=kind, chunk=kind, prefix="cmpl", model=model, seed=seed)
+        self._tokenizer = tokenizer
         self._offsets: dict[int, int] = {}
 
     def whole(self, answers: Sequence[Answer]) -> Json:
@@ -119,7 +122,7 @@ class CompletionWire(_Envelope):
                 "text": answer.text,
                 "logprobs": self._logprobs(place, tokens),
                 "finish_reason": _REASONS[answer.generated.finish],
-                **_extras(answer, ids=self._body_in.return_token_ids),
+                **_extras(answer, ids=self._look.return_token_ids),
             }
             if answer.has_images:
                 choice["parts"] = answer.parts
@@ -140,7 +143,7 @@ class CompletionWire(_Envelope):
         if piece and piece.part:
             choice["parts"] = [piece.part]
         choice["logprobs"] = self._logprobs(place, tokens) if tokens else None
-        if self._body_in.return_token_ids:
+        if self._look.return_token_ids:
             choice["token_ids"] = [token.id for token in tokens]
         return self._body([choice], chunk=True)
 
@@ -153,7 +156,7 @@ class CompletionWire(_Envelope):
         return self._body([choice], chunk=True)
 
     def _logprobs(self, place: int, tokens: Sequence[Token]) -> Json | None:
-        if self._body_in.logprobs is None:
+        if self._look.logprobs is None:
             return None
         words = [self._tokenizer.decode((token.id,)) for token in tokens]
         offset, offsets = self._offsets.get(place, 0), list[int]()
@@ -165,7 +168,7 @@ class CompletionWire(_Envelope):
         return {
             "tokens": words,
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": top if self._body_in.logprobs else None,
+            "top_logprobs": top if self._look.logprobs else None,
             "text_offset": offsets,
             "token_ids": [token.id for token in tokens],
             "forced": [token.forced for token in tokens],
@@ -176,15 +179,16 @@ class CompletionWire(_Envelope):
 class ChatWire(_Envelope):
     """``POST /v1/chat/completions``."""
 
-    def __init__(self, body: ChatBody, *, tokenizer: TextTokenizer, model: str, seed: int) -> None:
+    def __init__(self, look: Look, *, tokenizer: TextTokenizer, model: str, seed: int) -> None:
         super().__init__(
+            look,
             kind="chat.completion",
             chunk="chat.completion.chunk",
             prefix="chatcmpl",
             model=model,
             seed=seed,
         )
-        self._body_in, self._tokenizer = body, tokenizer
+        self._tokenizer = tokenizer
 
     def whole(self, answers: Sequence[Answer]) -> Json:
         """A ``chat.completion``; the content is a list of parts where there are images."""
@@ -200,7 +204,7 @@ class ChatWire(_Envelope):
                     "message": message,
                     "logprobs": self._logprobs(answer.generated.tokens),
                     "finish_reason": _REASONS[answer.generated.finish],
-                    **_extras(answer, ids=self._body_in.return_token_ids),
+                    **_extras(answer, ids=self._look.return_token_ids),
                 }
             )
         asked = [answer.request for answer in answers]
@@ -220,7 +224,7 @@ class ChatWire(_Envelope):
             delta["parts"] = [piece.part]
         choice: Json = {"index": place, "delta": delta, "finish_reason": None}
         choice["logprobs"] = self._logprobs(tokens) if tokens else None
-        if self._body_in.return_token_ids:
+        if self._look.return_token_ids:
             choice["token_ids"] = [token.id for token in tokens]
         return self._body([choice], chunk=True)
 
@@ -233,7 +237,7 @@ class ChatWire(_Envelope):
         return self._body([choice], chunk=True)
 
     def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
-        if not self._body_in.logprobs:
+        if self._look.logprobs is None:
             return None
         return {
             "content": [

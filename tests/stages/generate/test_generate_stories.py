@@ -219,8 +219,11 @@ def test_a_call_that_is_stopped_keeps_its_pictures(
 
 
 def test_the_size_of_a_story_may_be_the_models_choice(storyteller: Path, tmp_path: Path) -> None:
-    generate(story(storyteller, tmp_path / "out", size=None, template=PromptTemplate.plain))
-    (row,) = rows(tmp_path / "out")
-    first, second = row["sizes"]
-    assert first == second
-    assert GridSize(height=first[0], width=first[1]).image_tokens < 4096
+    prompts = [f"tell me {n}" for n in range(6)]
+    plain = {"size": None, "template": PromptTemplate.plain, "prompts": prompts}
+    generate(story(storyteller, tmp_path / "out", **plain))
+    sizes = [row["sizes"] for row in rows(tmp_path / "out")]
+    assert any(len(each) > 1 for each in sizes), "no story has a second picture"
+    for each in sizes:
+        assert each.count(each[0]) == len(each)
+        assert GridSize(height=each[0][0], width=each[0][1]).image_tokens < 4096

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -259,3 +260,50 @@ def test_without_an_image_tokenizer_pictures_are_ids(
     (codes_HW,) = deserialize(answer.choices[0].token_ids, server.service.asker.tokenizer).images
     assert codes_HW.shape == (2, 2)
     assert chat(server, max_tokens=4).choices[0].message.content is not None
+
+
+def test_an_answer_goes_back_as_the_client_dumps_it(server) -> None:
+    first = chat(server, "a fox", task="t2i", size="3x3", seed=3)
+    turns = [
+        {"role": "user", "content": "a fox"},
+        first.choices[0].message.model_dump(warnings=False),
+        {"role": "user", "content": "and a hen"},
+    ]
+    assert "tool_calls" in turns[1]
+    plain = [turns[0], {"role": "assistant", "content": turns[1]["content"]}, turns[2]]
+    sent = chat(server, messages=turns, max_tokens=8, seed=1)
+    assert sent.usage.prompt_tokens > 9
+    assert sent.usage == chat(server, messages=plain, max_tokens=8, seed=1).usage
+
+
+NEUTRAL: dict[str, Any] = {
+    "function_call": "none", "verbosity": None, "prompt_cache_key": "k", "moderation": None,
+    "prompt_cache_retention": "24h", "stream": None, "n": None, "logprobs": None, "stop": None,
+    "return_images": None, "image_sampling": None, "tools": None, "top_k": None,
+}  # fmt: skip
+
+
+def test_fields_that_ask_for_nothing_change_nothing(server) -> None:
+    body = {"messages": [{"role": "user", "content": "once"}], "seed": 4, "max_tokens": 12}
+    plain = server.post("/v1/chat/completions", body).json()
+    for fields in (NEUTRAL, {"top_k": -1}, {"image_sampling": {"top_k": -1}}, {"model": "emu35"}):
+        answer = server.post("/v1/chat/completions", {**body, **fields})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"] == plain["choices"]
+
+
+def test_only_the_last_chunk_has_the_counts_and_the_others_say_so(server) -> None:
+    def usages(path: str, body: dict[str, Any], **options: Any) -> list[Any]:
+        answer = server.post(path, {**body, "max_tokens": 6, "stream": True, **options})
+        lines = [line for line in answer.text.splitlines() if line.startswith("data: {")]
+        return [json.loads(line.removeprefix("data: ")).get("usage", "none") for line in lines]
+
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "once"}]}),
+        ("/v1/completions", {"prompt": "once"}),
+    ):
+        *others, last = usages(path, body, stream_options={"include_usage": True})
+        assert others
+        assert set(others) == {None}
+        assert last["completion_tokens"] > 0
+        assert set(usages(path, body)) == {"none"}

@@ -1,7 +1,10 @@
 """A server's life: starting, clients that leave, failing steps, a crowd, being told to stop."""
 
 import asyncio
+import base64
 import contextlib
+import gc
+import io
 import json
 import os
 import random
@@ -12,17 +15,22 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from emu35.checkpoint.source import describe
 from emu35.cli import main
+from emu35.errors import LaunchError
+from emu35.inference.lead import LeadingEngine
 from emu35.stages.serve import server as server_module
 from emu35.stages.serve.app import build_app
 from emu35.stages.serve.options import ServeOptions
@@ -162,6 +170,70 @@ def test_a_failing_step_is_an_error_and_not_the_end(
     assert server.get("/health").status_code == 200
 
 
+def lost(monkeypatch: pytest.MonkeyPatch) -> list[LeadingEngine]:
+    """Servers get the engine of ranks that share a model; it lands in the list."""
+    engines: list[LeadingEngine] = []
+
+    def leading(**numbers: Any) -> LeadingEngine:
+        engines.append(LeadingEngine(**numbers))
+        return engines[-1]
+
+    monkeypatch.setattr(server_module, "build_engine", leading)
+    return engines
+
+
+def out_of_memory(*_: object) -> None:
+    raise MemoryError("no room for this layer")
+
+
+def test_a_step_that_parts_the_ranks_ends_the_use_of_the_engine(
+    start_server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = lost(monkeypatch)
+    server = start_server()
+    with streaming(server.url, TEXT, PICTURE) as chunks:
+        next(chunks)
+        with engines[0].model.register_forward_pre_hook(out_of_memory):
+            (error,) = [chunk["error"] for chunk in chunks if "error" in chunk]
+    assert "no room for this layer" in error["message"]
+    assert eventually(lambda: "restart the server" in server.get("/health").json()["reason"])
+    health = server.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "unhealthy")
+    assert "have lost each other" in health.json()["reason"]
+    # The layer has room again, but who knows where the other ranks are.
+    failed = server.post(TEXT, {"prompt": "x"})
+    assert failed.status_code == 500
+    assert "have lost each other" in failed.json()["error"]["message"]
+    assert server.service.engine.in_flight == 0
+    # That the server can still be stopped is what start_server asserts at the end.
+
+
+@pytest.mark.parametrize("command", ["abort", "submit", "close"])
+def test_whatever_tells_that_the_ranks_are_lost_the_server_can_be_stopped(
+    start_server, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    engines = lost(monkeypatch)
+    server = start_server()
+
+    def gone(*_: object) -> None:
+        raise LaunchError("the ranks of this engine have lost each other")
+
+    if command == "submit":
+        monkeypatch.setattr(engines[0], command, gone)
+        assert server.post(TEXT, {"prompt": "x"}).status_code == 500
+        assert "have lost each other" in server.get("/health").json()["reason"]
+        return
+    with streaming(server.url, TEXT, PICTURE) as chunks:
+        next(chunks)
+        monkeypatch.setattr(engines[0], command, gone)
+        # Its last command aborts what runs.
+        stop = asyncio.run_coroutine_threadsafe(server.service.engine.stop(), server.loop)
+        stop.result(timeout=10)
+        *_, last = chunks
+    ended = last.get("error", {}).get("message") or last["choices"][0]["finish_reason"]
+    assert ended == "abort" if command == "close" else "have lost each other" in ended
+
+
 def mixed(place: int) -> tuple[str, dict[str, Any]]:
     """Request ``place`` of a crowd: pictures of many sizes, text, stories, streams."""
     rng = random.Random(place)
@@ -232,6 +304,55 @@ def test_metrics_count_what_happened(server) -> None:
     for gauge in ("requests_waiting", "requests_active", "cache_used_tokens", "cache_tokens"):
         assert f"# TYPE emu35_{gauge} gauge" in text
     assert "# TYPE emu35_preemptions_total counter" in text
+
+
+def test_the_models_name_and_its_alias(start_server) -> None:
+    server = start_server(model_name="fox/large")
+    ask = {"prompt": "x", "max_tokens": 2}
+    assert [model.id for model in server.client.models.list()] == ["fox/large"]
+    for name in ("fox/large", "emu35"):
+        assert server.client.completions.create(model=name, **ask).model == "fox/large"
+        assert server.client.models.retrieve(name).id == "fox/large"
+    assert server.get("/health").json()["model"] == "fox/large"
+    wrong = server.post(TEXT, {**ask, "model": "tiny"})
+    assert wrong.status_code == 404
+    assert 'use "fox/large"' in wrong.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_open_call_keeps_nothing_of_its_body(start_server, stream: bool) -> None:
+    server = start_server(max_requests=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "x"}]
+    ask = {"messages": [{"role": "user", "content": content}], "image_area": 16, "task": "x2i",
+           "size": "18x20", "stream": stream}  # fmt: skip
+    body = json.dumps(ask).encode()
+    assert len(body) > 3 * 2**20
+
+    def send() -> int:
+        headers = {"Content-Type": "application/json"}
+        return httpx.post(f"{server.url}{CHAT}", content=body, headers=headers).status_code
+
+    def open_at_once(calls: int) -> int:
+        """Bytes that so many open calls keep."""
+        tracemalloc.start()
+        try:
+            with ThreadPoolExecutor(calls) as pool:
+                answers = [pool.submit(send) for _ in range(calls)]
+                assert eventually(lambda: server.service.engine.in_flight == calls, seconds=20)
+                gc.collect()
+                kept = tracemalloc.get_traced_memory()[0]
+                assert server.service.bodies._held == 0
+                server.service.engine.abort_all()
+                assert [answer.result() for answer in answers] == [200] * calls
+                return kept
+        finally:
+            tracemalloc.stop()
+
+    assert open_at_once(4) - open_at_once(1) < len(body)
 
 
 def test_a_drain_aborts_what_outlives_the_grace_time(start_server) -> None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -141,6 +142,34 @@ def test_references_are_added_and_errors_are_shown(page: Page, tmp_path: Path) -
     page.fill("#columns", "5")
     page.click("#generate")
     expect(page.locator("figcaption")).to_contain_text("10 \u00d7 8 pixels", timeout=20_000)
+
+
+def test_a_reference_is_removed_by_the_keyboard(page: Page, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "reference.png")
+    choosers: list[object] = []
+    page.on("filechooser", lambda chooser: choosers.append(chooser))
+    for key in ("Enter", " "):
+        page.set_input_files("#files", tmp_path / "reference.png")
+        expect(page.locator("#references img")).to_have_count(1)
+        page.locator("#references button").focus()
+        page.keyboard.press(key)
+        expect(page.locator("#references img")).to_have_count(0)
+    page.wait_for_timeout(200)
+    assert choosers == []
+    # On the field itself the same key chooses files.
+    page.locator("#drop").focus()
+    with page.expect_file_chooser():
+        page.keyboard.press("Enter")
+
+
+def test_no_other_page_frames_it_and_heads_are_answered(server) -> None:
+    for path in ("/", "/health", "/metrics"):
+        head, body = httpx.head(f"{server.url}{path}"), server.get(path)
+        assert head.status_code == body.status_code == 200
+        assert head.content == b""
+        assert head.headers["content-type"] == body.headers["content-type"]
+    assert "frame-ancestors 'none'" in server.get("/").headers["content-security-policy"]
+    assert "head" not in server.get("/openapi.json").json()["paths"]["/"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

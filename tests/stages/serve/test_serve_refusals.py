@@ -1,14 +1,17 @@
 """Everything a client can do wrong gets an error that names it, and the server lives."""
 
 import base64
+import contextlib
 import io
 import json
 import socket
 import struct
+import threading
 import time
 import zlib
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -28,6 +31,15 @@ def asked(content: Any, **fields: Any) -> dict[str, Any]:
 
 def part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def dialogue(**answer: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", **answer}]
+    return {"messages": [*turns, {"role": "user", "content": "z"}]}
 
 
 def png(height: int = 8, width: int = 8) -> str:
@@ -87,7 +99,22 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (TEXT, {"prompt": [462], "unconditional_prompt": [-1]}, 400, "unconditional_prompt: id -1"),
     (TEXT, {"prompt": "x" * 100_000}, 400, "100000 characters"),
     (TEXT, [1, 2], 400, "must be a JSON object"),
+    (TEXT, {"prompt": [65] * 513}, 400, "prompt: 513 ids; this server holds 512 tokens"),
+    (TEXT, {"prompt": [65], "unconditional_prompt": [65] * 600}, 400, "unconditional_prompt: 600"),
+    (TEXT, {"prompt": "x", "unconditional_prompt": [1.5]}, 400, "[1.5] must be a list of token"),
+    (TEXT, {"prompt": "x", "top_k": -2}, 400, "top-k -2 must be 0"),
+    (TEXT, {"prompt": "x", **{str(at): 1 for at in range(200)}}, 400, "201 fields in one object"),
     (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": ""}] * 20_000}, 400, "20000 messages and"),
+    (CHAT, dialogue(token_ids=[65] * 600), 400, "messages[1].token_ids: 600 ids"),
+    (CHAT, dialogue(content="y", tool_calls=[{"id": "1"}]), 400, "messages[1]: tool_calls=[{"),
+    (CHAT, dialogue(content="y", ratios=1), 400, "unknown field 'messages[1].ratios'; leave it"),
+    (CHAT, dialogue(content="y", token_idz=1), 400, "did you mean 'token_ids'?"),
+    (CHAT, asked([{**part(png()), "nmber": 1}]), 400, "content[0].nmber'; did you mean 'number'?"),
+    (CHAT, asked([{"type": "image_url", "image_url": {"uri": ""}}]), 400, "did you mean 'url'?"),
+    (CHAT, asked("x", image_sampling={"topk": 1}), 400, "did you mean 'top_k'?"),
+    (CHAT, asked(["x" * 40_000, "y" * 40_000]), 400, "messages[0].content[0]"),
+    (CHAT, asked([text("x" * 40_000), text("y" * 40_000)]), 400, "a text of 80000 characters"),
     (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, 'messages[0].role="robot"'),
     (CHAT, {"messages": [{"role": "assistant", "content": "x"}]}, 400, "must be the user's"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "no content"),
@@ -204,6 +231,57 @@ def test_a_large_body_is_refused_before_it_is_read(start_server) -> None:
     assert server.get("/health").status_code == 200
 
 
+def test_a_body_of_millions_of_ids_stops_nobody(server) -> None:
+    """Twenty million are refused before they are made, some millions while others are served."""
+    many = b'{"prompt": [' + b",".join([b"65"] * 20_000_000) + b"]}"
+    some = b'{"prompt": "x", "unconditional_prompt": [' + b",".join([b"65"] * 1_000_000) + b"]}"
+    headers = {"Content-Type": "application/json"}
+    slowest, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal slowest
+        with httpx.Client(timeout=60) as client:
+            while not done.is_set():
+                begun = time.perf_counter()
+                client.get(f"{server.url}/health")
+                slowest = max(slowest, time.perf_counter() - begun)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    begun = time.perf_counter()
+    refused = server.post(TEXT, None, content=many, headers=headers)
+    long = server.post(TEXT, None, content=some, headers=headers)
+    seconds = time.perf_counter() - begun
+    done.set()
+    watching.join()
+    assert refused.status_code == 413
+    assert "19999999 commas" in refused.json()["error"]["message"]
+    assert long.status_code == 400
+    assert "unconditional_prompt: 1000000 ids" in long.json()["error"]["message"]
+    assert slowest < 1
+    assert seconds < 5
+
+
+def test_a_body_that_drips_is_given_up(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emu35.stages.serve.bodies._SILENCE", 0.5)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(
+            f"POST {TEXT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            "Content-Length: 1000\r\n\r\n".encode()
+        )
+        connection.settimeout(0.1)
+        begun, answer = time.perf_counter(), b""
+        while not answer and time.perf_counter() - begun < 5:
+            connection.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(4096)
+    assert b" 408 " in answer
+    assert b"less than 131072 a second" in answer
+    assert time.perf_counter() - begun < 4
+    assert server.service.bodies._held == 0
+
+
 def test_a_full_line_is_429_and_says_when_to_come_back(start_server) -> None:
     server = start_server(max_requests=1, max_waiting=1)
     # Three answers are more than one that runs and one that waits.
@@ -249,11 +327,16 @@ def test_ids_of_whole_images_pass(server) -> None:
     tokenizer = server.service.asker.tokenizer
     vocabulary = tokenizer.vocabulary
     image = image_tokens(IMAGE, tokenizer)
-    check_ids([vocabulary.bos, *image, *image, 65, *image], tokenizer=tokenizer, name="prompt")
-    check_ids([], tokenizer=tokenizer, name="prompt")
-    check_ids(image_tokens([[0]], tokenizer), tokenizer=tokenizer, name="prompt")
+    check_ids(
+        [vocabulary.bos, *image, *image, 65, *image],
+        tokenizer=tokenizer,
+        name="prompt",
+        max_length=512,
+    )
+    check_ids([], tokenizer=tokenizer, name="prompt", max_length=512)
+    check_ids(image_tokens([[0]], tokenizer), tokenizer=tokenizer, name="prompt", max_length=512)
     wide = image_tokens(np.zeros((1, 120), int), tokenizer)
-    check_ids(wide, tokenizer=tokenizer, name="prompt")
+    check_ids(wide, tokenizer=tokenizer, name="prompt", max_length=512)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +361,7 @@ def test_spoilt_images_are_refused_at_their_position(server, spoil, message: str
     vocabulary = tokenizer.vocabulary
     ids = [vocabulary.bos, 65, *image_tokens(IMAGE, tokenizer)]
     with pytest.raises(Refusal, match=message) as caught:
-        check_ids(spoil(ids, vocabulary), tokenizer=tokenizer, name="prompt")
+        check_ids(spoil(ids, vocabulary), tokenizer=tokenizer, name="prompt", max_length=512)
     assert caught.value.status == 400
 
 

@@ -427,6 +427,7 @@ document.addEventListener("keydown", (event) => {
 const drop = find("drop");
 drop.onclick = () => find("files").click();
 drop.onkeydown = (event) => {
+  if (event.target !== drop) return; // a reference's button
   if (event.key === " " || (event.key === "Enter" && !event.ctrlKey)) {
     event.preventDefault();
     find("files").click();
