@@ -33,10 +33,6 @@ def part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def text(words: str) -> dict[str, Any]:
-    return {"type": "text", "text": words}
-
-
 def dialogue(**answer: Any) -> dict[str, Any]:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", **answer}]
     return {"messages": [*turns, {"role": "user", "content": "z"}]}
@@ -114,7 +110,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (CHAT, asked([{"type": "image_url", "image_url": {"uri": ""}}]), 400, "did you mean 'url'?"),
     (CHAT, asked("x", image_sampling={"topk": 1}), 400, "did you mean 'top_k'?"),
     (CHAT, asked(["x" * 40_000, "y" * 40_000]), 400, "messages[0].content[0]"),
-    (CHAT, asked([text("x" * 40_000), text("y" * 40_000)]), 400, "a text of 80000 characters"),
+    (CHAT, dialogue(content="y" * 80_000), 400, "a text of 80002 characters"),
     (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, 'messages[0].role="robot"'),
     (CHAT, {"messages": [{"role": "assistant", "content": "x"}]}, 400, "must be the user's"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "no content"),
