@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from emu35.cli import build_parser, main
-from emu35.run.arguments import convert, data, generate, tokenizer
+from emu35.run.arguments import convert, data, generate, source, tokenizer
 
 
 class Stdin:
@@ -218,9 +218,9 @@ def test_choices_are_those_of_the_packages_that_read_them():
     assert set(data.ORDERS) == values(PairOrder)
     assert set(data.TEXT_UNITS) == values(TextUnit)
     assert set(generate.TASKS) == values(Task)
-    assert set(generate.TEMPLATES) == values(PromptTemplate) | {"auto"}
+    assert set(source.TEMPLATES) == values(PromptTemplate) | {"auto"}
     assert set(convert.TEMPLATES) == values(PromptTemplate)
-    assert set(generate.PRECISIONS) == set(convert.DTYPES) == values(Precision)
+    assert set(source.PRECISIONS) == set(convert.DTYPES) == values(Precision)
 
 
 def test_defaults_are_those_of_the_options_they_fill():

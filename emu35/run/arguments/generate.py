@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 
 from emu35.run.arguments import Commands
+from emu35.run.arguments.source import add_source, end_without_leading, read_source
 
 TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla", "chat")
-TEMPLATES = ("auto", "official", "plain")
-PRECISIONS = ("fp32", "bf16")
 
 _RECORDS = """\
 A line of --prompts-file is a JSON object with a prompt. It may also set id, task, images (paths
@@ -19,13 +18,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Describe the subcommand."""
     text = "pictures and text from prompts, by a run or a release"
     command = commands.add_parser("generate", help=text, description=text, epilog=_RECORDS)
-    source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, dest="source", metavar="DIR", help="run folder")
-    source.add_argument("--release", type=Path, dest="source", metavar="DIR")
-    command.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
-    command.add_argument(
-        "--vision", type=Path, metavar="DIR", help="image tokenizer, if the source names none"
-    )
+    add_source(command)
     command.add_argument("--task", choices=TASKS, default="t2i")
     command.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be repeated"
@@ -50,15 +43,11 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
     command.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="split the model over N ranks of this host"
-    )
-    command.add_argument(
         "--cache-tokens",
         type=int,
         metavar="N",
         help="slots of the key-value cache (default: what the prompts need, as far as memory goes)",
     )
-    command.add_argument("--precision", choices=PRECISIONS, help="default: as trained")
     _add_form(command)
     _add_end(command)
     _add_sampling(command)
@@ -72,12 +61,6 @@ def _add_form(command: argparse.ArgumentParser) -> None:
     grid.add_argument("--ratio", help="aspect ratio such as 16:9; auto: the model decides")
     command.add_argument(
         "--image-area", type=int, metavar="PIXELS", help="references are resized to this area"
-    )
-    command.add_argument(
-        "--template",
-        choices=TEMPLATES,
-        default="auto",
-        help="form of the prompt (default auto: the one that the model was trained for)",
     )
 
 
@@ -132,24 +115,15 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from emu35.config import Precision
-    from emu35.run.tp import in_ranks
-
-    if (code := in_ranks(arguments.tp)) is not None:
+    if (code := end_without_leading(arguments)) is not None:
         return code
-    precision = Precision(arguments.precision) if arguments.precision else None
-    from emu35.inference.lead import follow, follows
-
-    if follows():
-        follow(arguments.source, step=arguments.step, precision=precision, tp=arguments.tp)
-        return 0
     from emu35.inference.ask import SamplingOverride, parse_size
     from emu35.stages.generate.interactive import interactive
     from emu35.stages.generate.options import GenerateOptions
     from emu35.stages.generate.run import generate
-    from emu35.tokens.template import PromptTemplate, Task
+    from emu35.tokens.template import Task
 
-    template: str = arguments.template
+    chosen = read_source(arguments)
     options = GenerateOptions(
         source=arguments.source,
         prompts=arguments.prompt,
@@ -158,9 +132,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         task=Task(arguments.task),
         images=arguments.image,
         vision=arguments.vision,
-        template=None if template == "auto" else PromptTemplate(template),
+        template=chosen.template,
         step=arguments.step,
-        precision=precision,
+        precision=chosen.precision,
         seed=arguments.seed,
         size=parse_size(arguments.size) if arguments.size else None,
         ratio=arguments.ratio,

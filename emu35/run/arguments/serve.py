@@ -1,11 +1,10 @@
 """``emu35 serve``: an HTTP server over the generation engine."""
 
 import argparse
-from pathlib import Path
 
 from emu35.errors import ConfigError
 from emu35.run.arguments import Commands
-from emu35.run.arguments.generate import PRECISIONS, TEMPLATES
+from emu35.run.arguments.source import add_source, end_without_leading, read_source
 
 _PACKAGES = frozenset({"fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"})
 
@@ -14,23 +13,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Describe the subcommand."""
     text = "HTTP server for text and pictures: OpenAI's interface, and a page to try it"
     command = commands.add_parser("serve", help=text, description=text)
-    source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, dest="source", metavar="DIR", help="run folder")
-    source.add_argument("--release", type=Path, dest="source", metavar="DIR")
-    command.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
-    command.add_argument(
-        "--vision", type=Path, metavar="DIR", help="image tokenizer, if the source names none"
-    )
-    command.add_argument(
-        "--template",
-        choices=TEMPLATES,
-        default="auto",
-        help="form of the prompt (default auto: the one that the model was trained for)",
-    )
-    command.add_argument("--precision", choices=PRECISIONS, help="default: as trained")
-    command.add_argument(
-        "--tp", type=int, default=1, metavar="N", help="split the model over N ranks of this host"
-    )
+    add_source(command)
     command.add_argument(
         "--model-name", metavar="NAME", help="what clients call it (default: the source's name)"
     )
@@ -83,25 +66,16 @@ def _serve(arguments: argparse.Namespace) -> int:
             f"the package {error.name} is missing; install the server's with "
             "pip install 'emu35[serve]'"
         ) from error
-    from emu35.config import Precision
-    from emu35.inference.lead import follow, follows
-    from emu35.run.tp import in_ranks
-    from emu35.tokens.template import PromptTemplate
-
-    if (code := in_ranks(arguments.tp)) is not None:
+    if (code := end_without_leading(arguments)) is not None:
         return code
-    precision = Precision(arguments.precision) if arguments.precision else None
-    if follows():
-        follow(arguments.source, step=arguments.step, precision=precision, tp=arguments.tp)
-        return 0
-    template: str = arguments.template
+    chosen = read_source(arguments)
     serve(
         ServeOptions(
             source=arguments.source,
             step=arguments.step,
             vision=arguments.vision,
-            template=None if template == "auto" else PromptTemplate(template),
-            precision=precision,
+            template=chosen.template,
+            precision=chosen.precision,
             model_name=arguments.model_name,
             host=arguments.host,
             port=arguments.port,

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from emu35.inference.request import MOST_TOP_LOGPROBS
+from emu35.stages.serve.neutral import IGNORED, MESSAGE_NEUTRAL, NEUTRAL
 from emu35.stages.serve.refusal import shown
 from emu35.tokens.template import Task
 
@@ -41,52 +42,6 @@ step would fail, and with it whatever else was in it."""
 
 EVERY_EIGHTH = -1
 """``stream_previews=true``: a preview every eighth of a picture."""
-
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "best_of": (None, 1),
-    "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"], ["text", "image"]),
-    "reasoning_effort": (None,),
-    "prediction": (None,),
-    "audio": (None,),
-    "web_search_options": (None,),
-    "verbosity": (None,),
-    "moderation": (None,),
-}
-"""OpenAI's fields that do nothing here -> the values that ask for nothing."""
-
-_MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "refusal": (None, ""),
-    "annotations": (None, []),
-    "audio": (None,),
-    "function_call": (None,),
-    "tool_calls": (None, []),
-}
-"""The same of a message: what OpenAI's client writes when an answer is sent back."""
-
-_IGNORED = frozenset(
-    {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-    }
-)
-"""Fields about the caller and what a service keeps, which no answer depends on."""
 
 
 class Body(BaseModel):
@@ -183,8 +138,8 @@ class GenerationBody(Body):
     return_images: bool = True
     image_area: int | None = None
 
-    neutral = _NEUTRAL
-    ignored = _IGNORED
+    neutral = NEUTRAL
+    ignored = IGNORED
 
     @model_validator(mode="before")
     @classmethod
@@ -339,7 +294,7 @@ class Message(Body):
     reasoning_content: str | None = None
     token_ids: Ids | None = None
 
-    neutral = _MESSAGE_NEUTRAL
+    neutral = MESSAGE_NEUTRAL
 
     @field_validator("content", mode="before")
     @classmethod

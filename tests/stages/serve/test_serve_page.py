@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from emu35.inference.engine import Engine
+from emu35.inference.request import Update
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -88,7 +92,16 @@ def test_a_picture_is_generated_and_can_be_downloaded(page: Page, tmp_path: Path
     expect(page.locator(".asked")).to_contain_text("a red circle")
 
 
-def test_the_picture_grows_and_stop_leaves_it_as_it_is(page: Page, server) -> None:
+def test_the_picture_grows_and_stop_leaves_it_as_it_is(
+    page: Page, server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Engine.step
+
+    def unhurried(engine: Engine) -> list[Update]:
+        time.sleep(0.01)  # this model draws faster than a browser clicks
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", unhurried)
     choose(page, "Image", rows=20, columns=22)
     page.fill("#prompt", "slowly")
     aborted = server.metric('emu35_requests_ended_total{reason="abort"}')
