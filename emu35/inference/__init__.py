@@ -18,7 +18,8 @@ sequence that is ready). The parts it is made of:
   goes on later as if nothing had happened.
 - :mod:`~emu35.inference.ask` makes requests of what people wish, and
   :mod:`~emu35.inference.progress` makes what people can follow of a request's tokens.
-- :mod:`~emu35.inference.ranks` keeps tensor-parallel ranks of one mind.
+- :mod:`~emu35.inference.ranks` keeps tensor-parallel ranks of one mind, and
+  :mod:`~emu35.inference.lead` lets rank 0 take the requests for all of them.
 
 Forced tokens cost no forward, projection or draw of their own: they are fed together with the token
 before them. Random numbers are a function of (seed, position, id), so a request gives the same
