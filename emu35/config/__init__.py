@@ -15,6 +15,8 @@ from emu35.config.checkpoint import CheckpointConfig
 from emu35.config.data import (
     DataConfig,
     ImageDataConfig,
+    Overlong,
+    Packing,
     SourceConfig,
     TokenDataConfig,
     ValidationConfig,
@@ -35,9 +37,14 @@ from emu35.config.optim import OptimConfig, Schedule
 from emu35.config.parallel import ParallelConfig
 from emu35.config.root import KINDS, RunConfig
 from emu35.config.stage import (
+    Adapter,
     IBQStageConfig,
     LMStageConfig,
+    LoRAConfig,
+    LoRATarget,
     LossWeights,
+    NewRows,
+    NewRowsConfig,
     Precision,
     PretrainConfig,
     SFTConfig,
@@ -48,6 +55,7 @@ from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
 __all__ = [
     "FP8",
     "KINDS",
+    "Adapter",
     "AttentionBackend",
     "CheckpointConfig",
     "DataConfig",
@@ -62,10 +70,16 @@ __all__ = [
     "LaunchConfig",
     "LaunchKind",
     "LayerSpec",
+    "LoRAConfig",
+    "LoRATarget",
     "LogConfig",
     "LossWeights",
     "ModelConfig",
+    "NewRows",
+    "NewRowsConfig",
     "OptimConfig",
+    "Overlong",
+    "Packing",
     "ParallelConfig",
     "Precision",
     "PretrainConfig",

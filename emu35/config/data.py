@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from emu35.config.area import parse_area
 from emu35.config.check import at_least
+from emu35.errors import ConfigError
 
 
 class Modality(StrEnum):
@@ -13,6 +15,23 @@ class Modality(StrEnum):
     all = "all"
     text = "text"
     visual = "visual"
+
+
+class Packing(StrEnum):
+    """When documents are put together into rows: ``online`` (paper section 3.2, stage 1) while
+    training, or ``offline`` (stage 2 and fine-tuning) once for all, padded to the full row."""
+
+    online = "online"
+    offline = "offline"
+
+
+class Overlong(StrEnum):
+    """A document longer than a row: ``cut`` it at parts, never inside a picture; ``drop`` it, with
+    its source and how many said at the start; or ``refuse`` to start."""
+
+    cut = "cut"
+    drop = "drop"
+    refuse = "refuse"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,29 +46,48 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """A folder of token shards and its share of the mixture, by tokens."""
+    """A folder of token shards and its share of the mixture, by tokens.
+
+    ``area`` is how large its pictures are to be when they are ingested, in the words of
+    :func:`emu35.config.area.parse_area`; ``emu35 data ingest --recipe`` reads it, training does
+    not.
+    """
 
     path: str
     ratio: float = 1.0
+    area: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
 class ValidationConfig:
-    """A folder of token shards evaluated whole (up to ``max_documents``), on one modality."""
+    """A folder of token shards evaluated whole (up to ``max_documents``), on one modality.
+
+    ``every`` thins it out: 3 evaluates it at every third validation, and always at the last step.
+    ``area`` as in a source.
+    """
 
     path: str
     modality: Modality = Modality.all
     max_documents: int = 256
+    every: int = 1
+    area: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
 class TokenDataConfig(DataConfig):
-    """Token shards, mixed by ratio and packed online (best fit into ``open_bins``)."""
+    """Token shards, mixed by ratio and packed into rows of ``sequence_length``.
+
+    ``packing: online`` fits documents of all sources into ``open_bins`` rows as they come;
+    ``offline`` packs each source once, before the first step, and mixes whole rows. ``overlong``
+    says what becomes of a document that is longer than a row.
+    """
 
     kind: str = "tokens"
     sequence_length: int = 1024
     sources: dict[str, SourceConfig] = field(default_factory=dict[str, SourceConfig])
     validation: dict[str, ValidationConfig] = field(default_factory=dict[str, ValidationConfig])
+    packing: Packing = Packing.online
+    overlong: Overlong = Overlong.cut
     open_bins: int = 16
     shuffle_window: int = 4096
     prefetch_steps: int = 2
@@ -63,7 +101,9 @@ class TokenDataConfig(DataConfig):
             shuffle_window=self.shuffle_window,
         )
         yield from at_least("data", 0, prefetch_steps=self.prefetch_steps)
+        yield from _areas(self)
         for name, section in self.validation.items():
+            yield from at_least(f"data.validation.{name}", 1, every=section.every)
             if section.max_documents < 1:
                 yield (
                     f"data.validation.{name}.max_documents={section.max_documents} leaves nothing "
@@ -74,6 +114,16 @@ class TokenDataConfig(DataConfig):
                 yield f"data.sources.{name}.ratio={source.ratio} is negative; ratios are shares"
         if self.sources and not any(source.ratio > 0 for source in self.sources.values()):
             yield "data.sources: every ratio is 0; at least one source needs a positive ratio"
+
+
+def _areas(data: TokenDataConfig) -> Iterator[str]:
+    for kind, sections in (("sources", data.sources), ("validation", data.validation)):
+        for name, section in sections.items():
+            if section.area is not None:
+                try:
+                    parse_area(section.area)
+                except ConfigError as error:
+                    yield f"data.{kind}.{name}.area: {error}"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -61,20 +61,87 @@ class LossWeights:
         )
 
 
+class NewRows(StrEnum):
+    """Where vocabulary rows start that the initial weights do not have: the ``mean`` of the
+    text rows plus noise, so that no new id outbids all known ones, or ``normal``, noise alone."""
+
+    mean = "mean"
+    normal = "normal"
+
+
+@dataclass(kw_only=True, slots=True)
+class NewRowsConfig:
+    """Rows for the ids that Qwen3 does not have, in the embedding and in the output layer.
+
+    ``std`` is the standard deviation of the noise. The embedding row of PAD is zero in any case.
+    """
+
+    policy: NewRows = NewRows.mean
+    std: float = 0.02
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least("stage.new_rows", 0, std=self.std)
+
+
+class Adapter(StrEnum):
+    """What is trained: ``none``, all weights; ``lora``, low-rank additions to frozen ones."""
+
+    none = "none"
+    lora = "lora"
+
+
+class LoRATarget(StrEnum):
+    """Linear layers that can have an addition, by megatron-core's names: query, key and value in
+    one, the attention's output, gate and up projection in one, the down projection."""
+
+    linear_qkv = "linear_qkv"
+    linear_proj = "linear_proj"
+    linear_fc1 = "linear_fc1"
+    linear_fc2 = "linear_fc2"
+
+
+@dataclass(kw_only=True, slots=True)
+class LoRAConfig:
+    """Low-rank adaptation (arXiv 2106.09685): W x + (alpha / rank) B A dropout(x)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[LoRATarget] = field(default_factory=lambda: list(LoRATarget))
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least("stage.lora", 1, rank=self.rank)
+        if self.alpha <= 0:
+            yield f"stage.lora.alpha={self.alpha} must be positive"
+        if not 0 <= self.dropout < 1:
+            yield f"stage.lora.dropout={self.dropout} must lie in [0, 1)"
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            names = ", ".join(LoRATarget)
+            yield f"stage.lora.targets={list(self.targets)} must name some of {names}, each once"
+
+
 @dataclass(kw_only=True, slots=True)
 class LMStageConfig(StageConfig):
     """What pretraining and fine-tuning share: next-token prediction with weights by modality.
 
-    ``loss_chunk`` is the number of token rows projected onto the vocabulary at a time.
+    ``init_from`` names a run, a release in the official format, or a Qwen3 folder as published, for
+    which ``new_rows`` completes the vocabulary. With ``adapter: lora`` only the additions that
+    ``lora`` describes are trained. ``loss_chunk`` is the number of token rows projected onto the
+    vocabulary at a time.
     """
 
     loss_weights: LossWeights = field(default_factory=LossWeights)
     loss_chunk: int = 1024
+    new_rows: NewRowsConfig = field(default_factory=NewRowsConfig)
+    adapter: Adapter = Adapter.none
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     def problems(self) -> Iterator[str]:
         # Zero-argument super() fails in slotted dataclasses (the class is rebuilt).
         yield from StageConfig.problems(self)
         yield from self.loss_weights.problems()
+        yield from self.new_rows.problems()
+        yield from self.lora.problems()
         yield from at_least("stage", 1, loss_chunk=self.loss_chunk)
 
 
