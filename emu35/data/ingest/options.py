@@ -8,6 +8,7 @@ from pathlib import Path
 from emu35.config.check import at_least
 from emu35.config.tokenizer import TokenizerConfig
 from emu35.data.readers.discover import TextUnit
+from emu35.data.readers.task_documents import Starts
 from emu35.errors import ConfigError
 
 
@@ -42,7 +43,10 @@ class IngestOptions:
         source: name of the source; shards are called ``<source>-000000.tar``.
         tokenizer: text table, codebook size, and the image tokenizer's folder (``vision``).
         area: pictures are resized to about this many pixels, aspect kept.
-        sequence_length: a picture longer than this is rejected (0: no limit).
+        order: of a picture and its caption; documents of other forms have an order of their own.
+        starts: where documents of embodied manipulations begin.
+        sequence_length: a picture, or a document of a task, longer than this is rejected (0: no
+            limit).
         shard_bytes: size at which a new shard is begun.
         images_per_call: pictures of equal size encoded together.
         threads: threads that open and resize pictures.
@@ -56,6 +60,7 @@ class IngestOptions:
     area: int = 512 * 512
     order: PairOrder = PairOrder.caption_first
     text_unit: TextUnit = TextUnit.file
+    starts: Starts = Starts.random
     sequence_length: int = 0
     shard_bytes: int = 256 * 2**20
     images_per_call: int = 16

@@ -10,6 +10,7 @@ from emu35.run.arguments.tokenizer import add_tokenizer, tokenizer_config
 
 ORDERS = ("caption_first", "image_first", "both")
 TEXT_UNITS = ("file", "lines")
+STARTS = ("first", "random", "all")
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -56,11 +57,18 @@ def _add_ingest(actions: "Commands[argparse.ArgumentParser]") -> None:
         "--text-unit", choices=TEXT_UNITS, default="file", help="one document is a file, or a line"
     )
     command.add_argument(
+        "--starts",
+        choices=STARTS,
+        default="random",
+        help="documents of a vla record besides the whole: none, from one random later step "
+        "(default), or from every one",
+    )
+    command.add_argument(
         "--sequence-length",
         type=int,
         default=0,
         metavar="N",
-        help="reject pictures that are longer in tokens (default 0: no limit)",
+        help="reject pictures and task documents that are longer in tokens (default 0: no limit)",
     )
     command.add_argument("--shard-bytes", type=int, default=256 * 2**20, metavar="N")
     command.add_argument(
@@ -125,6 +133,7 @@ def parse_area(text: str) -> int:
 def _ingest(arguments: argparse.Namespace) -> int:
     from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
     from emu35.data.readers.discover import TextUnit
+    from emu35.data.readers.task_documents import Starts
     from emu35.stages.data import ingest
 
     out: Path = arguments.out
@@ -137,6 +146,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
             area=parse_area(arguments.area),
             order=PairOrder(arguments.order),
             text_unit=TextUnit(arguments.text_unit),
+            starts=Starts(arguments.starts),
             sequence_length=arguments.sequence_length,
             shard_bytes=arguments.shard_bytes,
             images_per_call=arguments.images_per_call,
