@@ -33,7 +33,6 @@ from emu35.tokens.serialize import join_parts
 from emu35.tokens.text import TextTokenizer
 from emu35.tokens.vocabulary import Vocabulary
 
-
 Picture = TypeVar("Picture")
 """Whatever stands for a picture: a grid of codes, or a file that is still to be encoded."""
 
@@ -190,8 +189,8 @@ def question_parts(
     """What is asked in one turn, in order: text and ``images``, and BSS where the template has it.
 
     Images follow each other without a separator, before the question for ``x2i`` and after it for
-    every other task. A turn that is not the first (``later``) opens with ``USER:`` alone. BOS, which
-    opens the document, and the ESS of an earlier answer are no part of it.
+    every other task. A turn that is not the first (``later``) opens with ``USER:`` alone. BOS and
+    the ESS of an earlier answer, which stand before it, are no part of it.
     """
     if template is PromptTemplate.plain:
         opening = closing = ""

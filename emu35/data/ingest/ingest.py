@@ -235,18 +235,20 @@ class _Job:
                 ordered = _ordered(parts, order=output.order) if form is RecordForm.pair else parts
                 document = Document(ordered, source=self.options.source, id=id)
                 sequence = serialize(document, self.tokenizer)
-                limit = self.options.sequence_length
-                if form is RecordForm.task and 0 < limit < len(sequence):
-                    detail = (
-                        f"{len(sequence)} tokens, above {limit}, and a task document cannot be cut; "
-                        "lower the area, or split the record"
-                    )
-                    yield Reject(id=id, reason=Reason.task_too_long, detail=detail)
+                if form is RecordForm.task and 0 < self.options.sequence_length < len(sequence):
+                    yield self._too_long(id, tokens=len(sequence))
                     continue
                 output.writer.append(sequence, document_id=id)
                 tally.documents += 1
                 tally.tokens += len(sequence)
                 tally.visual_tokens += int(np.count_nonzero(sequence.modality == Modality.VISUAL))
+
+    def _too_long(self, id: str, *, tokens: int) -> Reject:
+        detail = (
+            f"{tokens} tokens, above {self.options.sequence_length}, and a response without its "
+            "end teaches to break off; lower the area, or split the record"
+        )
+        return Reject(id=id, reason=Reason.task_too_long, detail=detail)
 
 
 def _ordered(parts: list[Part], *, order: PairOrder) -> list[Part]:
@@ -257,12 +259,13 @@ def _ordered(parts: list[Part], *, order: PairOrder) -> list[Part]:
 
 def _identity(options: IngestOptions, *, encoder: PictureEncoder | None) -> dict[str, Any]:
     """The options that decide what a document becomes; a rerun must repeat them."""
+    area = options.area
     return {
         "source": options.source,
         "tokenizer": options.tokenizer.kind.value,
         "codebook_size": options.tokenizer.codebook_size,
         "vision": encoder.digest if encoder is not None else None,
-        "area": options.area,
+        "area": area.most if area.least == area.most else f"{area.least}..{area.most}",
         "order": options.order.value,
         "text_unit": options.text_unit.value,
         "starts": options.starts.value,

@@ -13,9 +13,10 @@ documents, see :func:`task_documents`.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import StrEnum
+from pathlib import Path
 
 from emu35.data.readers.records import RawImage, RawPart, RawSpecial, RawText
 from emu35.data.readers.task_records import Step, TaskRecord, TaskTurn
@@ -100,7 +101,7 @@ def _explored(whole: TaskTurn, *, kind: ExploreKind) -> Sequence[TaskTurn]:
     ]
 
 
-def _picture_of(step: Step) -> tuple:
+def _picture_of(step: Step) -> tuple[Path, ...]:
     return () if step.image is None else (step.image,)
 
 

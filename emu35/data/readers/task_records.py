@@ -1,5 +1,6 @@
 """A line of task JSONL, checked field by field against :mod:`emu35.data.readers.task_table`."""
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ class _TaskReader:
         for key in given:
             if key not in known:
                 raise self._wrong(
-                    f"{where}{_short(key)} is no field of the {self.task.value} task here; it has "
+                    f"{where}{_show(key)} is no field of the {self.task.value} task here; it has "
                     f"{', '.join(known)}.{did_you_mean(key, known)} Rename it or leave it out"
                 )
         values: dict[str, Any] = {}
@@ -196,7 +197,7 @@ class _TaskReader:
     def _value(self, value: Any, *, field: Field, where: str) -> Any:
         check: dict[Holds, Callable[[Any, Field, str], Any]] = {
             Holds.text: self._text,
-            Holds.name: self._name,
+            Holds.label: self._label,
             Holds.picture: self._picture,
         }
         if field.holds in check:
@@ -206,8 +207,8 @@ class _TaskReader:
         entries = cast(list[Any], value)
         if len(entries) < field.least or (field.most is not None and len(entries) > field.most):
             raise self._wrong(
-                f"{where} has {len(entries)} entries; the {self.task.value} task has {field.count}; "
-                "add or remove some"
+                f"{where} has {len(entries)} entries; the {self.task.value} task has "
+                f"{field.count}; add or remove some"
             )
         if field.holds is Holds.pictures:
             return [self._picture(v, field, f"{where}[{at}]") for at, v in enumerate(entries)]
@@ -228,7 +229,7 @@ class _TaskReader:
             )
         return value
 
-    def _name(self, value: Any, field: Field, where: str) -> str:
+    def _label(self, value: Any, field: Field, where: str) -> str:
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise self._wrong(f"{where} is {_show(value)}, not {field.holds.value}; make it one")
         return str(value)
@@ -267,9 +268,10 @@ class _TaskReader:
         return WrongTask(f"{detail}; `emu35 data tasks {self.task.value}` shows the schema")
 
 
+_REPR = reprlib.Repr()
+"""Shows any JSON value in one short piece, however long or deep it is."""
+_REPR.maxstring = _SHOWN
+
+
 def _show(value: Any) -> str:
-    return _short("null" if value is None else repr(value))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return "null" if value is None else _REPR.repr(value)

@@ -1,9 +1,10 @@
 """The tasks of fine-tuning (paper section 4.1) as one table: fields, counts and examples.
 
-The reader validates by this table, ``emu35 data tasks`` prints it, and the messages of rejects are
-made of it, so that the three cannot drift apart.
+The reader validates by this table, messages of rejects are made of it, and ``emu35 data tasks`` and
+the lines below print it, so that they cannot drift apart.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,7 +18,7 @@ class Holds(StrEnum):
     """What a field of a record holds, in the words of the messages."""
 
     text = "a text that is not blank"
-    name = "a text or a whole number"
+    label = "a text or a whole number"
     picture = "the path of a picture"
     pictures = "a list of paths of pictures"
     steps = "a list of steps"
@@ -85,12 +86,6 @@ class TaskForm:
 
 
 _PROMPT = Field(name="prompt", holds=Holds.text, meaning="what the user asks")
-_THOUGHT = Field(
-    name="thought",
-    holds=Holds.text,
-    meaning="global chain of thought, before the answer",
-    required=False,
-)
 _REFERENCES = Field(
     name="references", holds=Holds.pictures, meaning="reference pictures", required=False
 )
@@ -103,40 +98,38 @@ _IMAGE_THOUGHT = Field(
 )
 
 ID = Field(
-    name="id", holds=Holds.name, meaning="joins the line's number in reports", required=False
+    name="id", holds=Holds.label, meaning="joins the line's number in reports", required=False
 )
-THOUGHT = _THOUGHT
+THOUGHT = Field(
+    name="thought",
+    holds=Holds.text,
+    meaning="global chain of thought, before the answer",
+    required=False,
+)
 TURNS = Field(
     name="turns",
     holds=Holds.turns,
-    meaning="a dialogue, in place of the single question and answer",
+    meaning="a dialogue",
     required=False,
     least=1,
 )
 """Fields of every record."""
 
-
-def _step(*, text: str, image: str, required: bool, more: tuple[Field, ...] = ()) -> Any:
-    return (
-        Field(name="text", holds=Holds.text, meaning=text, required=required and not more),
-        Field(
-            name="thought",
-            holds=Holds.text,
-            meaning="chain of thought of the step's picture",
-            required=False,
-        ),
-        Field(name="image", holds=Holds.picture, meaning=image, required=required),
-        *more,
-    )
-
-
-_STEP: tuple[Field, ...] = _step(
-    text="what the step says", image="what the step shows; text, image or both", required=False
+_STEP_THOUGHT = Field(
+    name="thought",
+    holds=Holds.text,
+    meaning="chain of thought of the step's picture",
+    required=False,
+)
+_STEP = (
+    Field(name="text", holds=Holds.text, meaning="what the step says", required=False),
+    _STEP_THOUGHT,
+    Field(name="image", holds=Holds.picture, meaning="what the step shows", required=False),
 )
 INSTRUCTION = Field(
     name="instruction",
     holds=Holds.text,
-    meaning="what the user asks to get this step; from the second step on, for interactive kinds",
+    meaning="what the user asks to get this step; interactive kinds need it from the second on",
     required=False,
 )
 
@@ -216,11 +209,11 @@ TASK_FORMS: Mapping[Task, TaskForm] = MappingProxyType(
             meaning="world exploration; a record becomes a document of each kind",
             asked=(_PROMPT,),
             answered=(_steps(least=2),),
-            step=_step(
-                text="what is told of the view",
-                image="the view",
-                required=True,
-                more=(INSTRUCTION,),
+            step=(
+                INSTRUCTION,
+                Field(name="text", holds=Holds.text, meaning="what is told", required=False),
+                _STEP_THOUGHT,
+                Field(name="image", holds=Holds.picture, meaning="the view"),
             ),
             more=(
                 Field(
@@ -252,8 +245,10 @@ TASK_FORMS: Mapping[Task, TaskForm] = MappingProxyType(
                 ),
             ),
             answered=(_steps(least=1),),
-            step=_step(
-                text="instruction of the subtask", image="keyframe of its end", required=True
+            step=(
+                Field(name="text", holds=Holds.text, meaning="instruction of the subtask"),
+                _STEP_THOUGHT,
+                Field(name="image", holds=Holds.picture, meaning="keyframe of its end"),
             ),
             several_turns=False,
             example={
@@ -272,29 +267,38 @@ TASK_FORMS: Mapping[Task, TaskForm] = MappingProxyType(
 
 def describe_task(task: Task) -> Iterator[str]:
     """Lines that tell how a record of ``task`` is written, with an example."""
-    import json
-
     form = TASK_FORMS[task]
     yield f"{task.value}: {form.meaning}"
-    yield from _rows([ID, THOUGHT, *form.asked, *form.answered, *form.more])
-    if form.step:
-        yield "  a step:"
-        yield from _rows(form.step, indent=4)
+    pair = (*form.asked, *form.answered)
+    yield from (f"  {_row(field)}" for field in (ID, THOUGHT, *pair, *form.more))
     if form.several_turns:
-        yield f"  turns in place of {_names([*form.asked, *form.answered])}: each turn has these, "
-        yield "    and may have a thought"
+        names = ", ".join(field.name for field in pair)
+        yield f"  {_row(TURNS)} in place of {names}, which every turn has; it may have a thought"
+    if form.step:
+        yield "  a step has"
+        yield from (f"    {_row(field)}" for field in form.step)
     yield f"  {json.dumps({'task': task.value, **form.example})}"
 
 
-def _rows(fields: "list[Field] | tuple[Field, ...]", *, indent: int = 2) -> Iterator[str]:
-    for field in fields:
-        name = field.name if field.required else f"[{field.name}]"
-        count = f" ({field.count})" if field.holds in _LISTS else ""
-        yield f"{' ' * indent}{name:<16}{field.holds.value}{count}: {field.meaning}"
+def _row(field: Field) -> str:
+    name = field.name if field.required else f"[{field.name}]"
+    is_list = field.holds in (Holds.pictures, Holds.steps, Holds.kinds, Holds.turns)
+    count = f" ({field.count})" if is_list else ""
+    return f"{name:<16}{field.holds.value}{count}: {field.meaning}"
 
 
-def _names(fields: list[Field]) -> str:
-    return ", ".join(field.name for field in fields)
+def describe_tasks() -> Iterator[str]:
+    """Lines about the records of all tasks."""
+    yield from _GENERAL
+    for task in TASK_FORMS:
+        yield ""
+        yield from describe_task(task)
 
 
-_LISTS = (Holds.pictures, Holds.steps, Holds.kinds, Holds.turns)
+_GENERAL = (
+    "A record is a JSON object on a line of its own, with a key 'task'. Fields in [brackets] may",
+    "be left out; other keys are refused. Relative paths start at the folder of the file. A step",
+    "has a text, a picture or both; its thought belongs to its picture, and comes right before it.",
+)
+
+__doc__ = "\n".join([__doc__ or "", *describe_tasks()])
