@@ -28,20 +28,29 @@ def weights_by_modality(weights: LossWeights) -> TokenWeights:
 
 
 def response_weights(weights: LossWeights, *, vocabulary: Vocabulary) -> TokenWeights:
-    """As ``weights_by_modality``, but only labels after the document's BSS count: fine-tuning
-    learns the response, from BSS to ESS and EOS, and not the prompt (paper section 4.1)."""
+    """As ``weights_by_modality``, but only labels of responses count: in every turn of a document
+    those after BSS, up to and with ESS, and the EOS that follows the last ESS. Fine-tuning learns
+    what is answered, and neither the prompt nor a later turn's question (paper section 4.1). A
+    document without BSS counts nothing. Takes whole rows."""
     by_modality = weights_by_modality(weights)
+    bss, ess, eos = vocabulary.bss, vocabulary.ess, vocabulary.eos
 
     def token_weights(batch: Batch) -> torch.Tensor:
-        opened_BS = (batch.tokens == vocabulary.bss).long().cumsum(1)
-        start_BS = batch.document_start.clamp(max=batch.tokens.shape[1] - 1)
-        before_BS = (
-            opened_BS.gather(1, start_BS)
-            - (batch.tokens.gather(1, start_BS) == vocabulary.bss).long()
-        )
-        return by_modality(batch) * (opened_BS > before_BS)
+        tokens_BS, labels_BS = batch.tokens, batch.labels
+        opened_BS = _latest(tokens_BS == bss)
+        ended_BS = _latest(tokens_BS == ess)
+        answered_BS = opened_BS >= batch.document_start
+        inside_BS = answered_BS & (opened_BS > ended_BS) & (labels_BS != bss)
+        end_BS = answered_BS & (opened_BS < ended_BS) & (labels_BS == eos)
+        return by_modality(batch) * (inside_BS | end_BS)
 
     return token_weights
+
+
+def _latest(marked_BS: torch.Tensor) -> torch.Tensor:
+    """The column, up to each one, that was marked last; -1 before the first."""
+    columns_S = torch.arange(marked_BS.shape[1], device=marked_BS.device)
+    return torch.where(marked_BS, columns_S, -1).cummax(1).values
 
 
 def validation_weights(modality: LossModality) -> TokenWeights:
