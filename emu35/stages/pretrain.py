@@ -71,6 +71,7 @@ def train_language_model(
             loader=loader,
             validation=validation,
             token_weights=token_weights,
+            sources=[source.name for source in loader.sources],
             start_weights=partial(_start_from, config=config) if stage.init_from else None,
         )
         return fit(task, config=config, run_dir=run_dir)

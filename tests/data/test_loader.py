@@ -66,7 +66,15 @@ def stacked(batches: list[Batch], name: str) -> torch.Tensor:
     return torch.cat([getattr(batch, name) for batch in batches])
 
 
-TENSORS = ("tokens", "labels", "label_modality", "label_valid", "positions", "document_start")
+TENSORS = (
+    "tokens",
+    "labels",
+    "label_modality",
+    "label_valid",
+    "label_source",
+    "positions",
+    "document_start",
+)
 
 
 def assert_same(one: list[Batch], two: list[Batch]) -> None:
@@ -116,6 +124,23 @@ def test_every_tensor_agrees_with_the_documents_it_was_made_from(
             assert (batch.positions[row, end:] == 0).all()
             assert (batch.document_start[row, end:] == ROW).all()
     assert seen > 8
+
+
+def test_labels_are_numbered_by_their_source(data: TokenDataConfig) -> None:
+    with loader_of(data) as loader:
+        names = [source.name for source in loader.sources]
+        batches = loader.next_step()
+    numbers: set[str] = set()
+    for batch in batches:
+        assert batch.label_source.dtype == torch.int16
+        assert (batch.label_source[~batch.label_valid] == 0).all()
+        for row in range(2):
+            for start, end in documents_in(batch, row=row):
+                text = bytes(t for t in batch.tokens[row, start:end].tolist() if t < 256)
+                name = "text" if text.startswith(b"line") else "scenes"
+                assert set(batch.label_source[row, start : end - 1].tolist()) == {names.index(name)}
+                numbers.add(name)
+    assert numbers == {"scenes", "text"}
 
 
 def test_an_epoch_of_batches_holds_every_document_once(
