@@ -7,7 +7,7 @@ from emu35.checkpoint import sharded
 from emu35.checkpoint.agree import gather
 from emu35.checkpoint.source import describe_start
 from emu35.config import LMConfig, LMStageConfig, RunConfig, TokenDataConfig
-from emu35.data.loader import TokenLoader, ValidationSet
+from emu35.data.loader import Message, TokenLoader, ValidationSet
 from emu35.data.source import Source, check_vision
 from emu35.errors import DataError
 from emu35.model.build import build_chunks
@@ -42,6 +42,7 @@ def train_language_model(
     assert isinstance(data, TokenDataConfig)
     mesh = init_mesh(config.parallel, seed=config.seed, timeout=config.launch.timeout)
     vocabulary = vocabulary_of(config.tokenizer)
+    message = print if is_main() else _say_nothing
     loader = TokenLoader(
         data=data,
         vocabulary=vocabulary,
@@ -50,9 +51,10 @@ def train_language_model(
         micro_batch_size=stage.micro_batch_size,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
+        message=message,
     )
     try:
-        validation = _validation(config, mesh=mesh, vocabulary=vocabulary)
+        validation = _validation(config, mesh=mesh, vocabulary=vocabulary, message=message)
         held_out = [dataset.source for dataset, _ in validation.values()]
         _check_image_tokenizer(config, sources=[*loader.sources, *held_out])
         chunks = build_chunks(
@@ -71,6 +73,7 @@ def train_language_model(
             loader=loader,
             validation=validation,
             token_weights=token_weights,
+            sources=[source.name for source in loader.sources],
             start_weights=partial(_start_from, config=config) if stage.init_from else None,
         )
         return fit(task, config=config, run_dir=run_dir)
@@ -124,7 +127,7 @@ def _check_image_tokenizer(config: RunConfig, *, sources: list[Source]) -> None:
 
 
 def _validation(
-    config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary
+    config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary, message: Message
 ) -> dict[str, tuple[ValidationSet, TokenWeights]]:
     assert isinstance(config.data, TokenDataConfig)
     return {
@@ -136,6 +139,7 @@ def _validation(
                 micro_batch_size=config.stage.micro_batch_size,
                 dp_rank=mesh.dp_rank,
                 dp_size=mesh.dp_size,
+                message=message,
             ),
             validation_weights(section.modality),
         )

@@ -78,7 +78,7 @@ def test_identity_leaves_out_what_may_change():
 
 
 def test_departures_are_only_what_was_chosen():
-    chosen = ["stage=sft", "stage.steps=7", "checkpoint.keep_last=2"]
+    chosen = ["stage=sft", "stage.steps=7", "checkpoint.keep_last=2", "data.overlong=drop"]
     lines = departures(compose(chosen))
     assert "stage.steps: 100 -> 7" in lines
     assert not any(
