@@ -1,8 +1,9 @@
 """The only file, beside :mod:`emu35.model.lora`, that names megatron-core's layer classes.
 
 The local spec works on CPU and GPU alike: mcore's own parallel linears with a place for an adapter,
-our RMSNorm and SwiGLU, and our core attention. The spec of transformer-engine fuses each norm with the projection behind it and
-brings FP8; it has the same core attention, and its checkpoints have the same names.
+our RMSNorm and SwiGLU, and our core attention. The spec of transformer-engine fuses each norm with
+the projection behind it and brings FP8; it has the same core attention, and its checkpoints have
+the same names.
 """
 
 from typing import Any
