@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from emu35.checkpoint.optimizer_state import MASTER, PREFIX
+from emu35.checkpoint.optimizer_state import MASTER, MOMENTS, PREFIX
 from emu35.checkpoint.unpickle import METADATA, refuse_code
 from emu35.errors import CheckpointError
 
@@ -170,7 +170,8 @@ def _tensors(files: StateFiles, *, dtype: torch.dtype, optimizer: bool) -> list[
             continue
         truth = _MASTER + name if _MASTER + name in names else name
         found.append(_Tensor(name=name, origin=name if has is dtype else truth, dtype=dtype))
-        if optimizer and dtype is not torch.float32:
+        # A frozen weight has no moments, and no master either.
+        if optimizer and dtype is not torch.float32 and f"{_OPTIMIZER}{MOMENTS[0]}.{name}" in names:
             found.append(_Tensor(name=_MASTER + name, origin=truth, dtype=torch.float32))
     return found
 

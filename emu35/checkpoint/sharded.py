@@ -3,9 +3,13 @@
 Every tensor is written under its name in the unpartitioned model with the place of each shard, so
 that a checkpoint of one layout loads into another, whatever the optimizer
 (:mod:`emu35.checkpoint.optimizer_state`).
+
+A run with adapters keeps all weights, the frozen ones too, beside the adapters, so that it stands
+alone: nothing of it lies in the run it started from. Its optimizer state is that of the adapters.
 """
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,9 @@ from emu35.checkpoint.agree import on_all_ranks
 from emu35.checkpoint.optimizer_state import get_step, set_step, sharded_optimizer_state
 from emu35.checkpoint.staged import StateWrite
 from emu35.checkpoint.unpickle import refuse_code
+from emu35.config import LoRAConfig
 from emu35.errors import CheckpointError
+from emu35.model.lora import attach_adapters, merge_adapters, without_adapters
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
 from emu35.parallel.collectives import is_main
@@ -85,23 +91,35 @@ def load(folder: Path, *, chunks: list[Emu35Model], optimizer: MegatronOptimizer
     set_step(optimizer, step)
 
 
-def load_weights(folder: Path, *, chunks: list[Emu35Model]) -> None:
-    """Restore weights alone, in any layout.
+def load_weights(
+    folder: Path, *, chunks: list[Emu35Model], adapters: LoRAConfig | None = None
+) -> None:
+    """Restore weights alone, in any layout. Adapters that ``chunks`` have themselves stay as they
+    are.
+
+    Args:
+        folder: of a checkpoint.
+        chunks: this rank's model.
+        adapters: those that the checkpoint holds beside the weights; they are merged into them.
 
     Raises:
         CheckpointError: if the folder does not fit this model.
+        ConfigError: ``chunks`` are of layers that adapters cannot be read into.
     """
-    state = _read(folder, _sharded_state(chunks, optimizer=None))
-    _load_chunks(state, chunks=chunks)
+    with ExitStack() as aside:
+        for chunk in chunks:
+            aside.enter_context(without_adapters(chunk))
+            if adapters is not None:
+                attach_adapters(chunk, config=adapters)
+        state = _read(folder, _sharded_state(chunks, optimizer=None))
+        _load_chunks(state, chunks=chunks)
+        for chunk in chunks:
+            merge_adapters(chunk)
 
 
-def load_model_only(folder: Path, model: Emu35Model) -> None:
-    """Restore the weights of a model that is whole in this process.
-
-    Raises:
-        CheckpointError: if the folder does not fit this model.
-    """
-    load_weights(folder, chunks=[model])
+def load_model_only(folder: Path, model: Emu35Model, *, adapters: LoRAConfig | None = None) -> None:
+    """:func:`load_weights` for a model that is whole in this process, or a rank's part of one."""
+    load_weights(folder, chunks=[model], adapters=adapters)
 
 
 def _sharded_state(

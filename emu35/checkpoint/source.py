@@ -33,6 +33,7 @@ from emu35.checkpoint.unpickle import refuse_code
 from emu35.config import (
     AttentionBackend,
     LMConfig,
+    LoRAConfig,
     ParallelConfig,
     Precision,
     RunConfig,
@@ -42,6 +43,7 @@ from emu35.config import (
 )
 from emu35.config.io import CONFIG_FILE, read_config
 from emu35.config.rules import split_problems
+from emu35.config.stage import adapters_of
 from emu35.errors import CheckpointError, ConfigError, ReleaseError
 from emu35.model.build import build_model
 from emu35.model.transformer import Emu35Model
@@ -75,7 +77,8 @@ class Described:
     """A run or release whose description was read and checked, its weights not yet.
 
     ``checkpoint`` is set for a run, ``facts`` and ``weights`` for a release (``facts`` only for one
-    of ours). ``extra`` is what an import kept of the release it came from.
+    of ours). ``adapters`` lie in the run's checkpoint beside the weights; whoever opens it sees
+    them merged. ``extra`` is what an import kept of the release it came from.
     """
 
     path: Path
@@ -88,6 +91,7 @@ class Described:
     step: int
     extra: Mapping[str, Any]
     checkpoint: Checkpoint | None = None
+    adapters: LoRAConfig | None = None
     facts: ReleaseFacts | None = None
     weights: SafetensorFolder | None = None
 
@@ -227,7 +231,7 @@ def load_into(model: Emu35Model, *, described: Described) -> None:
 
     if described.checkpoint is not None:
         refuse_code(described.checkpoint.path)
-        load_model_only(described.checkpoint.path, model)
+        load_model_only(described.checkpoint.path, model, adapters=described.adapters)
         # Where more ranks make more padding, the files have no rows for it.
         zero_padding(
             dict(model.named_parameters()),
@@ -317,6 +321,7 @@ def _describe_run(path: Path, *, step: int | None, message: Message) -> Describe
         step=checkpoint.step,
         extra=kept,
         checkpoint=checkpoint,
+        adapters=adapters_of(run.stage),
     )
 
 

@@ -4,11 +4,17 @@ from collections.abc import Iterator
 
 from emu35.config.check import divisors
 from emu35.config.data import ImageDataConfig, Overlong, TokenDataConfig
-from emu35.config.engine import FP8, FP8Recipe
+from emu35.config.engine import FP8, FP8Recipe, LayerSpec
 from emu35.config.model import IBQConfig, LMConfig
 from emu35.config.parallel import CPCommType, ParallelConfig
 from emu35.config.root import RunConfig
-from emu35.config.stage import IBQStageConfig, LMStageConfig, Precision, SFTConfig
+from emu35.config.stage import (
+    IBQStageConfig,
+    LMStageConfig,
+    Precision,
+    SFTConfig,
+    adapters_of,
+)
 from emu35.errors import ConfigError
 
 
@@ -42,6 +48,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     ):
         yield from section.problems()
     yield from _stage_parts(config)
+    yield from _adapters(config)
     yield from _layout(config)
     yield from _engine(config)
     yield from _batch(config)
@@ -87,6 +94,21 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
                 f"data.crop={config.data.crop} is not a multiple of the "
                 f"tokenizer's factor {config.model.factor}"
             )
+
+
+def _adapters(config: RunConfig) -> Iterator[str]:
+    if adapters_of(config.stage) is None:
+        return
+    if config.stage.init_from is None:
+        yield (
+            "stage.adapter=lora adds to frozen weights, but stage.init_from names none, so they "
+            "would be random; name a run, a release or a Qwen3 folder there"
+        )
+    if config.engine.layers is LayerSpec.te:
+        yield (
+            "stage.adapter=lora cannot reach into engine.layers=te, which fuses each projection "
+            "with the norm before it; use engine.layers=local"
+        )
 
 
 def _layout(config: RunConfig) -> Iterator[str]:

@@ -145,6 +145,13 @@ class LMStageConfig(StageConfig):
         yield from at_least("stage", 1, loss_chunk=self.loss_chunk)
 
 
+def adapters_of(stage: StageConfig) -> LoRAConfig | None:
+    """The adapters that ``stage`` trains; None where it trains all weights."""
+    if isinstance(stage, LMStageConfig) and stage.adapter is Adapter.lora:
+        return stage.lora
+    return None
+
+
 @dataclass(kw_only=True, slots=True)
 class PretrainConfig(LMStageConfig):
     """Next-token prediction over every token of packed documents (paper section 3.2)."""

@@ -98,10 +98,11 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         weight_RH = weight_VH[: rows.count]
         losses_N = torch.empty_like(weights_N)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        trained = ctx.needs_input_grad[1]
         grad_hidden_NH = torch.empty_like(hidden_NH if needs_grad else hidden_NH[:0])
         # fp32, for the sum over chunks must not be rounded to bf16 at every step.
         grad_weight_VH = torch.zeros_like(
-            weight_VH if needs_grad else weight_VH[:0], dtype=torch.float32
+            weight_VH if trained else weight_VH[:0], dtype=torch.float32
         )
         space = _Space.of(min(chunk, len(labels_N)), weight_RH=weight_RH)
         for start in range(0, len(labels_N), chunk):
@@ -119,7 +120,10 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
                 exponentials_CR[held, local_C[held]] -= weights_C[held]
                 grad_CR = space.in_type_of_weights(exponentials_CR)
                 torch.mm(grad_CR, weight_RH, out=grad_hidden_NH[part])
-                _accumulate(grad_weight_VH[: rows.count], grad_CR=grad_CR, hidden=hidden_NH[part])
+                if trained:
+                    _accumulate(
+                        grad_weight_VH[: rows.count], grad_CR=grad_CR, hidden=hidden_NH[part]
+                    )
         if needs_grad:
             ctx.save_for_backward(grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype))
         ctx.mark_non_differentiable(losses_N)
@@ -132,7 +136,8 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         if scale.item() != 1.0:
             grad_hidden_NH = grad_hidden_NH * scale.to(grad_hidden_NH.dtype)
             grad_weight_VH = grad_weight_VH * scale.to(grad_weight_VH.dtype)
-        return grad_hidden_NH, grad_weight_VH, None, None, None, None
+        trained = ctx.needs_input_grad[1]
+        return grad_hidden_NH, grad_weight_VH if trained else None, None, None, None, None
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

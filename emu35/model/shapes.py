@@ -8,6 +8,7 @@ is (``plan``, ``show``, the export and the import checks) asks here, so there is
 from math import prod
 
 from emu35.config.model import LMConfig
+from emu35.config.stage import LoRAConfig, LoRATarget
 
 
 def hf_shapes(config: LMConfig, *, vocabulary_size: int) -> dict[str, tuple[int, ...]]:
@@ -48,3 +49,22 @@ def layer_shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
 def parameter_count(config: LMConfig, *, vocabulary_size: int) -> int:
     """Number of parameters of the whole model, vocabulary padding not counted."""
     return sum(prod(shape) for shape in hf_shapes(config, vocabulary_size=vocabulary_size).values())
+
+
+def adapted_shapes(config: LMConfig, *, lora: LoRAConfig) -> dict[LoRATarget, tuple[int, int]]:
+    """(outputs, inputs) of the linear maps of a layer that have an adapter."""
+    hidden, ffn, head_dim = config.hidden_size, config.ffn_hidden_size, config.head_dim
+    query_rows = config.num_attention_heads * head_dim
+    shapes = {
+        LoRATarget.linear_qkv: (query_rows + 2 * config.num_kv_heads * head_dim, hidden),
+        LoRATarget.linear_proj: (hidden, query_rows),
+        LoRATarget.linear_fc1: (2 * ffn, hidden),
+        LoRATarget.linear_fc2: (hidden, ffn),
+    }
+    return {target: shapes[target] for target in lora.targets}
+
+
+def adapter_count(config: LMConfig, *, lora: LoRAConfig) -> int:
+    """Number of parameters of all adapters of the whole model."""
+    shapes = adapted_shapes(config, lora=lora).values()
+    return config.num_layers * lora.rank * sum(outputs + inputs for outputs, inputs in shapes)

@@ -1,8 +1,9 @@
-"""The only file that names megatron-core's layer classes.
+"""The only file, beside :mod:`emu35.model.lora`, that names megatron-core's layer classes.
 
-The local spec works on CPU and GPU alike: mcore's own parallel linears, our RMSNorm and SwiGLU, and
-our core attention. The spec of transformer-engine fuses each norm with the projection behind it and
-brings FP8; it has the same core attention, and its checkpoints have the same names.
+The local spec works on CPU and GPU alike: mcore's own parallel linears with a place for an adapter,
+our RMSNorm and SwiGLU, and our core attention. The spec of transformer-engine fuses each norm with
+the projection behind it and brings FP8; it has the same core attention, and its checkpoints have
+the same names.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from emu35.config import EngineConfig, LayerSpec, LMConfig
 from emu35.errors import LaunchError
 from emu35.model.attention.core import CoreAttention
+from emu35.model.lora import ColumnLinear, RowLinear
 from emu35.model.norm import RMSNorm
 from emu35.model.swiglu import SwiGLU
 from emu35.parallel import cpu
@@ -82,11 +84,11 @@ def _local_layer(core_attention: ModuleSpec) -> tuple[ModuleSpec, Any]:
             submodules=TransformerLayerSubmodules(
                 input_layernorm=norm,
                 self_attention=_attention(
-                    core_attention, qkv=ColumnParallelLinear, proj=RowParallelLinear, norm=norm
+                    core_attention, qkv=ColumnLinear, proj=RowLinear, norm=norm
                 ),
                 self_attn_bda=_BIAS_DROPOUT_ADD,
                 pre_mlp_layernorm=norm,
-                mlp=_mlp(fc1=ColumnParallelLinear, fc2=RowParallelLinear),
+                mlp=_mlp(fc1=ColumnLinear, fc2=RowLinear),
                 mlp_bda=_BIAS_DROPOUT_ADD,
             ),
         ),

@@ -38,6 +38,10 @@ class Emu35Model(GPTModel):
         hidden_SBH = None
         if self.pre_process:
             hidden_SBH = self.embedding(input_ids=tokens_BS, position_ids=None)
+            if self.training and torch.is_grad_enabled() and not hidden_SBH.requires_grad:
+                # A frozen embedding. Recomputation asks its input, and nothing else, whether there
+                # is a gradient to compute: adapters would get none and nobody would be told.
+                hidden_SBH.requires_grad_()
         return self.decoder(
             hidden_states=hidden_SBH, attention_mask=None, packed_seq_params=context
         )

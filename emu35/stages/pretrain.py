@@ -6,12 +6,15 @@ from pathlib import Path
 from emu35.checkpoint import sharded
 from emu35.checkpoint.agree import gather
 from emu35.checkpoint.source import describe_start
-from emu35.config import LMConfig, LMStageConfig, RunConfig, TokenDataConfig
+from emu35.config import LMConfig, LMStageConfig, LoRAConfig, RunConfig, TokenDataConfig
+from emu35.config.stage import adapters_of
 from emu35.data.loader import Message, TokenLoader, ValidationSet
 from emu35.data.source import Source, check_vision
 from emu35.errors import DataError
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
+from emu35.model.lora import train_adapters
+from emu35.model.shapes import adapter_count, parameter_count
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.collectives import is_main
 from emu35.parallel.mesh import Mesh, init_mesh
@@ -66,6 +69,8 @@ def train_language_model(
         )
         for chunk in chunks:
             initialize(chunk, seed=config.seed, pad_id=vocabulary.pad)
+        if adapters := adapters_of(stage):
+            _add_adapters(chunks, config=config, adapters=adapters, whole=vocabulary.size)
         task = LMTask(
             config=config,
             mesh=mesh,
@@ -81,6 +86,22 @@ def train_language_model(
         loader.close()
 
 
+def _add_adapters(
+    chunks: list[Emu35Model], *, config: RunConfig, adapters: LoRAConfig, whole: int
+) -> None:
+    """Freeze the weights and say what is left to train; ``whole`` is the vocabulary's size."""
+    assert isinstance(config.model, LMConfig)
+    for chunk in chunks:
+        train_adapters(chunk, config=adapters, seed=config.seed)
+    trained = adapter_count(config.model, lora=adapters)
+    total = parameter_count(config.model, vocabulary_size=whole) + trained
+    if is_main():
+        print(
+            f"training {trained:,} of {total:,} parameters ({trained / total:.2%}): adapters of "
+            f"rank {adapters.rank} at {', '.join(adapters.targets)}; everything else is frozen"
+        )
+
+
 def _start_from(chunks: list[Emu35Model], *, config: RunConfig) -> None:
     """Weights of another run (or of ``emu35 convert import``), with a fresh optimizer."""
     assert config.stage.init_from is not None
@@ -92,7 +113,7 @@ def _start_from(chunks: list[Emu35Model], *, config: RunConfig) -> None:
         message=print if is_main() else _say_nothing,
     )
     assert found.checkpoint is not None
-    sharded.load_weights(found.checkpoint.path, chunks=chunks)
+    sharded.load_weights(found.checkpoint.path, chunks=chunks, adapters=found.adapters)
 
 
 def _say_nothing(text: str) -> None:

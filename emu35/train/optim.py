@@ -95,7 +95,7 @@ class GradientBuckets(DistributedDataParallel):
 
     def wait_for(self, parameter: torch.nn.Parameter) -> None:
         """As the hook before a module's forward does, for one that is read outside of it."""
-        if self.ddp_config.overlap_param_gather:
+        if self.ddp_config.overlap_param_gather and parameter.requires_grad:
             self.param_to_bucket_group[parameter].finish_param_sync()
 
 

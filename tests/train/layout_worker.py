@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from spoil import observe
 
+from emu35.checkpoint import sharded
 from emu35.config import (
     FP8,
     EngineConfig,
     FP8Recipe,
     LayerSpec,
     LMConfig,
+    LoRAConfig,
+    LoRATarget,
     OptimConfig,
     ParallelConfig,
     Precision,
@@ -40,6 +43,7 @@ from emu35.data.batch import Batch
 from emu35.model.attention.support import MaskKind
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
+from emu35.model.lora import train_adapters
 from emu35.model.mask import AttentionMask
 from emu35.parallel.collectives import barrier, is_main
 from emu35.parallel.mesh import Mesh, init_mesh, leave
@@ -185,7 +189,7 @@ def configure(spec: dict) -> RunConfig:
         engine=engine(**spec.get("engine", {})),
         # Adam divides each gradient by its own size, so that the rounding of one near zero becomes
         # a whole update; a large eps keeps equal what is equal.
-        optim=OptimConfig(lr=1e-2, warmup_steps=2, eps=1e-4),
+        optim=OptimConfig(**{"lr": 1e-2, "warmup_steps": 2, "eps": 1e-4, **spec.get("optim", {})}),
     )
 
 
@@ -221,6 +225,11 @@ def make_task(spec: dict) -> LMTask:
     )
     for chunk in chunks:
         initialize(chunk, seed=5, pad_id=0)
+        if "lora" in spec:
+            train_adapters(chunk, config=lora(spec["lora"]), seed=5)
+    if "merge" in spec:  # the weights of a checkpoint with these adapters
+        folder, adapters = spec["merge"]
+        sharded.load_weights(Path(folder), chunks=chunks, adapters=lora(adapters))
     documents = DrawnDocuments(
         mesh=mesh,
         micro_batch_size=spec.get("micro_batch_size", 2),
@@ -237,6 +246,12 @@ def make_task(spec: dict) -> LMTask:
         sources=SOURCES,
         batch_mask=with_spans if spans else causal_mask,
     )
+
+
+def lora(values: dict) -> LoRAConfig:
+    made = LoRAConfig(**values)
+    made.targets = [LoRATarget(name) for name in made.targets]
+    return made
 
 
 def make_steps(task: LMTask, *, count: int) -> list[dict[str, float]]:
@@ -259,6 +274,8 @@ def train(spec: dict) -> dict:
     observed = observe(task, spec=spec)
     if "load" in spec:
         task.load(Path(spec["load"]))
+    if "first_step" in spec:
+        task.loader.load_state_dict({"step": spec["first_step"] - 1})
     metrics = make_steps(task, count=spec.get("steps", 5))
     validation = task.validate() if spec.get("validate", True) else {}
     if "save" in spec:
