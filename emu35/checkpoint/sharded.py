@@ -95,15 +95,6 @@ def load_weights(folder: Path, *, chunks: list[Emu35Model]) -> None:
     _load_chunks(state, chunks=chunks)
 
 
-def load_model_only(folder: Path, model: Emu35Model) -> None:
-    """Restore the weights of a model that is whole in this process.
-
-    Raises:
-        CheckpointError: if the folder does not fit this model.
-    """
-    load_weights(folder, chunks=[model])
-
-
 def _sharded_state(
     chunks: list[Emu35Model], *, optimizer: MegatronOptimizer | None
 ) -> dict[str, Any]:
