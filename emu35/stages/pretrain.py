@@ -3,9 +3,9 @@
 from functools import partial
 from pathlib import Path
 
-from emu35.checkpoint import sharded
 from emu35.checkpoint.agree import gather
-from emu35.checkpoint.source import describe_start
+from emu35.checkpoint.source import load_into
+from emu35.checkpoint.start import describe_start
 from emu35.config import LMConfig, LMStageConfig, LoRAConfig, RunConfig, TokenDataConfig
 from emu35.config.stage import adapters_of
 from emu35.data.loader import Message, TokenLoader, ValidationSet
@@ -103,17 +103,20 @@ def _add_adapters(
 
 
 def _start_from(chunks: list[Emu35Model], *, config: RunConfig) -> None:
-    """Weights of another run (or of ``emu35 convert import``), with a fresh optimizer."""
-    assert config.stage.init_from is not None
+    """Weights of another run, a release or Qwen3, with a fresh optimizer."""
+    stage = config.stage
+    assert isinstance(stage, LMStageConfig)
+    assert stage.init_from is not None
     assert isinstance(config.model, LMConfig)
     found = describe_start(
-        Path(config.stage.init_from),
+        Path(stage.init_from),
         config=config.model,
         tokenizer=config.tokenizer,
+        new_rows=stage.new_rows,
+        seed=config.seed,
         message=print if is_main() else _say_nothing,
     )
-    assert found.checkpoint is not None
-    sharded.load_weights(found.checkpoint.path, chunks=chunks, adapters=found.adapters)
+    load_into(chunks, described=found)
 
 
 def _say_nothing(text: str) -> None:

@@ -149,7 +149,9 @@ def write_task(
     lines: list[str] = []
     for number in range(count):
         made = TASKS[task](rng, split=Split.train)
-        pictures = _write_pictures(made, folder=folder, stem=f"{task}-{number:06d}", side=resolution)
+        pictures = _write_pictures(
+            made, folder=folder, stem=f"{task}-{number:06d}", side=resolution
+        )
         record = {"id": f"{task}-{number:06d}", **_record(made, pictures=pictures)}
         lines.append(json.dumps(record) + "\n")
         if progress is not None:
