@@ -2,8 +2,13 @@
 
 import torch
 
-from emu35.model.spec import FUSED_NORM_NAMES
 from emu35.model.transformer import Emu35Model
+
+FUSED_NORM_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Names of fused norms in a layer -> their names in a checkpoint, those of the local spec."""
 
 
 def global_name(model: Emu35Model, name: str) -> str:
