@@ -13,6 +13,7 @@ from emu35.data.batch import Batch, SourceItems, assemble
 from emu35.data.ingest.ingest import ingest
 from emu35.data.ingest.options import Existing, PairOrder
 from emu35.data.loader import open_source
+from emu35.data.pack import Item
 from emu35.data.plan import Sample
 from emu35.data.readers.task_documents import Starts
 from emu35.errors import DataError
@@ -62,7 +63,7 @@ def run(folder: Path, *records: Any, **options: Any) -> Path:
 def packed(out: Path) -> tuple[Batch, SourceItems]:
     """All documents of a source in one row."""
     entry = open_source(name="demo", path=out, vocabulary=TEXTS.vocabulary, limit=ROW)
-    sample = Sample(number=0, items=[(0, item) for item in range(len(entry.items))])
+    sample = Sample(number=0, items=[Item(0, item) for item in range(len(entry.items))])
     rows = assemble([sample], sources=[entry], sequence_length=ROW, pad=TEXTS.vocabulary.pad)
     return rows, entry
 
