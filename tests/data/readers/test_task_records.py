@@ -197,6 +197,43 @@ def test_a_picture_that_is_not_there_is_named(folder: Path, image: str) -> None:
     assert len(reject.detail) < 600
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {**T2I, "turns": None, "thought": None, "id": None, "image_thought": None},
+        {**STORY, "references": None, "steps": [{"text": "x", "image": None, "thought": None}]},
+        {**EXPLORE, "kinds": None},
+        {"task": "chat", "turns": [{"prompt": "x", "answer": "y"}], "prompt": None, "other": None},
+        {"task": None, "text": "no task"},
+    ],
+)
+def test_null_is_as_good_as_absent(folder: Path, record: Any) -> None:
+    bare = {key: value for key, value in record.items() if value is not None}
+    found, expected = read(folder, record, bare)
+    assert documents(found) == documents(expected)
+
+
+def test_the_first_turn_of_an_edit_has_references_and_later_ones_may(folder: Path) -> None:
+    edit = {"prompt": "x", "image": "a.jpg"}
+    reject = reject_of(folder, {"task": "x2i", "turns": [edit, edit]})
+    assert "turns[0].references is missing" in reject.detail
+    (found,) = read(folder, {"task": "x2i", "turns": [{**edit, "references": []}, edit]})
+    assert isinstance(found, RawRecord)
+
+
+def test_a_start_is_drawn_by_the_id_of_the_record(folder: Path) -> None:
+    """The same record on another line, or in another file, begins at the same step."""
+    step = {"text": "x", "image": "a.jpg"}
+    records = [{**VLA, "id": number, "steps": [step] * 9} for number in range(20)]
+    first = [list(documents(found)) for found in read(folder, *records, starts=Starts.random)]
+    moved = [
+        list(documents(found))
+        for found in read(folder, STORY, *records[::-1], starts=Starts.random)[1:]
+    ]
+    assert moved == first[::-1]
+    assert len({starts[1] for starts in first}) > 3
+
+
 def test_messages_stay_short_whatever_they_show(folder: Path) -> None:
     deep: Any = "x" * 10**5
     for _ in range(100):
@@ -442,7 +479,7 @@ def test_every_line_becomes_documents_or_a_reject_with_its_number(
         if isinstance(outcome, RawRecord):
             for parts in documents(outcome).values():
                 ids = serialize(Document(parts), TEXTS).tokens.tolist()
-                assert bool(answers_of(ids)) == ("task" in records[number - 1])
-        elif "task" in records[number - 1]:
+                assert bool(answers_of(ids)) == (records[number - 1].get("task") is not None)
+        elif records[number - 1].get("task") is not None:
             assert outcome.reason in (Reason.bad_task, Reason.missing_file)
             assert re.search(r"; |Rename|Mend", outcome.detail)
