@@ -205,6 +205,22 @@ def test_missing_inputs_are_messages(arguments: list[str], message: str, tmp_pat
     assert not (tmp_path / "rel").exists()
 
 
+def test_the_schema_of_tasks_is_printed(capsys):
+    from emu35.data.readers.task_table import TASK_FORMS
+
+    assert main(["data", "tasks"]) == 0
+    everything = capsys.readouterr().out
+    assert everything.startswith("A record is a JSON object on a line")
+    for task, form in TASK_FORMS.items():
+        assert main(["data", "tasks", task.value]) == 0
+        printed = capsys.readouterr().out
+        assert printed in everything
+        assert json.loads(printed.splitlines()[-1]) == {"task": task.value, **form.example}
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", "tasks", "painting"])
+    assert "invalid choice: 'painting' (choose from" in capsys.readouterr().err
+
+
 def test_choices_are_those_of_the_packages_that_read_them():
     from emu35.config import Precision, TokenizerKind
     from emu35.data.ingest.options import PairOrder
@@ -220,7 +236,7 @@ def test_choices_are_those_of_the_packages_that_read_them():
     assert set(data.ORDERS) == values(PairOrder)
     assert set(data.TEXT_UNITS) == values(TextUnit)
     assert set(data.STARTS) == values(Starts)
-    assert data.TASKS == tuple(TASK_FORMS)
+    assert tuple(TASK_FORMS) == data.TASKS
     assert set(generate.TASKS) == values(Task)
     assert set(source.TEMPLATES) == values(PromptTemplate) | {"auto"}
     assert set(convert.TEMPLATES) == values(PromptTemplate)

@@ -1,5 +1,5 @@
 """Supervised fine-tuning: pretraining's assembly, with the loss on responses only
-(paper section 4.1)."""
+(paper section 4.1). Its documents come from task records, see `emu35 data tasks`."""
 
 from pathlib import Path
 

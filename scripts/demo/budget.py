@@ -12,6 +12,7 @@ class Budget:
     resolution: int
     train_scenes: int
     val_scenes: int
+    clips: int
     crops_per_photo: int
     text_lines: int
     tokenizer_overrides: tuple[str, ...]
@@ -47,6 +48,7 @@ BUDGETS = {
         resolution=64,
         train_scenes=6000,
         val_scenes=200,
+        clips=1500,
         crops_per_photo=12,
         text_lines=600,
         tokenizer_overrides=(),
@@ -67,6 +69,7 @@ BUDGETS = {
         resolution=64,
         train_scenes=24,
         val_scenes=6,
+        clips=6,
         crops_per_photo=1,
         text_lines=10,
         tokenizer_overrides=(

@@ -29,14 +29,17 @@ class Reconstruction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What the page shows; ``summary`` is that of ``summary.json``."""
+    """What the page shows; ``summary`` is that of ``summary.json``, ``tasks`` the section on
+    fine-tuning."""
 
     summary: dict[str, Any]
     evaluation: dict[str, Any]
     reconstructions: Sequence[Reconstruction]
     tokenizer_run: Path
     pretrain_run: Path
+    sft_run: Path
     generated: Path
+    tasks: str
     commands: Sequence[str]
 
     def html(self) -> str:
@@ -45,6 +48,7 @@ class Report:
         sections = [
             self._head(),
             self._generated(),
+            self.tasks,
             self._curves(),
             self._reconstructions(),
             self._accuracy(),
@@ -64,7 +68,10 @@ class Report:
             (f"{summary['colour_accuracy']:.0%}", f"colour; chance {summary['colour_chance']:.0%}"),
             (f"{summary['shape_accuracy']:.0%}", f"shape; chance {summary['shape_chance']:.0%}"),
             (f"{summary['count_accuracy']:.0%}", "right number of objects"),
-            (f"{summary['place_accuracy']:.0%}", "in the right place"),
+            (
+                f"{summary['tasks_sft']:.0%}",
+                f"tasks answered right after fine-tuning; before {summary['tasks_pretrain']:.0%}",
+            ),
             ("equal" if summary["release_logits_equal"] else "differ", "logits of the release"),
             (duration(summary["seconds"]), "for everything on this page"),
         ]
@@ -92,7 +99,7 @@ class Report:
     def _tile(self, prompt: dict[str, Any]) -> str:
         result = prompt["score"]
         picture = prompt["picture"]
-        image = _img(self.generated / picture) if picture else "<p>no picture</p>"
+        image = picture_tag(self.generated / picture) if picture else "<p>no picture</p>"
         marks = [
             (f"{name} {result[f'{name}_correct']}/{result['objects']}", all_right)
             for name in ("colour", "shape", "place")
@@ -118,6 +125,11 @@ class Report:
                 x_label="step",
                 title="Validation loss",
             ),
+            line_chart(
+                _series(self.sft_run, prefix="loss/", window=5),
+                x_label="step",
+                title="Fine-tuning loss by task",
+            ),
             line_chart(_trained(self.tokenizer_run), x_label="step", title="Image tokenizer loss"),
             line_chart(
                 _series(self.tokenizer_run, prefix="val/psnr", window=1),
@@ -133,8 +145,8 @@ class Report:
 
     def _reconstructions(self) -> str:
         tiles = "".join(
-            f'<div class="tile"><div class="images">{_img(pair.original)}{_img(pair.decoded)}'
-            f'</div><div class="read">{escape(pair.name)}</div></div>'
+            f'<div class="tile"><div class="images">{picture_tag(pair.original)}'
+            f'{picture_tag(pair.decoded)}</div><div class="read">{escape(pair.name)}</div></div>'
             for pair in self.reconstructions
         )
         return (
@@ -194,7 +206,8 @@ class Report:
         return f"<h2>Commands</h2><p>{escape(versions)}</p><pre>{lines}</pre>"
 
 
-def _img(source: Path | Image.Image) -> str:
+def picture_tag(source: Path | Image.Image) -> str:
+    """An ``<img>`` with the picture in it."""
     if isinstance(source, Path):
         data = source.read_bytes()
     else:

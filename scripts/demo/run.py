@@ -17,6 +17,7 @@ from emu35.config import IBQConfig
 from emu35.config.io import read_config
 from emu35.errors import Emu35Error
 from steps import Runner, Step, Stopped, duration, say, write_json, write_text
+from tuning import Tuning
 
 SEED = 7
 
@@ -32,6 +33,7 @@ class Demo:
 
     @property
     def steps(self) -> list[Step]:
+        tuning = self.tuning
         return [
             Step(name="corpus", title="writing pictures, captions and text", run=self.corpus),
             Step(name="tokenizer", title="training the image tokenizer", run=self.tokenizer),
@@ -45,6 +47,12 @@ class Demo:
             Step(name="release", title="writing and checking the release", run=self.release),
             Step(name="report", title="summary and report", run=self.report),
         ]
+
+    @property
+    def tuning(self) -> Tuning:
+        return Tuning(
+            out=self.out, budget=self.budget, runner=self.runner, seed=SEED, vision=self.vision
+        )
 
     # ------------------------------------------------------------------ where things lie
 
@@ -73,6 +81,10 @@ class Demo:
         return self.out / "pretrain"
 
     @property
+    def sft_run(self) -> Path:
+        return self.out / "sft"
+
+    @property
     def generated(self) -> Path:
         return self.out / "generated"
 
@@ -94,9 +106,11 @@ class Demo:
     # ------------------------------------------------------------------ steps
 
     def corpus(self) -> None:
-        """Scenes as tars, photographs as a folder, text as lines, and the prompts to test with."""
+        """Scenes as tars, clips as JSON lines, photographs as a folder, text as lines, and the
+        prompts to test with."""
         from corpus import write_photos
         from corpus import write_text as write_lines
+        from emu35.data.scenes.clips import write_clips
         from emu35.data.scenes.corpus import sample_prompts, write_scenes
         from emu35.data.scenes.describe import Split
 
@@ -112,13 +126,17 @@ class Demo:
                     f"{split} scenes", done=done, total=count
                 ),
             )
+        write_clips(
+            self.corpora / "clips", count=budget.clips, seed=SEED, resolution=budget.resolution
+        )
         photos = write_photos(self.corpora / "photos", crops=budget.crops_per_photo, seed=SEED)
         write_lines(self.corpora / "text" / "plain.txt", lines=budget.text_lines, seed=SEED)
         prompts = sample_prompts(count=budget.prompts, seed=SEED)
         write_text(self.prompts, "".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
         say(
             f"  {budget.train_scenes} scenes to train on and {budget.val_scenes} held out, "
-            f"{photos} photographs, {budget.text_lines} lines of text, {budget.prompts} prompts"
+            f"{budget.clips} clips, {photos} photographs, {budget.text_lines} lines of text, "
+            f"{budget.prompts} prompts"
         )
 
     def tokenizer(self) -> None:
@@ -136,9 +154,10 @@ class Demo:
         )
 
     def ingest(self) -> None:
-        """Captions before pictures (to draw) and after them (to describe), and plain text."""
+        """Captions before pictures (to draw) and after them (to describe), clips, plain text."""
         scenes = self.corpora / "scenes"
         self._ingest("scenes", scenes / "train-00000.tar", "--order", "both")
+        self._ingest("clips", self.corpora / "clips" / "clips.jsonl")
         self._ingest("photos", self.corpora / "photos", "--order", "both")
         self._ingest("text", self.corpora / "text" / "plain.txt", "--text-unit", "lines")
         self._ingest("validation", scenes / "val-00000.tar", "--order", "both")
@@ -174,6 +193,7 @@ class Demo:
                 for name, folder in (
                     ("scenes_t2i", "scenes/caption_first"),
                     ("scenes_i2t", "scenes/image_first"),
+                    ("clips", "clips"),
                     ("photos_t2i", "photos/caption_first"),
                     ("photos_i2t", "photos/image_first"),
                     ("text", "text"),
@@ -214,20 +234,20 @@ class Demo:
         )
 
     def release(self) -> None:
-        """Export, then compare the release with the run: files, names, weights, logits."""
+        """Export the fine-tuned model, then compare release and run: names, weights, logits."""
         import shutil
 
         self.verification.unlink(missing_ok=True)
         if self.release_folder.exists():
             # Ours, from an attempt that was stopped between the two commands.
             shutil.rmtree(self.release_folder)
-        run, release = _shown(self.pretrain_run), _shown(self.release_folder)
+        run, release = _shown(self.sft_run), _shown(self.release_folder)
         self.runner.emu35("convert", "export", "--run", run, "--out", release)
         self._verify()
 
     def _verify(self) -> None:
         """What was compared and how far it differs, kept for the summary once all checks passed."""
-        run, release = _shown(self.pretrain_run), _shown(self.release_folder)
+        run, release = _shown(self.sft_run), _shown(self.release_folder)
         found = self.runner.emu35_json(
             "convert", "verify", "--release", release, "--against", run, "--json"
         )
@@ -237,13 +257,16 @@ class Demo:
         """``summary.json`` and ``report.html``."""
         from report import Report
         from summary import reconstructions, summarize
+        from task_report import TaskSection
 
         if not self.verification.exists():
             self._verify()
         evaluation = json.loads((self.out / "evaluation.json").read_text())
+        tasks = json.loads((self.out / "tasks.json").read_text())
         names = [step.name for step in self.steps]
         summary = summarize(
             evaluation,
+            tasks=tasks,
             verification=json.loads(self.verification.read_text()),
             seconds={name: self.runner.seconds(name) for name in names},
             budget=self.budget_name,
@@ -259,7 +282,9 @@ class Demo:
             ),
             tokenizer_run=self.tokenizer_run,
             pretrain_run=self.pretrain_run,
+            sft_run=self.sft_run,
             generated=self.generated,
+            tasks=TaskSection(tasks=tasks, out=self.out).html(),
             commands=self.runner.commands,
         )
         write_text(self.out / "report.html", page.html())
@@ -290,7 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="demo.sh", description="From nothing to a trained, checked, released model."
     )
-    names = ["corpus", "tokenizer", "ingest", "pretrain", "generate", "release", "report"]
+    names = ["corpus", "tokenizer", "ingest", "pretrain", "generate"]
+    names += ["tasks", "sft", "lora", "answer", "release", "report"]
     parser.add_argument("out", nargs="?", type=Path, default=Path("runs/demo"), metavar="OUT")
     parser.add_argument("--until", choices=names, help="stop after this step")
     parser.add_argument("--budget", choices=list(BUDGETS), default="default")
@@ -331,7 +357,8 @@ def _go(out: Path, *, budget_name: str, until: str | None) -> int:
         summary = json.loads((out / "summary.json").read_text())
         say(
             f"\ndone in {duration(summary['seconds'])}: colour {summary['colour_accuracy']:.0%}, "
-            f"shape {summary['shape_accuracy']:.0%}\nopen {_shown(out / 'report.html')}"
+            f"shape {summary['shape_accuracy']:.0%}; tasks {summary['tasks_pretrain']:.0%} before "
+            f"fine-tuning, {summary['tasks_sft']:.0%} after\nopen {_shown(out / 'report.html')}"
         )
     return 0
 

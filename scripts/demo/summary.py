@@ -20,13 +20,15 @@ SHOWN_SCENES, SHOWN_PHOTOS = 8, 8
 def summarize(
     evaluation: dict[str, Any],
     *,
+    tasks: Mapping[str, Any],
     verification: Mapping[str, Any],
     seconds: Mapping[str, float],
     budget: str,
 ) -> dict[str, Any]:
     """``summary.json``: flat keys, the first six as documented in README.
 
-    ``verification`` is what ``emu35 convert verify --json`` printed.
+    ``verification`` is what ``emu35 convert verify --json`` printed, ``tasks`` what
+    :mod:`tuning` wrote.
     """
     got, by_chance = evaluation["accuracy"], evaluation["chance"]
     return {
@@ -40,6 +42,7 @@ def summarize(
         "place_accuracy": got["place"],
         "size_accuracy": got["size"],
         "count_accuracy": got["count"],
+        **{f"tasks_{model}": found["accuracy"]["mean"] for model, found in tasks["models"].items()},
         "prompts": len(evaluation["prompts"]),
         "budget": budget,
         "version_emu35": __version__,

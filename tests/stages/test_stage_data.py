@@ -1,6 +1,7 @@
 """``emu35 data`` with a real, tiny image tokenizer: ingest, index, stats, inspect."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image as Pictures
 
-from emu35.config.area import Area
+from emu35.cli import main
+from emu35.config.area import Area, parse_area
 from emu35.config.model import IBQConfig
 from emu35.config.tokenizer import TokenizerConfig
 from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
@@ -102,6 +104,92 @@ def test_codes_are_those_of_the_tokenizer_and_everything_can_be_looked_at(
     assert "picture 0" not in printed
     sizes = [Pictures.open(io.BytesIO(p.read_bytes())).size for p in sorted(pictures.iterdir())]
     assert sizes == [(64, 32), (32, 64)]
+
+
+@pytest.mark.parametrize(
+    ("area", "sizes"),
+    [
+        ("64x64", [(64, 64), (64, 64), (96, 48)]),
+        ("4096", [(64, 64), (64, 64), (96, 48)]),
+        ("48x48..80x80", [(48, 48), (80, 80), (112, 64)]),
+        ("..64x64", [(16, 16), (64, 64), (96, 48)]),
+    ],
+)
+def test_pictures_keep_their_own_area_within_the_range(
+    vision: Path, tmp_path: Path, area: str, sizes: list[tuple[int, int]]
+) -> None:
+    encoder = data.VisionPictures(folder=vision, area=parse_area(area), codebook_size=64)
+    found: list[tuple[int, int]] = []
+    for number, size in enumerate([(16, 16), (200, 200), (200, 100)]):
+        path = tmp_path / f"{number}.png"
+        Pictures.new("RGB", size).save(path)
+        found.append(encoder.prepare(path).size)
+    assert found == sizes
+
+
+RECIPE = """\
+# @package _global_
+defaults:
+  - demo/pretrain
+  - _self_
+tokenizer: {{codebook_size: 64, vision: {vision}}}
+data:
+  sequence_length: 128
+  sources:
+    text: {{path: shards/train, area: 32x32..64x64}}
+  validation:
+    text: {{path: shards/validation, area: ..32x32}}
+    held_out: {{path: shards/held_out}}
+"""
+
+
+def test_a_recipe_says_how_its_sources_are_ingested_and_what_is_given_wins(
+    photos: Path,
+    vision: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    recipe = tmp_path / "mine" / "experiment" / "photos.yaml"
+    recipe.write_text(RECIPE.format(vision=vision))
+    record = {"task": "x2i", "prompt": "x", "references": ["0.png"], "image": "1.png"}
+    chat = {"task": "chat", "prompt": "x", "answer": "y"}
+    (photos / "t.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps(chat)}\n")
+    words = ["data", "ingest", "photos/t.jsonl", "--configs", "mine", "--recipe", "photos"]
+
+    def identity(out: str, *more: str) -> dict[str, object]:
+        assert main([*words, *more]) == 0
+        assert capsys.readouterr().out.startswith("recipe photos, ")
+        return json.loads((tmp_path / out / ".ingest" / "manifest.json").read_text())["identity"]
+
+    taken = identity("shards/train", "--source", "text")
+    assert (taken["source"], taken["codebook_size"], taken["tokenizer"]) == ("text", 64, "bytes")
+    assert (taken["area"], taken["sequence_length"]) == ("1024..4096", 128)
+    meta = Source(name="text", path=tmp_path / "shards" / "train").metas[0]
+    assert meta.vision == taken["vision"] is not None
+
+    held_out = identity("shards/held_out", "--source", "held_out")
+    assert held_out["area"] == 512 * 512, "where the experiment has no say, as without a recipe"
+    other = identity("shards/validation", "--source", "validation.text")
+    assert (other["source"], other["area"]) == ("text", "1..1024")
+    given = ["--out", "own", "--area", "48x48", "--sequence-length", "200"]
+    own = identity("own", "--source", "text", *given)
+    assert (own["area"], own["sequence_length"], own["codebook_size"]) == (48 * 48, 200, 64)
+
+    for more, message in [
+        ([], "--recipe photos needs --source, the name of what is ingested; it has sources: "),
+        (["--source", "tekst"], "--source tekst is no source of photos; it has sources: "),
+        (["--source", "sources.held_out"], "Did you mean 'held_out'?"),
+    ]:
+        assert main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["data", "ingest", "photos"]) == 2
+    assert "--out is not given; name the folder" in capsys.readouterr().err
+    images = ["--recipe", "tiny/ibq_131k", "--source", "x"]
+    assert main(["data", "ingest", "photos", *images]) == 2
+    assert "experiment tiny/ibq_131k reads no token shards" in capsys.readouterr().err
 
 
 def test_text_needs_no_network(

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from emu35.config import LossWeights
 from emu35.data.batch import Batch
@@ -99,3 +101,31 @@ def test_the_report_by_source_is_the_mean_over_the_labels_that_count() -> None:
         assert metrics[f"share/{name}"] == pytest.approx(total / weights_BS.sum().item(), rel=1e-6)
     assert "loss/b" not in metrics
     assert "share/b" not in metrics
+
+
+def learned_by_reading(document: list[int]) -> list[bool]:
+    """Whether each label of a document is learned, decided token by token."""
+    bss, ess, eos = VOCABULARY.bss, VOCABULARY.ess, VOCABULARY.eos
+    inside = ended = False
+    learned: list[bool] = []
+    for token, label in zip(document, [*document[1:], None], strict=True):
+        if token == bss:
+            inside, ended = True, False
+        elif token == ess and inside:
+            inside, ended = False, True
+        learned.append(label is not None and label != bss and (inside or (ended and label == eos)))
+    return learned
+
+
+MARKS = st.sampled_from([VOCABULARY.bss, VOCABULARY.ess, VOCABULARY.eos, VOCABULARY.bos, 65, 66])
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents=st.lists(st.lists(MARKS, min_size=1, max_size=9), max_size=5))
+def test_weights_are_those_of_reading_each_document_token_by_token(
+    documents: list[list[int]],
+) -> None:
+    batch = packed(*([(id, T) for id in document] for document in documents), columns=48)
+    weights = response_weights(LossWeights(text=1.0), vocabulary=VOCABULARY)(batch)[0]
+    expected = [learned for document in documents for learned in learned_by_reading(document)]
+    assert (weights > 0).tolist() == expected + [False] * (48 - len(expected))

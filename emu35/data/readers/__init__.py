@@ -1,5 +1,9 @@
 """Input formats. Each reader yields raw records in file order, and a named reject for each bad one.
 
+Records of fine-tuning tasks are JSON lines, too: :mod:`~emu35.data.readers.task_table` says what is
+in them, :mod:`~emu35.data.readers.task_records` checks it, and
+:mod:`~emu35.data.readers.task_documents` makes dialogues of them.
+
 A reader never decodes a picture and never raises for a bad record: what it cannot use becomes a
 :class:`~emu35.data.readers.records.Reject`. Members of tars are read as bytes under their name and
 never extracted, so a path such as ``../../x`` in one is only a name.

@@ -62,7 +62,7 @@ def _read_line(
     given = record.get("id")
     if isinstance(given, str | int):
         id = f"{id} {given}"
-    if "task" in record:
+    if record.get("task") is not None:
         return _read_task(record, id=id, folder=folder, starts=starts, offset=offset)
     try:
         return _read_record(record, id=id, folder=folder, offset=offset)
@@ -90,9 +90,9 @@ def _read_task(
     except WrongTask as error:
         return Reject(id=id, reason=error.reason, detail=str(error), offset=offset)
     documents = task_documents(task, id=id, starts=starts)
-    whole = documents.get("", []) if len(documents) == 1 else []
-    several = {} if whole else documents
-    return RawRecord(id=id, parts=whole, form=RecordForm.task, offset=offset, several=several)
+    several = documents if [*documents] != [""] else {}
+    parts = [] if several else documents[""]
+    return RawRecord(id=id, parts=parts, form=RecordForm.task, offset=offset, several=several)
 
 
 def _read_record(

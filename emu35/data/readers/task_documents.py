@@ -40,7 +40,8 @@ class Starts(StrEnum):
 
 
 def task_documents(record: TaskRecord, *, id: str, starts: Starts) -> dict[str, list[RawPart]]:
-    """What is put behind the record's ``id`` -> the parts of that document.
+    """What is put behind the record's id -> the parts of that document. ``id`` serves for drawing
+    where the record has none of its own.
 
     One document, with nothing behind its id, except for:
 
@@ -62,7 +63,7 @@ def task_documents(record: TaskRecord, *, id: str, starts: Starts) -> dict[str, 
     documents = {"": _dialogue(record.task, record.turns)}
     if record.task is Task.vla:
         (whole,) = record.turns
-        for first in _later_starts(len(whole.steps), id=id, starts=starts):
+        for first in _later_starts(len(whole.steps), id=record.id or id, starts=starts):
             turn = replace(
                 whole,
                 images=_picture_of(whole.steps[first - 1]),

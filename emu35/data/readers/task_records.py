@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,9 +56,11 @@ class TaskTurn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskRecord:
-    """A task record that is sound. ``kinds`` are empty for all tasks but explore."""
+    """A task record that is sound. ``id`` is its own, if it has one; ``kinds`` are empty for all
+    tasks but explore."""
 
     task: Task
+    id: str | None
     turns: tuple[TaskTurn, ...]
     kinds: tuple[ExploreKind, ...]
 
@@ -96,8 +98,8 @@ class _TaskReader:
         form = self.form
         pair = (*form.asked, *form.answered)
         beside = (ID, THOUGHT, *form.more)
-        if TURNS.name in fields and form.several_turns:
-            both = [field.name for field in pair if field.name in fields]
+        if form.several_turns and fields.get(TURNS.name) is not None:
+            both = [field.name for field in pair if fields.get(field.name) is not None]
             if both:
                 raise self._wrong(
                     f"{both[0]} stands beside turns; in a dialogue it belongs into a turn; move it"
@@ -111,14 +113,18 @@ class _TaskReader:
         explored = kinds if self.task is Task.explore else ()
         if any(kind.interactive for kind in explored):
             self._check_instructions(turns[0].steps)
-        return TaskRecord(task=self.task, turns=turns, kinds=explored)
+        return TaskRecord(task=self.task, id=values.get(ID.name), turns=turns, kinds=explored)
 
     def _turns(self, values: Mapping[str, Any]) -> tuple[TaskTurn, ...]:
         form = self.form
         turns: list[TaskTurn] = []
         for number, entry in enumerate(values[TURNS.name]):
             where = f"turns[{number}]."
-            fields = (THOUGHT, *form.asked, *form.answered)
+            asked = [
+                replace(field, required=False) if field.only_first and number else field
+                for field in form.asked
+            ]
+            fields = (THOUGHT, *asked, *form.answered)
             found = self._values(self._object(entry, where=where), fields, where=where)
             if number == 0 and values.get(THOUGHT.name) is not None:
                 if found.get(THOUGHT.name) is not None:
@@ -173,10 +179,11 @@ class _TaskReader:
     def _values(
         self, given: Mapping[str, Any], fields: Sequence[Field], *, where: str
     ) -> dict[str, Any]:
-        """The values of ``fields``, checked; those that are absent or null are left out."""
+        """The values of ``fields``, checked; those that are absent or null are left out. A null is
+        never too much: tables written as JSON lines have one for each column of no value."""
         known = [field.name for field in fields]
-        for key in given:
-            if key not in known:
+        for key, value in given.items():
+            if key not in known and value is not None:
                 raise self._wrong(
                     f"{where}{_show(key)} is no field of the {self.task.value} task here; it has "
                     f"{', '.join(known)}.{did_you_mean(key, known)} Rename it or leave it out"
@@ -186,7 +193,7 @@ class _TaskReader:
             value = given.get(field.name)
             if value is not None:
                 values[field.name] = self._value(value, field=field, where=where + field.name)
-            elif field.required and not (field.only_first and where):
+            elif field.required:
                 what = "null" if field.name in given else "missing"
                 raise self._wrong(
                     f"{where}{field.name} is {what}; it must be {field.holds.value} "

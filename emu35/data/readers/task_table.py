@@ -49,7 +49,7 @@ class ExploreKind(StrEnum):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Field:
     """A key of a record. ``least`` and ``most`` count the entries of a list; ``most`` None: any
-    number. ``only_first`` fields may be left out in a turn that follows another."""
+    number. ``only_first``: required, but not in a turn that follows another."""
 
     name: str
     holds: Holds
@@ -173,7 +173,7 @@ TASK_FORMS: Mapping[Task, TaskForm] = MappingProxyType(
                 Field(
                     name="references",
                     holds=Holds.pictures,
-                    meaning="reference pictures, before the prompt",
+                    meaning="reference pictures, before the prompt; optional in later turns",
                     only_first=True,
                 ),
             ),
@@ -297,8 +297,8 @@ def describe_tasks() -> Iterator[str]:
 
 _GENERAL = (
     "A record is a JSON object on a line of its own, with a key 'task'. Fields in [brackets] may",
-    "be left out; other keys are refused. Relative paths start at the folder of the file. A step",
-    "has a text, a picture or both; its thought belongs to its picture, and comes right before it.",
+    "be left out or null; other keys are refused. Relative paths start at the folder of the file.",
+    "A step has a text, a picture or both; its thought is that of its picture, right before it.",
 )
 
 __doc__ = "\n".join([__doc__ or "", *describe_tasks()])

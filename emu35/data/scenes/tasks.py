@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from emu35.data.scenes.captions import EN_COUNT, EN_PLACE
-from emu35.data.scenes.corpus import sample_caption
+from emu35.data.scenes.captions import EN_COUNT, EN_PLACE, Language, caption
+from emu35.data.scenes.clips import change, opening
+from emu35.data.scenes.corpus import CHINESE_SHARE
 from emu35.data.scenes.describe import (
     Colour,
     Place,
@@ -28,7 +29,7 @@ from emu35.data.scenes.describe import (
 )
 from emu35.data.scenes.render import render
 
-FEW = (0.6, 0.4)
+FEW = (0.7, 0.3)
 """Shares of one and two objects in scenes that are asked about or edited."""
 
 IMAGES = "images"
@@ -45,6 +46,7 @@ class SceneTask:
         shown: the scene that the question shows, if any.
         texts: the text before each scene of the answer; for ``chat`` the answer itself.
         drawn: the scenes of the answer, in order.
+        later: questions and answers of later turns.
         kind: which sort of its task it is, such as ``colour`` for a question of colours.
     """
 
@@ -53,6 +55,7 @@ class SceneTask:
     shown: Scene | None = None
     texts: tuple[str, ...] = ()
     drawn: tuple[Scene, ...] = ()
+    later: tuple[tuple[str, str], ...] = ()
     kind: str = ""
 
     @property
@@ -61,9 +64,10 @@ class SceneTask:
 
 
 def drawing(rng: random.Random, *, split: Split) -> SceneTask:
-    """``t2i``: a caption, to be drawn."""
+    """``t2i``: a caption that leaves nothing open, to be drawn."""
     scene = sample_scene(rng, split=split)
-    _, text = sample_caption(scene, rng=rng, split=split)
+    language = Language.zh if rng.random() < CHINESE_SHARE else Language.en
+    text = caption(scene, rng=rng, language=language)
     return SceneTask(task="t2i", prompt=text, drawn=(scene,))
 
 
@@ -86,52 +90,66 @@ def edit(rng: random.Random, *, split: Split) -> SceneTask:
 
 def story(rng: random.Random, *, split: Split) -> SceneTask:
     """``story``: an object, then the same one in another colour or at another place."""
-    while True:
+    changed = None
+    while changed is None:
         first = sample_scene(rng, split=split, count_weights=(1.0,))
-        item = first.objects[0]
-        if rng.random() < 0.5:
-            kind, changed = "recolour", replace(item, colour=_other_colour(first, rng=rng))
-            happens = f"turns {changed.colour}"
-        else:
-            place = rng.choice([place for place in Place if place is not item.place])
-            kind, changed = "move", replace(item, place=place)
-            happens = f"is {EN_PLACE[place]}"
-        second = _with(first, 0, changed)
-        if split_of(second) is split:
-            break
-    what = f"{_a(item)} {EN_PLACE[item.place]}"
-    prompt = f"A story of {what}; then it {happens}."
-    texts = (f"First there is {what}.", f"Then it {happens}.")
-    return SceneTask(task="story", prompt=prompt, texts=texts, drawn=(first, second), kind=kind)
+        changed = change(first, rng=rng, split=split)
+    happens, second = changed
+    kind = "recolour" if first.objects[0].place is second.objects[0].place else "move"
+    return SceneTask(
+        task="story",
+        prompt=f"{opening(first.objects[0])} {happens}",
+        texts=("At first:", "Then:"),
+        drawn=(first, second),
+        kind=kind,
+    )
 
 
 def question(rng: random.Random, *, split: Split) -> SceneTask:
-    """``chat``: one thing about a picture, to be answered in a word or two."""
-    while True:
-        scene = sample_scene(rng, split=split, count_weights=FEW)
-        item = rng.choice(scene.objects)
-        shapes = [other.shape for other in scene.objects]
-        colours = [other.colour for other in scene.objects]
-        asked: dict[str, tuple[str, str]] = {}
-        if shapes.count(item.shape) == 1:
-            asked["colour"] = (f"What colour is the {item.shape}?", str(item.colour))
-            asked["place"] = (f"Where is the {item.shape}?", EN_PLACE[item.place])
-        if colours.count(item.colour) == 1:
-            asked["shape"] = (f"What shape is {item.colour}?", str(item.shape))
-        asked["count"] = ("How many shapes are there?", EN_COUNT[len(shapes)])
-        kind = rng.choice(("colour", "place", "shape", "count"))
-        if kind in asked:
-            prompt, answer = asked[kind]
-            return SceneTask(task="chat", prompt=prompt, shown=scene, texts=(answer,), kind=kind)
+    """``chat``: one thing about a picture, to be answered in a word or a few."""
+    scene = sample_scene(rng, split=split, count_weights=FEW)
+    kind, prompt, answer = rng.choice(_questions(scene, rng=rng))
+    return SceneTask(task="chat", prompt=prompt, shown=scene, texts=(answer,), kind=kind)
 
 
-TASKS: Mapping[str, Callable[..., SceneTask]] = {
+def dialogue(rng: random.Random, *, split: Split) -> SceneTask:
+    """``chat``: all that can be asked about a picture, one question a turn."""
+    scene = sample_scene(rng, split=split, count_weights=FEW)
+    asked = _questions(scene, rng=rng)
+    rng.shuffle(asked)
+    (_, first, answer), *rest = asked
+    return SceneTask(
+        task="chat",
+        prompt=first,
+        shown=scene,
+        texts=(answer,),
+        later=tuple((prompt, answer) for _, prompt, answer in rest),
+    )
+
+
+def _questions(scene: Scene, *, rng: random.Random) -> list[tuple[str, str, str]]:
+    """(kind, question, answer) for one object, where shape or colour alone names it, and for the
+    whole picture."""
+    item = rng.choice(scene.objects)
+    asked = [("count", "How many shapes are there?", EN_COUNT[len(scene.objects)])]
+    if [other.shape for other in scene.objects].count(item.shape) == 1:
+        asked.append(("colour", f"What colour is the {item.shape}?", str(item.colour)))
+        asked.append(("place", f"Where is the {item.shape}?", EN_PLACE[item.place]))
+    if [other.colour for other in scene.objects].count(item.colour) == 1:
+        asked.append(("shape", f"What shape is {item.colour}?", str(item.shape)))
+    return asked
+
+
+TRAINED: Mapping[str, Callable[..., SceneTask]] = {
     "t2i": drawing,
     "x2i": edit,
     "story": story,
-    "chat": question,
+    "chat": dialogue,
 }
-"""Task -> what draws a record of it from a generator, for a split."""
+"""Task -> what makes a training record of it from a generator, for a split."""
+
+ASKED: Mapping[str, Callable[..., SceneTask]] = {**TRAINED, "chat": question}
+"""The same for held-out prompts, which ask one thing."""
 
 
 def write_task(
@@ -148,7 +166,7 @@ def write_task(
     rng = random.Random(f"{seed}-{task}-{Split.train}")
     lines: list[str] = []
     for number in range(count):
-        made = TASKS[task](rng, split=Split.train)
+        made = TRAINED[task](rng, split=Split.train)
         pictures = _write_pictures(
             made, folder=folder, stem=f"{task}-{number:06d}", side=resolution
         )
@@ -168,7 +186,7 @@ def write_task_prompts(
     ``emu35 generate`` reads, plus ``kind`` and ``expect``. ``size`` is the grid of the answers'
     images, ``HEIGHTxWIDTH`` in codes."""
     prompts: list[dict[str, Any]] = []
-    for task, make in TASKS.items():
+    for task, make in ASKED.items():
         rng = random.Random(f"{seed}-{task}-{Split.val}")
         for number in range(count):
             made = make(rng, split=Split.val)
@@ -196,7 +214,9 @@ def _record(made: SceneTask, *, pictures: list[str]) -> dict[str, Any]:
             steps = zip(made.texts, pictures, strict=True)
             return {**record, "steps": [{"text": text, "image": image} for text, image in steps]}
         case _:
-            return {**record, "images": pictures, "answer": made.texts[0]}
+            first = {"prompt": made.prompt, "images": pictures, "answer": made.texts[0]}
+            rest = [{"prompt": prompt, "answer": answer} for prompt, answer in made.later]
+            return {"task": made.task, "turns": [first, *rest]}
 
 
 def _expected(made: SceneTask) -> dict[str, Any]:
@@ -236,8 +256,3 @@ def _with(scene: Scene, number: int, item: SceneObject) -> Scene:
         objects=tuple(sorted(objects, key=lambda other: list(Place).index(other.place))),
         background=scene.background,
     )
-
-
-def _a(item: SceneObject) -> str:
-    words = f"{item.size} {item.colour} {item.shape}"
-    return f"a {words}"

@@ -1,0 +1,178 @@
+"""The demo's fine-tuning on scene tasks, of the whole model and of adapters alone, with answers
+before and after."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from budget import Budget
+from emu35.config import IBQConfig
+from emu35.config.io import read_config
+from emu35.data.scenes.task_score import AnswerScore, score_answer
+from emu35.data.scenes.tasks import write_task, write_task_prompts
+from evaluate import read_lines
+from steps import Runner, say, write_json, write_text
+
+MODELS = {"pretrain": "pretraining alone", "sft": "fine-tuning", "lora": "adapters alone"}
+"""Name of a run in the demo's folder -> what the report calls it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """Where it all lies, and one method a step; ``vision`` is the image tokenizer's folder."""
+
+    out: Path
+    budget: Budget
+    runner: Runner
+    seed: int
+    vision: Path
+
+    @property
+    def tokenizer_config(self) -> IBQConfig:
+        """That of the image tokenizer's run; what follows takes its numbers from there."""
+        model = read_config(self.vision.parent).model
+        assert isinstance(model, IBQConfig)
+        return model
+
+    @property
+    def heldout(self) -> Path:
+        return self.records / "heldout.jsonl"
+
+    @property
+    def records(self) -> Path:
+        return self.out / "corpus" / "tasks"
+
+    def tasks(self) -> None:
+        """Task records with their pictures, ingested; held-out prompts beside them."""
+        side = self.budget.resolution
+        codes = side // self.tokenizer_config.factor
+        for task, count in self.budget.task_records.items():
+            path = write_task(self.records, task=task, count=count, seed=self.seed, resolution=side)
+            self.runner.emu35(
+                "data",
+                "ingest",
+                _shown(path),
+                "--recipe",
+                "demo/sft",
+                "--source",
+                task,
+                "--out",
+                _shown(self._shards(task)),
+                "--vision",
+                _shown(self.vision),
+                "--codebook-size",
+                str(self.tokenizer_config.n_embed),
+            )
+        prompts = write_task_prompts(
+            self.records,
+            count=self.budget.task_prompts,
+            seed=self.seed,
+            resolution=side,
+            size=f"{codes}x{codes}",
+        )
+        write_text(self.heldout, "".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
+
+    def sft(self) -> None:
+        """``stage=sft`` on all weights."""
+        self._train("sft", "demo/sft", self.budget.sft_overrides)
+
+    def lora(self) -> None:
+        """``stage=sft`` on adapters, with the pretrained weights frozen."""
+        self._train("lora", "demo/sft_lora", self.budget.lora_overrides)
+
+    def answer(self) -> None:
+        """The held-out prompts answered by all three, and scored."""
+        prompts = read_lines(self.heldout)
+        models: dict[str, Any] = {}
+        for name in MODELS:
+            self._generate(name)
+            answers = _answers(prompts, folder=self.out / "answers" / name)
+            models[name] = {"answers": answers, "accuracy": _accuracy(prompts, answers=answers)}
+            figures = ", ".join(
+                f"{task} {value:.0%}" for task, value in models[name]["accuracy"].items()
+            )
+            say(f"  {MODELS[name]}: {figures}")
+        write_json(self.out / "tasks.json", {"prompts": prompts, "models": models})
+
+    def _shards(self, task: str) -> Path:
+        return self.out / "shards" / "tasks" / task
+
+    def _train(self, name: str, experiment: str, overrides: Sequence[str]) -> None:
+        self.runner.emu35(
+            "run",
+            f"experiment={experiment}",
+            f"run_dir={_shown(self.out / name)}",
+            f"stage.init_from={_shown(self.out / 'pretrain')}",
+            f"tokenizer.vision={_shown(self.vision)}",
+            f"tokenizer.codebook_size={self.tokenizer_config.n_embed}",
+            *(
+                f"data.sources.{task}.path={_shown(self._shards(task))}"
+                for task in self.budget.task_records
+            ),
+            *overrides,
+        )
+
+    def _generate(self, name: str) -> None:
+        """Each model is asked in the prompts that it was trained for."""
+        self.runner.emu35(
+            "generate",
+            "--run",
+            _shown(self.out / name),
+            "--prompts-file",
+            _shown(self.heldout),
+            "--image-area",
+            str(self.budget.resolution**2),
+            "--out",
+            _shown(self.out / "answers" / name),
+            *self.budget.answer_options,
+        )
+
+
+def _answers(prompts: Sequence[Mapping[str, Any]], *, folder: Path) -> list[dict[str, Any]]:
+    """What came for each prompt, in their order: ``text``, ``pictures`` (file names), ``right``
+    and the counts of colours and shapes."""
+    rows = {row["index"]: row for row in read_lines(folder / "results.jsonl")}
+    found: list[dict[str, Any]] = []
+    for index, prompt in enumerate(prompts):
+        row = rows[index]
+        text = "".join(part.get("text", "") for part in row["parts"])
+        pictures = [_pixels(folder / name) for name in row["images"]]
+        result = score_answer(prompt["expect"], text=text, pictures=pictures)
+        found.append({"text": text, "pictures": row["images"], **_counts(result)})
+    return found
+
+
+def _counts(result: AnswerScore) -> dict[str, Any]:
+    return {
+        "right": result.right,
+        "objects": sum(picture.objects for picture in result.pictures),
+        "colours": sum(picture.colour_correct for picture in result.pictures),
+        "shapes": sum(picture.shape_correct for picture in result.pictures),
+    }
+
+
+def _accuracy(
+    prompts: Sequence[Mapping[str, Any]], *, answers: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Share of right answers by task, and ``mean`` over the tasks."""
+    right: dict[str, list[bool]] = {}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        right.setdefault(prompt["task"], []).append(answer["right"])
+    shares = {task: sum(values) / len(values) for task, values in right.items()}
+    return {**shares, "mean": sum(shares.values()) / len(shares)}
+
+
+def _pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _shown(path: Path) -> str:
+    """Relative to where the demo was started, so that printed commands can be typed as they are."""
+    return os.path.relpath(path)
