@@ -1,6 +1,7 @@
 """Line charts as SVG text: no library, no script, nothing to load."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 
@@ -11,21 +12,29 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 16, 38
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """Points (x, y) under a name; ``marked`` draws a dot at each."""
+    """Points (x, y) under a name; ``marked`` draws a dot at each. The legend shows ``newest``, or
+    without it the last y."""
 
     name: str
     points: list[tuple[float, float]]
     marked: bool = False
+    newest: float | None = None
 
 
-def line_chart(series: list[Series], *, x_label: str, title: str) -> str:
-    """An ``<figure>`` with one chart; series without points are left out."""
+def line_chart(
+    series: list[Series], *, x_label: str, title: str, lowest: float | None = 0.0
+) -> str:
+    """An ``<figure>`` with one chart; series without points are left out.
+
+    The vertical axis reaches down to ``lowest`` at least; None lets it begin at the smallest y.
+    """
     series = [item for item in series if item.points]
     if not series:
         return ""
     xs = [x for item in series for x, _ in item.points]
     ys = [y for item in series for _, y in item.points]
-    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(0.0, *ys), max(ys))
+    floor = min(ys) if lowest is None else min(lowest, *ys)
+    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(floor, max(ys))
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -44,7 +53,7 @@ def line_chart(series: list[Series], *, x_label: str, title: str) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" '
-            'stroke-linejoin="round"/>'
+            f'stroke-linejoin="round"{_dashes(index)}/>'
         )
         if item.marked:
             parts += [
@@ -52,7 +61,8 @@ def line_chart(series: list[Series], *, x_label: str, title: str) -> str:
             ]
     legend = "".join(
         f'<span><i style="background:{COLOURS[index % len(COLOURS)]}"></i>'
-        f"{escape(item.name)} <b>{item.points[-1][1]:.3g}</b></span>"
+        f"{escape(item.name)} <b>{item.points[-1][1] if item.newest is None else item.newest:.4g}"
+        "</b></span>"
         for index, item in enumerate(series)
     )
     return (
@@ -62,7 +72,20 @@ def line_chart(series: list[Series], *, x_label: str, title: str) -> str:
     )
 
 
-def _grid(x_ticks, y_ticks, *, place, x_range, x_label: str) -> str:
+def _dashes(index: int) -> str:
+    """Colours repeat; lines of the second round and later are dashed."""
+    turn = index // len(COLOURS)
+    return f' stroke-dasharray="{3 * turn} 3"' if turn else ""
+
+
+def _grid(
+    x_ticks: list[float],
+    y_ticks: list[float],
+    *,
+    place: Callable[[float, float], tuple[float, float]],
+    x_range: tuple[float, float],
+    x_label: str,
+) -> str:
     x_low, x_high = x_range
     parts: list[str] = []
     for tick in y_ticks:
@@ -90,7 +113,8 @@ def _ticks(low: float, high: float, *, wanted: int = 5) -> list[float]:
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw)
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(k * step, 10) for k in range(first, last + 1)]
+    # Twelve digits, wherever they begin: learning rates are small.
+    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
 def smooth(points: list[tuple[float, float]], *, window: int = 1) -> list[tuple[float, float]]:
