@@ -208,6 +208,7 @@ def test_missing_inputs_are_messages(arguments: list[str], message: str, tmp_pat
 def test_choices_are_those_of_the_packages_that_read_them():
     from emu35.config import Precision, TokenizerKind
     from emu35.data.ingest.options import PairOrder
+    from emu35.data.readers.benchmarks import Layout
     from emu35.data.readers.discover import TextUnit
     from emu35.tokens.template import PromptTemplate, Task
 
@@ -217,6 +218,7 @@ def test_choices_are_those_of_the_packages_that_read_them():
     assert set(tokenizer.KINDS) == values(TokenizerKind)
     assert set(data.ORDERS) == values(PairOrder)
     assert set(data.TEXT_UNITS) == values(TextUnit)
+    assert set(data.LAYOUTS) == values(Layout)
     assert set(generate.TASKS) == values(Task)
     assert set(source.TEMPLATES) == values(PromptTemplate) | {"auto"}
     assert set(convert.TEMPLATES) == values(PromptTemplate)
@@ -236,7 +238,7 @@ def test_defaults_are_those_of_the_options_they_fill():
     ingest = IngestOptions(inputs=[some], out=some, source="x")
     given = defaults("data", "ingest", "x", "--out", "x")
     names = ["sequence_length", "shard_bytes", "images_per_call", "threads", "max_rejects"]
-    for name in [*names, "order", "text_unit"]:
+    for name in [*names, "order", "text_unit", "layout"]:
         assert given[name] == getattr(ingest, name)
     assert data.parse_area(str(given["area"])) == ingest.area
     stats = defaults("data", "stats", "x")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from emu35.config.check import at_least
 from emu35.config.tokenizer import TokenizerConfig
+from emu35.data.readers.benchmarks import Layout
 from emu35.data.readers.discover import TextUnit
 from emu35.errors import ConfigError
 
@@ -41,6 +42,7 @@ class IngestOptions:
         out: folder for the shards, of this source alone.
         source: name of the source; shards are called ``<source>-000000.tar``.
         tokenizer: text table, codebook size, and the image tokenizer's folder (``vision``).
+        layout: the inputs are this benchmark (see :mod:`emu35.data.readers.benchmarks`).
         area: pictures are resized to about this many pixels, aspect kept.
         sequence_length: a picture longer than this is rejected (0: no limit).
         shard_bytes: size at which a new shard is begun.
@@ -56,6 +58,7 @@ class IngestOptions:
     area: int = 512 * 512
     order: PairOrder = PairOrder.caption_first
     text_unit: TextUnit = TextUnit.file
+    layout: Layout | None = None
     sequence_length: int = 0
     shard_bytes: int = 256 * 2**20
     images_per_call: int = 16

@@ -10,6 +10,7 @@ from emu35.run.arguments.tokenizer import add_tokenizer, tokenizer_config
 
 ORDERS = ("caption_first", "image_first", "both")
 TEXT_UNITS = ("file", "lines")
+LAYOUTS = ("isg_bench", "opening", "mmie")
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -54,6 +55,12 @@ def _add_ingest(actions: "Commands[argparse.ArgumentParser]") -> None:
     )
     command.add_argument(
         "--text-unit", choices=TEXT_UNITS, default="file", help="one document is a file, or a line"
+    )
+    command.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="PATH is this benchmark as published: one document of question and ground truth an "
+        "item",
     )
     command.add_argument(
         "--sequence-length",
@@ -124,6 +131,7 @@ def parse_area(text: str) -> int:
 
 def _ingest(arguments: argparse.Namespace) -> int:
     from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
+    from emu35.data.readers.benchmarks import Layout
     from emu35.data.readers.discover import TextUnit
     from emu35.stages.data import ingest
 
@@ -137,6 +145,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
             area=parse_area(arguments.area),
             order=PairOrder(arguments.order),
             text_unit=TextUnit(arguments.text_unit),
+            layout=Layout(arguments.layout) if arguments.layout else None,
             sequence_length=arguments.sequence_length,
             shard_bytes=arguments.shard_bytes,
             images_per_call=arguments.images_per_call,
