@@ -185,7 +185,9 @@ def configure(spec: dict) -> RunConfig:
         engine=engine(**spec.get("engine", {})),
         # Adam divides each gradient by its own size, so that the rounding of one near zero becomes
         # a whole update; a large eps keeps equal what is equal.
-        optim=OptimConfig(lr=1e-2, warmup_steps=2, eps=1e-4),
+        optim=OptimConfig(
+            lr=1e-2, warmup_steps=2, eps=1e-4, weight_decay=spec.get("weight_decay", 0.1)
+        ),
     )
 
 

@@ -112,10 +112,11 @@ def _document(
     line: _Line, *, file: Path, id_key: str, parts: Callable[[Fields, Path], list[RawPart]]
 ) -> RawRecord | Reject:
     id = f"{file.name}:{line.number}"
+    value: Any = line.value
     try:
-        if not isinstance(line.value, dict):
+        if not isinstance(value, dict):
             raise _WrongForm("not an object")
-        item = cast(Fields, line.value)
+        item = cast(Fields, value)
         if isinstance(item.get(id_key), str | int):
             id = f"{id} {item[id_key]}"
         found = _joined(parts(item, file.parent))
