@@ -110,7 +110,8 @@ def draw_page(tracks: dict[str, Track], *, name: str, total_steps: int) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(name)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(name)}</h1><p>Step {step:,} of {total_steps:,}. Bold: the newest value. "
-        f'Losses are in nats a token.</p><div class="charts">{charts}</div></body></html>\n'
+        "Losses are in nats a token; what is larger than a chart is high lies on its upper edge."
+        f'</p><div class="charts">{charts}</div></body></html>\n'
     )
 
 
@@ -129,8 +130,18 @@ def _charts(tracks: dict[str, Track]) -> Iterable[str]:
         families.setdefault(_words(key), {})[key] = tracks[key]
     for title, members in families.items():
         series = [_series(key, track) for key, track in members.items()]
-        lowest = None if "oss" in title else 0.0
-        yield line_chart(series, x_label="step", title=title, lowest=lowest)
+        if title.startswith(("Loss", "Validation")):
+            highest = _settled(series)
+            yield line_chart(series, x_label="step", title=title, lowest=None, highest=highest)
+        else:
+            yield line_chart(series, x_label="step", title=title)
+
+
+def _settled(series: list[Series]) -> float | None:
+    """The largest value after the first twentieth of every long series: the beginning of a loss is
+    many times what it falls to, and would flatten the rest. None if all are short."""
+    late = [y for item in series for _, y in item.points[len(item.points) // 20 :]]
+    return max(late) if any(len(item.points) >= 40 for item in series) else None
 
 
 def _series(key: str, track: Track) -> Series:

@@ -111,3 +111,14 @@ def test_a_long_run_is_drawn_in_few_points_that_keep_its_shape() -> None:
         assert y == pytest.approx(10 / math.sqrt(x), rel=0.1)
     mean = sum(10 / math.sqrt(step) for step in range(1, 100_001)) / 100_000
     assert sum(y for _, y in points[:-1]) / (len(points) - 1) == pytest.approx(mean, rel=0.02)
+
+
+@pytest.mark.parametrize("value", [0.0, 1 / 6, -3.0, 1e-9, 1e12])
+def test_a_curve_that_does_not_move_is_drawn(tmp_path: Path, value: float) -> None:
+    log = make_logger(config=LogConfig(every=1), run_dir=tmp_path, name="x", total_steps=9)
+    for step, factor in ((1, 1.0), (2, 1 + 1e-16), (3, 1 - 1e-15)):
+        log.step(step, {"loss": value * factor, "share/a": value * factor})
+    log.close()
+    (line, other) = re.findall(r"<polyline points=\"(.*?)\"", page(tmp_path))
+    for points in (line, other):
+        assert all(0 <= float(y) <= 300 for y in re.findall(r",(\S+)", points))
