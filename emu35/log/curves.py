@@ -110,7 +110,7 @@ def draw_page(tracks: dict[str, Track], *, name: str, total_steps: int) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(name)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(name)}</h1><p>Step {step:,} of {total_steps:,}. Bold: the newest value. "
-        "Losses are in nats a token; what is larger than a chart is high lies on its upper edge."
+        "Language losses are in nats a token; what exceeds a chart lies on its upper edge."
         f'</p><div class="charts">{charts}</div></body></html>\n'
     )
 
