@@ -224,6 +224,7 @@ def test_the_schema_of_tasks_is_printed(capsys):
 def test_choices_are_those_of_the_packages_that_read_them():
     from emu35.config import Precision, TokenizerKind
     from emu35.data.ingest.options import PairOrder
+    from emu35.data.readers.benchmarks import Layout
     from emu35.data.readers.discover import TextUnit
     from emu35.data.readers.task_documents import Starts
     from emu35.data.readers.task_table import TASK_FORMS
@@ -237,6 +238,7 @@ def test_choices_are_those_of_the_packages_that_read_them():
     assert set(data.TEXT_UNITS) == values(TextUnit)
     assert set(data.STARTS) == values(Starts)
     assert tuple(TASK_FORMS) == data.TASKS
+    assert set(data.LAYOUTS) == values(Layout)
     assert set(generate.TASKS) == values(Task)
     assert set(source.TEMPLATES) == values(PromptTemplate) | {"auto"}
     assert set(convert.TEMPLATES) == values(PromptTemplate)
@@ -257,7 +259,7 @@ def test_defaults_are_those_of_the_options_they_fill():
     ingest = IngestOptions(inputs=[some], out=some, source="x")
     given = defaults("data", "ingest", "x", "--out", "x")
     names = ["shard_bytes", "images_per_call", "threads", "max_rejects"]
-    for name in [*names, "order", "text_unit", "starts"]:
+    for name in [*names, "order", "text_unit", "starts", "layout"]:
         assert given[name] == getattr(ingest, name)
     assert data.parse_area(data.AREA) == ingest.area
     assert Recipe().sequence_length == ingest.sequence_length

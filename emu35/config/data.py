@@ -62,7 +62,8 @@ class SourceConfig:
 class ValidationConfig:
     """A folder of token shards evaluated whole (up to ``max_documents``), on one modality.
 
-    ``every`` thins it out: 3 evaluates it at every third validation, and always at the last step.
+    ``every`` thins it out: 3 evaluates it at the first validation and every third one after it, and
+    always at the last step.
     ``area`` as in a source.
     """
 

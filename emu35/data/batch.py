@@ -114,7 +114,8 @@ def assemble(
             labels_BS[row, column : end - 1] = words[1:]
             label_modality_BS[row, column : end - 1] = codes[1:]
             valid_BS[row, column : end - 1] = True
-            label_source_BS[row, column : end - 1] = number
+            if number:  # the first source's is there
+                label_source_BS[row, column : end - 1] = number
             positions_BS[row, column:end] = count[:length]
             start_BS[row, column:end] = column
     return Batch(

@@ -132,15 +132,15 @@ class PackedRows:
     """
 
     def __init__(self, *, lengths: Ints, capacity: int, key: str) -> None:
-        rows = best_fit_decreasing(lengths=lengths.tolist(), capacity=capacity)
-        rows = [rows[number] for number in permutation(len(rows), key=key).tolist()]
-        ends = np.cumsum([len(items) for items in rows], dtype=np.int64)
-        self._ends: Ints = ends
+        packed = best_fit_decreasing(lengths=lengths.tolist(), capacity=capacity)
+        order: list[int] = permutation(len(packed), key=key).tolist()
+        rows = [packed[number] for number in order]
+        counts = np.array([len(items) for items in rows], dtype=np.int64)
+        self._ends: Ints = np.cumsum(counts)
         self._items: Ints = np.fromiter(
             (item for items in rows for item in items), dtype=np.int64, count=len(lengths)
         )
-        starts = np.concatenate([[0], ends[:-1]])
-        self.length: Ints = np.add.reduceat(lengths[self._items], starts)
+        self.length: Ints = np.add.reduceat(lengths[self._items], self._ends - counts)
         self.fill = float(self.length.sum() / (len(rows) * capacity))
 
     def __len__(self) -> int:

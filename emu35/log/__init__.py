@@ -6,6 +6,7 @@ number, to its sinks in order::
 
     trainer -> MetricLogger -> Console        one live line on a terminal, plain lines in a file
                             -> MetricsFile    metrics.jsonl, the record of the run
+                            -> CurvesFile     curves.html, redrawn after every validation
                             -> TensorBoard, wandb (when asked for)
 
 ``metrics.jsonl`` is the record that tools and people rely on, so it gets the care: one JSON object

@@ -65,7 +65,7 @@ class MetricsFile:
         A validation made again after a resume, of the very step the file ends with, is not
         repeated: validation is deterministic, so it is there already.
         """
-        if _is_validation(row):
+        if is_validation(row):
             if row["step"] == self._validated:
                 return
             self._validated = int(row["step"] or 0)
@@ -112,7 +112,7 @@ class MetricsFile:
         rows, torn = _parse(content)
         kept = [line for row, line in rows if row["step"] <= start_step]
         self._validated = max(
-            (row["step"] for row, _ in rows if row["step"] <= start_step and _is_validation(row)),
+            (row["step"] for row, _ in rows if row["step"] <= start_step and is_validation(row)),
             default=None,
         )
         if torn:
@@ -122,7 +122,8 @@ class MetricsFile:
         write_atomically(self._path, content=b"".join(line + b"\n" for line in kept))
 
 
-def _is_validation(row: Row) -> bool:
+def is_validation(row: Row) -> bool:
+    """Whether a row reports a validation rather than a training step."""
     return any(key.startswith("val/") for key in row)
 
 

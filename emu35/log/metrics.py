@@ -9,6 +9,7 @@ from pathlib import Path
 
 from emu35.config.log import LogConfig, WandbMode
 from emu35.log.console import Console, human_count, human_time
+from emu35.log.curves import CURVES_FILE, CurvesFile
 from emu35.log.jsonl import MetricsFile, Row, null_safe
 from emu35.log.sinks import Guarded, Sink, TensorBoardSink, WandbSink
 
@@ -25,7 +26,7 @@ class MetricLogger:
 
     Args:
         config: what to write and how often.
-        run_dir: gets ``metrics.jsonl``, ``tensorboard/`` and ``wandb/``.
+        run_dir: gets ``metrics.jsonl``, ``curves.html``, ``tensorboard/`` and ``wandb/``.
         name: of the run, for wandb.
         total_steps: of the whole run, for progress and ETA.
         start_step: the step a resumed run continues from; later rows are removed.
@@ -106,7 +107,18 @@ class MetricLogger:
     ) -> list[Sink]:
         warn = self._console.line
         sinks: list[Sink] = [
-            MetricsFile(path=run_dir / METRICS_FILE, start_step=start_step, warn=warn)
+            MetricsFile(path=run_dir / METRICS_FILE, start_step=start_step, warn=warn),
+            # After the record, which drops what an interrupted attempt wrote after start_step.
+            Guarded(
+                name=CURVES_FILE,
+                build=lambda: CurvesFile(
+                    run_dir=run_dir,
+                    metrics=run_dir / METRICS_FILE,
+                    name=name,
+                    total_steps=self._total,
+                ),
+                warn=warn,
+            ),
         ]
         if config.tensorboard:
             sinks.append(

@@ -219,8 +219,9 @@ class IBQTask:
     # ---------------------------------------------------------------- validation
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validate(self, step: int) -> dict[str, float]:
         """Reconstruct held-out pictures with the averaged weights; the first ones as a grid."""
+        del step
         self.write_rejects()
         if self.validation is None:
             return {}

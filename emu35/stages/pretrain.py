@@ -20,7 +20,7 @@ from emu35.parallel.collectives import is_main
 from emu35.parallel.mesh import Mesh, init_mesh
 from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
 from emu35.train.objective import TokenWeights, validation_weights, weights_by_modality
-from emu35.train.step import LMTask
+from emu35.train.step import HeldOut, LMTask
 from emu35.train.trainer import FitResult, fit
 from emu35.vision.codec import weights_digest
 
@@ -58,7 +58,7 @@ def train_language_model(
     )
     try:
         validation = _validation(config, mesh=mesh, vocabulary=vocabulary, message=message)
-        held_out = [dataset.source for dataset, _ in validation.values()]
+        held_out = [section.documents.source for section in validation.values()]
         _check_image_tokenizer(config, sources=[*loader.sources, *held_out])
         chunks = build_chunks(
             model,
@@ -152,11 +152,11 @@ def _check_image_tokenizer(config: RunConfig, *, sources: list[Source]) -> None:
 
 def _validation(
     config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary, message: Message
-) -> dict[str, tuple[ValidationSet, TokenWeights]]:
+) -> dict[str, HeldOut]:
     assert isinstance(config.data, TokenDataConfig)
     return {
-        name: (
-            ValidationSet(
+        name: HeldOut(
+            documents=ValidationSet(
                 config=section,
                 data=config.data,
                 vocabulary=vocabulary,
@@ -165,7 +165,8 @@ def _validation(
                 dp_size=mesh.dp_size,
                 message=message,
             ),
-            validation_weights(section.modality),
+            token_weights=validation_weights(section.modality),
+            every=section.every,
         )
         for name, section in config.data.validation.items()
     }

@@ -8,7 +8,7 @@ and the result depends neither on the number of ranks or micro-batches nor on th
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,24 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 LOADER_FILE = "loader.json"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """A validation set: its documents, the weights of their labels, and that it is evaluated at
+    every ``every``-th validation."""
+
+    documents: ValidationSet
+    token_weights: TokenWeights
+    every: int = 1
+
+    def has_turn(self, step: int, *, stage: LMStageConfig) -> bool:
+        """Whether the validation after ``step`` includes it: the first one does, then every
+        ``every``-th, and the one after the last step. The step decides, not a count of
+        validations, so an interruption changes nothing."""
+        if step == stage.steps or not stage.validate_every:
+            return True
+        return (step // stage.validate_every - 1) % self.every == 0
+
+
 class LMTask:
     """What pretraining and fine-tuning do at every step; the trainer drives it.
 
@@ -57,7 +75,7 @@ class LMTask:
         mesh: where this rank stands.
         chunks: this rank's model, initialised or loaded.
         loader: the training data, already sliced to this data-parallel rank.
-        validation: name -> (documents, weights of their labels).
+        validation: the validation sets by name.
         token_weights: weights of the training labels.
         sources: names of the loader's sources, in the order in which batches number them; with
             two or more, losses and shares by source are reported.
@@ -73,7 +91,7 @@ class LMTask:
         mesh: Mesh,
         chunks: list[Emu35Model],
         loader: TokenLoader,
-        validation: dict[str, tuple[ValidationSet, TokenWeights]],
+        validation: dict[str, HeldOut],
         token_weights: TokenWeights,
         sources: Sequence[str] = (),
         batch_mask: BatchMask = causal_mask,
@@ -155,16 +173,21 @@ class LMTask:
         return {"tokens": float(tokens), FLOPS: flops}
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Mean cross-entropy (nats a token) of every validation set over its own modality."""
+    def validate(self, step: int) -> dict[str, float]:
+        """Mean cross-entropy (nats a token) over its own modality, of every validation set that
+        has its turn after ``step``."""
         metrics: dict[str, float] = {}
         for chunk in self.wrapped:
             chunk.gather_parameters()
             chunk.eval()
-        for name, (documents, token_weights) in self.validation.items():
+        for name, held_out in self.validation.items():
+            if not held_out.has_turn(step, stage=self.stage):
+                continue
             total, total_weight = 0.0, 0.0
-            for batches in self._groups(documents):
-                micro_batches, weight = self._normalise(batches, token_weights=token_weights)
+            for batches in self._groups(held_out.documents):
+                micro_batches, weight = self._normalise(
+                    batches, token_weights=held_out.token_weights
+                )
                 total += self._run(micro_batches, forward_only=True).weighted * weight
                 total_weight += weight
             if total_weight:

@@ -68,10 +68,12 @@ class TrainTask(Protocol):
         """
         ...
 
-    def validate(self) -> Mapping[str, float]:
-        """Validation metrics, equal on every rank; changes no state that training depends on.
+    def validate(self, step: int) -> Mapping[str, float]:
+        """Validation metrics after ``step``, equal on every rank; changes no state that training
+        depends on.
 
-        Random number generators are restored by the trainer. Empty: nothing to validate on.
+        Random number generators are restored by the trainer. What has no turn at ``step`` is left
+        out; empty: nothing to validate on. At the last step everything has its turn.
         """
         ...
 
@@ -98,8 +100,9 @@ class Progress:
         step: optimizer steps made.
         tokens: tokens trained on, over all ranks.
         seconds: wall time of the training loop, over all interruptions.
-        validated_step: the step that ``validation`` belongs to, -1 before the first.
-        validation: the newest validation metrics.
+        validated_step: the step of the newest validation, -1 before the first.
+        validation: the newest value of every validation metric; those that had no turn at
+            ``validated_step`` are from earlier ones.
         guard: what the guard remembers.
     """
 
@@ -269,11 +272,12 @@ class _Loop:
 
     def _validate(self) -> None:
         with self._aside(Phase.validating), rng.preserved():
-            metrics = self.task.validate()
-        self.progress.validation = {key: float(value) for key, value in metrics.items()}
+            metrics = self.task.validate(self.progress.step)
+        found = {key: float(value) for key, value in metrics.items()}
+        self.progress.validation = {**self.progress.validation, **found}
         self.progress.validated_step = self.progress.step
-        if metrics:
-            self.log.validation(self.progress.step, self.progress.validation)
+        if found:
+            self.log.validation(self.progress.step, found)
 
     def _save(self) -> Checkpoint:
         self._finish_save()

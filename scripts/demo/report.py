@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from charts import Series, line_chart, smooth
+from emu35.log.charts import Series, line_chart, smooth
 from emu35.log.jsonl import read_rows
 from steps import duration
 

@@ -240,11 +240,11 @@ def test_a_state_of_another_packing_or_length_policy_is_refused() -> None:
     source = planned("a", [5, 6, 7])
     state = planner_of([source]).state_dict()
     for changed, words in (
-        ({"packing": Packing.offline}, "packing was online and is offline"),
-        ({"overlong": Overlong.drop}, "overlong was cut and is drop"),
+        (planner_of([source], packing=Packing.offline), "packing was online and is offline"),
+        (planner_of([source], overlong=Overlong.drop), "overlong was cut and is drop"),
     ):
         with pytest.raises(DataError, match=words):
-            planner_of([source], **changed).load_state_dict(state)
+            changed.load_state_dict(state)
 
 
 def test_a_state_from_before_these_settings_existed_continues() -> None:

@@ -24,9 +24,10 @@ from emu35.config import (
     SFTConfig,
     TokenDataConfig,
 )
-from emu35.config.data import SourceConfig
+from emu35.config.data import Overlong, Packing, SourceConfig, ValidationConfig
 from emu35.config.io import write_config
 from emu35.errors import CheckpointError, DataError
+from emu35.log.jsonl import read_rows
 from emu35.model import mcore_config
 from emu35.run import worker
 from emu35.run.preflight import check_inputs
@@ -199,3 +200,35 @@ def test_fine_tuning_on_documents_without_responses_is_refused(
     with pytest.raises(DataError, match=r"no token of step 1 has a loss weight.*response"):
         sft.run(config(tmp_path, shards=shards, stage=stage), run_dir=tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_reports_its_sources_thins_out_validation_and_draws_curves(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = PretrainConfig(steps=STEPS, global_batch_size=4, validate_every=1)
+    run_config = config(tmp_path, shards=shards, stage=stage)
+    run_config.log.every = 1
+    run_config.data = TokenDataConfig(
+        sequence_length=128,
+        sources={name: SourceConfig(path=str(shards)) for name in ("apples", "pears")},
+        validation={
+            "often": ValidationConfig(path=str(shards), max_documents=4),
+            "seldom": ValidationConfig(path=str(shards), max_documents=4, every=3),
+        },
+        packing=Packing.offline,
+        overlong=Overlong.drop,
+    )
+    result = pretrain.run(run_config, run_dir=tmp_path)
+
+    found = read_rows(tmp_path / "metrics.jsonl")
+    for row in [row for row in found if "loss" in row]:
+        parts = [(row[f"share/{name}"], row[f"loss/{name}"]) for name in ("apples", "pears")]
+        assert sum(share * loss for share, loss in parts) == pytest.approx(row["loss"], rel=1e-5)
+        assert sum(share for share, _ in parts) == pytest.approx(1.0, rel=1e-5)
+    assert [row["step"] for row in found if "val/often/loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in found if "val/seldom/loss" in row] == [1, 4, 6]
+    assert set(result.validation) == {"often/loss", "seldom/loss"}
+    page = (tmp_path / "curves.html").read_text(encoding="utf-8")
+    assert all(f"</i>{name} <b>" in page for name in ("apples", "pears", "often", "seldom"))
+    assert "source 'apples': " in (told := capsys.readouterr().out)
+    assert "rows of 128 tokens" in told

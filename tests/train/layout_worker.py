@@ -48,7 +48,7 @@ from emu35.model.mask import AttentionMask
 from emu35.parallel.collectives import barrier, is_main
 from emu35.parallel.mesh import Mesh, init_mesh, leave
 from emu35.train.objective import causal_mask, weights_by_modality
-from emu35.train.step import LMTask
+from emu35.train.step import HeldOut, LMTask
 
 LENGTH, ROWS, VOCABULARY = 48, 8, 301
 SOURCES = ("images", "stories", "text")
@@ -110,7 +110,7 @@ def draw_document(length: int, generator: torch.Generator) -> Document:
     return ids, (ids % 4).to(torch.uint8)
 
 
-class HeldOut:
+class DrawnHeldOut:
     """Three validation batches, a number that no pipeline divides, alike in every layout."""
 
     def __init__(self, *, mesh: Mesh) -> None:
@@ -189,7 +189,15 @@ def configure(spec: dict) -> RunConfig:
         engine=engine(**spec.get("engine", {})),
         # Adam divides each gradient by its own size, so that the rounding of one near zero becomes
         # a whole update; a large eps keeps equal what is equal.
-        optim=OptimConfig(**{"lr": 1e-2, "warmup_steps": 2, "eps": 1e-4, **spec.get("optim", {})}),
+        optim=OptimConfig(
+            **{
+                "lr": 1e-2,
+                "warmup_steps": 2,
+                "eps": 1e-4,
+                "weight_decay": spec.get("weight_decay", 0.1),
+                **spec.get("optim", {}),
+            }
+        ),
     )
 
 
@@ -241,7 +249,12 @@ def make_task(spec: dict) -> LMTask:
         mesh=mesh,
         chunks=chunks,
         loader=documents,  # type: ignore[arg-type]
-        validation={"held_out": (HeldOut(mesh=mesh), weights_by_modality(stage.loss_weights))},  # type: ignore[dict-item]
+        validation={
+            "held_out": HeldOut(
+                documents=DrawnHeldOut(mesh=mesh),  # type: ignore[arg-type]
+                token_weights=weights_by_modality(stage.loss_weights),
+            )
+        },
         token_weights=weights_by_modality(stage.loss_weights),
         sources=SOURCES,
         batch_mask=with_spans if spans else causal_mask,
@@ -277,7 +290,7 @@ def train(spec: dict) -> dict:
     if "first_step" in spec:
         task.loader.load_state_dict({"step": spec["first_step"] - 1})
     metrics = make_steps(task, count=spec.get("steps", 5))
-    validation = task.validate() if spec.get("validate", True) else {}
+    validation = task.validate(task.stage.steps) if spec.get("validate", True) else {}
     if "save" in spec:
         folder = Path(spec["save"])
         if is_main():

@@ -188,6 +188,31 @@ def test_any_documents_give_one_loss_and_gradient(
         assert metrics["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    "layout",
+    [{"ranks": 1}, {"ranks": 2, "zero1": True}, {"ranks": 2, "tp": 2}],
+    ids=["one", "dp2-zero1", "tp2"],
+)
+def test_matrices_decay_and_norms_do_not(layout: dict, pools: dict[int, RankPool]) -> None:
+    """AdamW's decay is lr x weight decay x weight, apart from the gradient: the same first step
+    with and without it differs by just that."""
+    decay, rate = 0.4, 1e-2 / 2  # half-way through the warm-up
+    spec = {**layout, "validate": False}
+    start, plain, decayed = (
+        _train(pools, {**spec, "steps": steps, "weight_decay": value})["weights"]
+        for steps, value in ((0, 0.0), (1, 0.0), (1, decay))
+    )
+    norms = {name for name in start if "norm" in name}
+    assert len(norms) == 4 * 4 + 1  # before attention and MLP, of queries and of keys; the last
+    for name in start:
+        lost = plain[name] - decayed[name]
+        expected = 0.0 if name in norms else rate * decay * start[name]
+        assert lost == pytest.approx(expected, abs=2e-6), name
+        if name in norms:
+            assert start[name] > 1, "a norm that decayed would show"
+
+
 def test_bf16_trains_close_to_fp32(reference: dict, pools: dict[int, RankPool]) -> None:
     run = pools[1].train(spans=True, precision="bf16")
     for a, b in zip(run["metrics"], reference["metrics"], strict=True):

@@ -1,5 +1,6 @@
 """The loop is exactly resumable, stops cleanly, and a finished run is left alone."""
 
+import json
 import math
 import os
 import signal
@@ -198,7 +199,7 @@ def test_too_many_skipped_steps_stop_the_run_and_name_the_checkpoint(
 
 def test_undefined_validation_loss_survives_the_checkpoint(tmp_path: Path) -> None:
     class Empty(TinyTask):
-        def validate(self) -> dict[str, float]:
+        def validate(self, step: int) -> dict[str, float]:
             return {"text": math.nan, "visual": 2.0}
 
     fit(Empty(), config=tiny_config(), run_dir=tmp_path)
@@ -339,3 +340,25 @@ def _end_session(process: subprocess.Popen[str]) -> None:
     for pid in (*_children(process.pid).values(), process.pid) if process.poll() is None else ():
         os.kill(pid, signal.SIGKILL)
     process.wait(timeout=30)
+
+
+class Thinned(TinyTask):
+    """A set of every validation, and one of every other."""
+
+    def validate(self, step: int) -> dict[str, float]:
+        found = {"often": super().validate(step)["fit"]}
+        if step in (4, 12):
+            found["seldom"] = float(step)
+        return found
+
+
+def test_a_set_without_its_turn_keeps_its_value_and_is_not_logged_again(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        fit_until(Thinned(), config=tiny_config(), run_dir=tmp_path, stop_at=9)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    kept = json.loads((newest / "manifest.json").read_text())["extra"]["validation"]
+    assert kept["seldom"] == 4.0
+    result = fit(Thinned(), config=tiny_config(), run_dir=tmp_path)
+    logged = [(row["step"], "val/seldom" in row) for row in rows(tmp_path) if "val/often" in row]
+    assert logged == [(4, True), (8, False), (12, True)]
+    assert result.validation["seldom"] == 12.0

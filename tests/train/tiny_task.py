@@ -66,7 +66,7 @@ class TinyTask:
                 self.optimizer.step()
         return {"loss": value, "lr": 1e-2, "grad_norm": norm.item(), "tokens": 32.0}
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, step: int) -> dict[str, float]:
         self.validations += 1
         for _ in range(int(self.slow_validation / 0.5)):
             self.clock.beat()  # as a batch does

@@ -44,7 +44,12 @@ def ingest(options: IngestOptions, *, encoder: PictureEncoder | None) -> IngestS
     """
     begin = time.monotonic()
     options.validate()
-    inputs = find_inputs(options.inputs, text_unit=options.text_unit, starts=options.starts)
+    inputs = find_inputs(
+        options.inputs,
+        text_unit=options.text_unit,
+        starts=options.starts,
+        layout=options.layout,
+    )
     _require_encoder(inputs, encoder=encoder)
     tokenizer = build_text_tokenizer(options.tokenizer)
     if encoder is not None and options.existing is Existing.replace:
@@ -269,6 +274,7 @@ def _identity(options: IngestOptions, *, encoder: PictureEncoder | None) -> dict
         "order": options.order.value,
         "text_unit": options.text_unit.value,
         "starts": options.starts.value,
+        "layout": options.layout.value if options.layout is not None else None,
         "sequence_length": options.sequence_length,
     }
 

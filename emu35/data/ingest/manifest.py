@@ -29,7 +29,7 @@ from emu35.files import sync_folder
 
 _BOOKS = ".ingest"
 _FORMAT = 1
-_LATER_OPTIONS = {"starts": "random"}
+_LATER_OPTIONS = {"starts": "random", "layout": None}
 """Options that books of an earlier version do not name, with what they come to."""
 # How many files a message names before it counts the rest.
 _NAMED = 6

@@ -8,6 +8,7 @@ from pathlib import Path
 from emu35.config.area import Area, parse_area
 from emu35.config.check import at_least
 from emu35.config.tokenizer import TokenizerConfig
+from emu35.data.readers.benchmarks import Layout
 from emu35.data.readers.discover import TextUnit
 from emu35.data.readers.task_documents import Starts
 from emu35.errors import ConfigError
@@ -46,6 +47,7 @@ class IngestOptions:
         out: folder for the shards, of this source alone.
         source: name of the source; shards are called ``<source>-000000.tar``.
         tokenizer: text table, codebook size, and the image tokenizer's folder (``vision``).
+        layout: the inputs are this benchmark (see :mod:`emu35.data.readers.benchmarks`).
         area: pictures are resized to about so many pixels, aspect kept.
         order: of a picture and its caption; documents of other forms have an order of their own.
         starts: where documents of embodied manipulations begin.
@@ -65,6 +67,7 @@ class IngestOptions:
     order: PairOrder = PairOrder.caption_first
     text_unit: TextUnit = TextUnit.file
     starts: Starts = Starts.random
+    layout: Layout | None = None
     sequence_length: int = 0
     shard_bytes: int = 256 * 2**20
     images_per_call: int = 16

@@ -7,5 +7,6 @@ in them, :mod:`~emu35.data.readers.task_records` checks it, and
 A reader never decodes a picture and never raises for a bad record: what it cannot use becomes a
 :class:`~emu35.data.readers.records.Reject`. Members of tars are read as bytes under their name and
 never extracted, so a path such as ``../../x`` in one is only a name.
-:func:`emu35.data.readers.discover.find_inputs` decides which reader an input belongs to.
+:func:`emu35.data.readers.discover.find_inputs` decides which reader an input belongs to; benchmarks
+(:mod:`emu35.data.readers.benchmarks`) are read where they are asked for by name.
 """

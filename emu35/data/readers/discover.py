@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 
+from emu35.data.readers.benchmarks import BENCHMARKS, Layout
 from emu35.data.readers.folder import (
     TEXTS,
     extension,
@@ -54,7 +55,7 @@ class InputFile:
     @property
     def is_of_pictures(self) -> bool:
         """Whether records of this form always hold a picture; other forms may."""
-        return self.reader in (read_webdataset, read_picture_folder)
+        return self.reader in (read_webdataset, read_picture_folder, *BENCHMARKS.values())
 
     def read(self) -> Iterator[RawRecord | Reject]:
         """All records, in order."""
@@ -62,7 +63,11 @@ class InputFile:
 
 
 def find_inputs(
-    paths: Sequence[Path], *, text_unit: TextUnit, starts: Starts = Starts.random
+    paths: Sequence[Path],
+    *,
+    text_unit: TextUnit,
+    starts: Starts = Starts.random,
+    layout: Layout | None = None,
 ) -> list[InputFile]:
     """Resolve files and folders into inputs; task records in JSON lines heed ``starts``.
 
@@ -70,13 +75,17 @@ def find_inputs(
     files beside them, which are not data), else for its JSON lines files, else its parquet files,
     else for the pictures below it, else for the text files below it.
 
+    With ``layout`` every path is that benchmark's JSON file, or the folder that holds it.
+
     Raises:
         DataError: if a path does not exist, is of no known kind, is given twice, or is a parquet
             file where pyarrow is not installed.
     """
     found: list[InputFile] = []
     for path in paths:
-        if path.is_dir():
+        if layout is not None and path.exists():
+            found.append(_benchmark(path.resolve(), layout=layout))
+        elif path.is_dir():
             found.extend(_from_folder(path.resolve(), text_unit=text_unit, starts=starts))
         elif path.is_file():
             found.append(_from_file(path.resolve(), text_unit=text_unit, starts=starts))
@@ -88,6 +97,24 @@ def find_inputs(
             raise DataError(f"input {entry.path} is given twice; give each input once")
         seen.add(entry.path)
     return found
+
+
+def _benchmark(path: Path, *, layout: Layout) -> InputFile:
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if extension(file) in ("json", "jsonl"))
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
+            raise DataError(
+                f"folder {path} does not hold one JSON file but {names}; give the file with the "
+                f"items of {layout}"
+            )
+        (path,) = files
+    return InputFile(
+        path=path,
+        size=path.stat().st_size,
+        fingerprint=_file_fingerprint(path),
+        reader=BENCHMARKS[layout],
+    )
 
 
 def _from_file(path: Path, *, text_unit: TextUnit, starts: Starts) -> InputFile:

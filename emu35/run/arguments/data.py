@@ -14,6 +14,7 @@ TEXT_UNITS = ("file", "lines")
 STARTS = ("first", "random", "all")
 TASKS = ("chat", "t2i", "x2i", "story", "howto", "explore", "vla")
 AREA = "512x512"
+LAYOUTS = ("isg_bench", "opening", "mmie")
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -81,6 +82,12 @@ def _add_ingest(actions: "Commands[argparse.ArgumentParser]") -> None:
         "(default), or from every one",
     )
     command.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="PATH is this benchmark as published: one document of question and ground truth an "
+        "item",
+    )
+    command.add_argument(
         "--sequence-length",
         type=int,
         metavar="N",
@@ -143,6 +150,7 @@ def _add_inspect(actions: "Commands[argparse.ArgumentParser]") -> None:
 
 def _ingest(arguments: argparse.Namespace) -> int:
     from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
+    from emu35.data.readers.benchmarks import Layout
     from emu35.data.readers.discover import TextUnit
     from emu35.data.readers.task_documents import Starts
     from emu35.stages.data import ingest
@@ -162,6 +170,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
             order=PairOrder(arguments.order),
             text_unit=TextUnit(arguments.text_unit),
             starts=Starts(arguments.starts),
+            layout=Layout(arguments.layout) if arguments.layout else None,
             sequence_length=recipe.sequence_length if length is None else length,
             shard_bytes=arguments.shard_bytes,
             images_per_call=arguments.images_per_call,

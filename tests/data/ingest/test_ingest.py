@@ -24,6 +24,7 @@ from emu35.config.area import Area
 from emu35.data.ingest.ingest import ingest
 from emu35.data.ingest.options import Existing, PairOrder
 from emu35.data.ingest.progress import Progress
+from emu35.data.readers.benchmarks import Layout
 from emu35.data.readers.discover import TextUnit
 from emu35.errors import ConfigError, DataError
 from emu35.tokens.document import Image, Special, Text
@@ -114,6 +115,27 @@ def test_interleaved_documents_keep_their_order(tmp_path: Path) -> None:
     picture = Image(np.full((1, 2), 10))
     ((_, found),) = documents_of(tmp_path / "out")
     assert found == [picture, Text(" then "), picture, Text(" end")]
+
+
+def test_a_benchmark_becomes_documents_of_question_and_ground_truth(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(png(width=16, height=8, grey=40))
+    item = {
+        "id": "0001",
+        "Query": [{"type": "text", "content": "Draw a line."}],
+        "Golden": [{"type": "image", "content": "p.png"}, {"type": "text", "content": "Done."}],
+    }
+    (tmp_path / "ISG-Bench.jsonl").write_text(json.dumps(item) + "\n{}\n")
+    inputs, out = [tmp_path / "ISG-Bench.jsonl"], tmp_path / "out"
+    options = options_of(inputs, out, layout=Layout.isg_bench)
+    summary = ingest(options, encoder=GreyLevels())
+    assert summary.rejects == {"not a record of a known form": 1}
+    picture = Image(np.full((1, 2), 10))
+    ((_, found),) = documents_of(out)
+    assert found == [Text("Draw a line."), picture, Text("Done.")]
+    with pytest.raises(DataError, match="layout"):
+        ingest(options_of(inputs, out), encoder=GreyLevels())
+    with pytest.raises(DataError, match="no image tokenizer was given"):
+        ingest(options_of(inputs, tmp_path / "x", layout=Layout.isg_bench), encoder=None)
 
 
 @pytest.mark.parametrize("stop_after", [3, 9, 21])

@@ -1,8 +1,11 @@
 """Line charts as SVG text: no library, no script, nothing to load."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
+
+from emu35.log.console import human_count
 
 COLOURS = ("#2f6fde", "#d9480f", "#2b8a3e", "#9c36b5", "#087f5b", "#c2255c", "#846358")
 WIDTH, HEIGHT = 560, 300
@@ -11,27 +14,42 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 16, 38
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """Points (x, y) under a name; ``marked`` draws a dot at each."""
+    """Points (x, y) under a name; ``marked`` draws a dot at each. The legend shows ``newest``, or
+    without it the last y."""
 
     name: str
     points: list[tuple[float, float]]
     marked: bool = False
+    newest: float | None = None
 
 
-def line_chart(series: list[Series], *, x_label: str, title: str) -> str:
-    """An ``<figure>`` with one chart; series without points are left out."""
+def line_chart(
+    series: list[Series],
+    *,
+    x_label: str,
+    title: str,
+    lowest: float | None = 0.0,
+    highest: float | None = None,
+) -> str:
+    """An ``<figure>`` with one chart; series without points are left out.
+
+    The vertical axis reaches down to ``lowest`` at least; None lets it begin at the smallest y. It
+    ends above ``highest``, and what lies higher is drawn at its upper edge; None shows everything.
+    """
     series = [item for item in series if item.points]
     if not series:
         return ""
     xs = [x for item in series for x, _ in item.points]
     ys = [y for item in series for _, y in item.points]
-    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(min(0.0, *ys), max(ys))
+    floor = min(ys) if lowest is None else min(lowest, *ys)
+    ceiling = max(ys) if highest is None else min(highest, max(ys))
+    x_ticks, y_ticks = _ticks(min(xs), max(xs)), _ticks(floor, max(floor, ceiling))
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low)
-        up = (y - y_low) / (y_high - y_low)
+        up = (min(y, y_high) - y_low) / (y_high - y_low)
         return (
             LEFT + across * (WIDTH - LEFT - RIGHT),
             HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM),
@@ -44,7 +62,7 @@ def line_chart(series: list[Series], *, x_label: str, title: str) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" '
-            'stroke-linejoin="round"/>'
+            f'stroke-linejoin="round"{_dashes(index)}/>'
         )
         if item.marked:
             parts += [
@@ -52,7 +70,8 @@ def line_chart(series: list[Series], *, x_label: str, title: str) -> str:
             ]
     legend = "".join(
         f'<span><i style="background:{COLOURS[index % len(COLOURS)]}"></i>'
-        f"{escape(item.name)} <b>{item.points[-1][1]:.3g}</b></span>"
+        f"{escape(item.name)} <b>{item.points[-1][1] if item.newest is None else item.newest:.4g}"
+        "</b></span>"
         for index, item in enumerate(series)
     )
     return (
@@ -62,19 +81,34 @@ def line_chart(series: list[Series], *, x_label: str, title: str) -> str:
     )
 
 
-def _grid(x_ticks, y_ticks, *, place, x_range, x_label: str) -> str:
+def _dashes(index: int) -> str:
+    """Colours repeat; lines of the second round and later are dashed."""
+    turn = index // len(COLOURS)
+    return f' stroke-dasharray="{3 * turn} 3"' if turn else ""
+
+
+def _grid(
+    x_ticks: list[float],
+    y_ticks: list[float],
+    *,
+    place: Callable[[float, float], tuple[float, float]],
+    x_range: tuple[float, float],
+    x_label: str,
+) -> str:
     x_low, x_high = x_range
     parts: list[str] = []
     for tick in y_ticks:
         x, y = place(x_low, tick)
         parts.append(
             f'<line x1="{x:.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
-            f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+            f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
         )
     for tick in x_ticks:
         if x_low <= tick <= x_high:
             x, y = place(tick, y_ticks[0])
-            parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{tick:g}</text>')
+            parts.append(
+                f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{_number(tick)}</text>'
+            )
     parts.append(
         f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end" class="label">'
         f"{escape(x_label)}</text>"
@@ -82,15 +116,21 @@ def _grid(x_ticks, y_ticks, *, place, x_range, x_label: str) -> str:
     return "".join(parts)
 
 
+def _number(tick: float) -> str:
+    """Short enough for the margin."""
+    return human_count(tick) if abs(tick) >= 1e4 else f"{tick:g}"
+
+
 def _ticks(low: float, high: float, *, wanted: int = 5) -> list[float]:
     """Round numbers that cover [low, high]."""
-    if high <= low:
-        high = low + 1
+    if high - low <= 1e-6 * abs(high):
+        high = low + (abs(low) or 1)
     raw = (high - low) / wanted
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw)
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(k * step, 10) for k in range(first, last + 1)]
+    # Twelve digits, wherever they begin: learning rates are small.
+    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
 def smooth(points: list[tuple[float, float]], *, window: int = 1) -> list[tuple[float, float]]:

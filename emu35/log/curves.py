@@ -1,0 +1,184 @@
+"""``curves.html``: what the run has reported so far, drawn; one file, to be opened anywhere.
+
+It is made again after every validation and at the end. However long the run, a series is kept in a
+bounded number of points, so that neither memory nor the page grows with it.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from emu35.files import write_atomically
+from emu35.log.charts import Series, line_chart, smooth
+from emu35.log.jsonl import Row, is_validation, read_rows
+
+CURVES_FILE = "curves.html"
+MOST_POINTS = 800
+"""Twice as many pixels as a chart is wide would not show more."""
+
+_LEFT_OUT = ("step", "tokens_total")
+_FAMILIES: tuple[tuple[str, Callable[[str], bool]], ...] = (
+    ("Loss", lambda key: key == "loss"),
+    ("Loss by modality", lambda key: key in ("loss_text", "loss_visual")),
+    ("Loss by source", lambda key: key.startswith("loss/")),
+    ("Learning rate", lambda key: key == "lr"),
+    ("Gradient norm", lambda key: key == "grad_norm"),
+    ("Share of the loss weight by source", lambda key: key.startswith("share/")),
+    ("Share of the time by phase", lambda key: key.startswith("time/")),
+)
+"""Metrics drawn together, and in which order; every other metric gets a chart of its own."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Track:
+    """One metric over the steps, in at most ``MOST_POINTS`` points.
+
+    When there are more, neighbours become their mean, and from then on every point stands for
+    twice as many values. What a track holds depends on the values alone, not on when they came, so
+    a resumed run draws what an uninterrupted one does.
+    """
+
+    points: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    newest: float = math.nan
+    last_step: float = -1.0
+    stride: int = 1
+    _sum: float = 0.0
+    _count: int = 0
+
+    def add(self, step: float, value: float) -> None:
+        """Append a value; one of a step that is already there is the same and is left out."""
+        if step <= self.last_step:
+            return
+        self.last_step, self.newest = step, value
+        self._sum += value
+        self._count += 1
+        if self._count == self.stride:
+            self.points.append((step, self._sum / self._count))
+            self._sum, self._count = 0.0, 0
+        if len(self.points) >= MOST_POINTS:
+            pairs = zip(self.points[::2], self.points[1::2], strict=True)
+            self.points = [(x, (first + y) / 2) for (_, first), (x, y) in pairs]
+            self.stride *= 2
+
+    def drawn(self) -> list[tuple[float, float]]:
+        """The points up to the last step."""
+        rest = [(self.last_step, self._sum / self._count)] if self._count else []
+        return [*self.points, *rest]
+
+
+class CurvesFile:
+    """A :class:`~emu35.log.sinks.Sink` that draws; it begins with the rows that are there."""
+
+    def __init__(self, *, run_dir: Path, metrics: Path, name: str, total_steps: int) -> None:
+        self._path, self._name, self._total = run_dir / CURVES_FILE, name, total_steps
+        self._tracks: dict[str, Track] = {}
+        for row in read_rows(metrics):
+            self._add(row)
+
+    def write(self, row: Row) -> None:
+        self._add(row)
+        if is_validation(row):
+            self._draw()
+
+    def flush(self) -> None:
+        """The page is a view; it follows at the next validation."""
+
+    def close(self) -> None:
+        self._draw()
+
+    def _add(self, row: Row) -> None:
+        step = float(row["step"] or 0)
+        for key, value in row.items():
+            # A value that is none (NaN in the row) leaves the curve where it was.
+            if key not in _LEFT_OUT and value is not None and math.isfinite(value):
+                self._tracks.setdefault(key, Track()).add(step, float(value))
+
+    def _draw(self) -> None:
+        if self._tracks:
+            page = draw_page(self._tracks, name=self._name, total_steps=self._total)
+            write_atomically(self._path, content=page.encode())
+
+
+def draw_page(tracks: dict[str, Track], *, name: str, total_steps: int) -> str:
+    """The whole page of a run called ``name``."""
+    step = int(max(track.last_step for track in tracks.values()))
+    charts = "".join(_charts(tracks))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(name)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{escape(name)}</h1><p>Step {step:,} of {total_steps:,}. Bold: the newest value. "
+        "Language losses are in nats a token; what exceeds a chart lies on its upper edge."
+        f'</p><div class="charts">{charts}</div></body></html>\n'
+    )
+
+
+def _charts(tracks: dict[str, Track]) -> Iterable[str]:
+    left = dict(tracks)
+    families: dict[str, dict[str, Track]] = {}
+    for title, belongs in _FAMILIES[:3]:
+        families[title] = {key: left.pop(key) for key in tracks if belongs(key)}
+    for key in [key for key in left if key.startswith("val/")]:
+        metric = key.rsplit("/", 1)[1]
+        title = "Validation loss" if metric == "loss" else f"Validation: {_words(metric)}"
+        families.setdefault(title, {})[key] = left.pop(key)
+    for title, belongs in _FAMILIES[3:]:
+        families[title] = {key: left.pop(key) for key in list(left) if belongs(key)}
+    for key in left:
+        families.setdefault(_words(key), {})[key] = tracks[key]
+    for title, members in families.items():
+        series = [_series(key, track) for key, track in members.items()]
+        if title.startswith(("Loss", "Validation")):
+            highest = _settled(series)
+            yield line_chart(series, x_label="step", title=title, lowest=None, highest=highest)
+        else:
+            yield line_chart(series, x_label="step", title=title)
+
+
+def _settled(series: list[Series]) -> float | None:
+    """The largest value after the first twentieth of every long series: the beginning of a loss is
+    many times what it falls to, and would flatten the rest. None if all are short."""
+    late = [y for item in series for _, y in item.points[len(item.points) // 20 :]]
+    return max(late) if any(len(item.points) >= 40 for item in series) else None
+
+
+def _series(key: str, track: Track) -> Series:
+    points = track.drawn()
+    name = key.removeprefix("val/").removesuffix("/loss").split("/", 1)[-1]
+    if key.startswith("loss"):
+        points = smooth(points, window=1 + len(points) // 60)
+    return Series(
+        name=_words(name),
+        points=points,
+        marked=key.startswith("val/") and len(points) <= 40,
+        newest=track.newest,
+    )
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+_STYLE = """
+:root { --ink: #1c2430; --soft: #5d6876; --line: #e3e7ec; --card: #fff; --ground: #f5f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6eaf0; --soft: #98a3b3; --line: #2c3440; --card: #171c24; --ground: #10141a; }
+}
+body { margin: 0 auto; max-width: 1240px; padding: 32px 24px; background: var(--ground);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 24px; margin: 0; }
+p { margin: 4px 0 18px; color: var(--soft); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
+  gap: 16px; }
+figure { margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid var(--line);
+  border-radius: 12px; }
+figcaption { font-weight: 600; margin-bottom: 6px; }
+svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--soft); font-size: 12px; }
+svg .grid { stroke: var(--line); }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; color: var(--soft); }
+.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
+  margin-right: 6px; }
+"""
