@@ -247,6 +247,7 @@ def merge_adapters(model: Emu35Model) -> None:
     for linear in adapted_linears(model).values():
         adapter = linear.adapter
         assert adapter is not None
+        assert linear.weight is not None
         addition = (adapter.b.float() @ adapter.a.float()).mul_(adapter.scale)
         linear.weight.copy_(addition.add_(linear.weight))
         linear.adapter = None

@@ -173,3 +173,37 @@ def test_images_are_planned_without_a_guess_at_activations():
     assert plan["memory_bytes_per_rank"]["activations"] is None
     assert "tokens_per_step" not in plan
     assert "not estimated" in describe(plan)
+
+
+def test_adapters_are_all_that_has_gradients_and_optimizer_state():
+    base = ["model=tiny", "stage.precision=bf16", "stage.init_from=runs/base"]
+    lora = ["stage.adapter=lora", "stage.lora.rank=8"]
+    whole, adapted = make_plan(compose(base)), make_plan(compose([*base, *lora]))
+    model = compose(base).model
+    assert isinstance(model, LMConfig)
+    query, key = (
+        heads * model.head_dim for heads in (model.num_attention_heads, model.num_kv_heads)
+    )
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    sides = (hidden + query + 2 * key) + (query + hidden) + (hidden + 2 * ffn) + (ffn + hidden)
+    trained = 8 * model.num_layers * sides
+    assert adapted["trained_parameters"] == trained
+    assert "trained_parameters" not in whole
+    assert f"{trained:,} in adapters" in describe(adapted)
+    found = adapted["memory_bytes_per_rank"]
+    assert found["weights"] == 2 * (whole["parameters"] + trained)
+    assert found["gradients"] == 4 * trained
+    assert found["optimizer"] == 12 * trained
+    # And the loss forms no gradient of the output layer: fp32 sums and a bf16 copy.
+    logits = whole["memory_bytes_per_rank"]["logits"] - found["logits"]
+    assert logits == 6 * adapted["vocabulary_size"] * hidden
+    two = memory(*base, *lora, "launch.nproc=2", "parallel.tp=2")["gradients"]
+    assert found["gradients"] / 2 < two < found["gradients"]
+
+
+def test_the_largest_model_is_adapted_on_one_machine_of_eight():
+    plan = make_plan(compose(["experiment=emu35_34b/sft_lora"]))
+    assert plan["world_size"] == 8
+    assert plan["memory_bytes_per_rank"]["total"] < 40 * GIB
+    words = ["experiment=emu35_34b/sft_lora", "stage.adapter=none"]
+    assert memory(*words)["total"] > 80 * GIB
