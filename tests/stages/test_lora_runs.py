@@ -168,6 +168,7 @@ def test_whoever_opens_the_run_sees_merged_weights(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_two_tensor_parallel_ranks_train_what_one_trains(
     base: Path, adapted: Path, tmp_path: Path
