@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from emu35.config import LMConfig, ParallelConfig
+from emu35.config.stage import adapters_of
 from emu35.planner.plan import describe, make_plan
 from emu35.run.compose import compose
 
 GIB = 2**30
+ADAPTED = ["stage.adapter=lora", "stage.init_from=runs/base"]
 
 
 def memory(*overrides: str) -> dict[str, Any]:
@@ -73,8 +75,20 @@ def test_the_paper_recipe_fits_an_80_gib_accelerator():
         ["engine.recompute=selective", "engine.recompute_modules=[mlp]"],
         ["engine.recompute=selective", "engine.recompute_modules=[core_attn,mlp]"],
         ["engine.recompute=full"],
+        ADAPTED,
+        [*ADAPTED, "stage.lora.dropout=0.1"],
+        [*ADAPTED, "engine.recompute=selective", "engine.recompute_modules=[mlp]"],
     ],
-    ids=["kept", "core_attn", "mlp", "attention-mlp", "full"],
+    ids=[
+        "kept",
+        "core_attn",
+        "mlp",
+        "attention-mlp",
+        "full",
+        "adapters",
+        "adapters-dropout",
+        "adapters-mlp",
+    ],
 )
 def test_activation_formula_is_near_what_a_layer_really_keeps(engine: list[str]):
     """Counts the bytes that autograd saves in a forward pass of the model itself (norms that are
@@ -82,6 +96,7 @@ def test_activation_formula_is_near_what_a_layer_really_keeps(engine: list[str])
     torch = pytest.importorskip("torch")
     from emu35.model.build import build_model
     from emu35.model.context import AttentionContext
+    from emu35.model.lora import train_adapters
     from emu35.model.mask import AttentionMask
     from emu35.parallel.mesh import single_process_mesh
 
@@ -98,6 +113,8 @@ def test_activation_formula_is_near_what_a_layer_really_keeps(engine: list[str])
             engine=config.engine,
             precision=config.stage.precision,
         )
+        if lora := adapters_of(config.stage):
+            train_adapters(module, config=lora, seed=0)
         weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
         seen = saved.setdefault(layers, {})
 
