@@ -191,7 +191,7 @@ def test_prompts_file_with_a_bad_line(content: str, tmp_path: Path, capsys):
         (["generate", "--run", "{}", "--out", "{}/o"], "no prompt"),
         (["generate", "--run", "{}", "--out", "{}/o", "--prompt", "x", "--size", "9"], "no grid"),
         (["data", "ingest", "{}/no", "--out", "{}/o"], "no"),
-        (["data", "ingest", "{}", "--out", "{}/o", "--area", "big"], "--area 'big' is no area"),
+        (["data", "ingest", "{}", "--out", "{}/o", "--area", "big"], "area 'big' is no area"),
         (["data", "index", "{}/no"], "no"),
         (["data", "stats", "{}/no"], "no"),
         (["data", "inspect", "{}/no"], "no"),
@@ -209,6 +209,8 @@ def test_choices_are_those_of_the_packages_that_read_them():
     from emu35.config import Precision, TokenizerKind
     from emu35.data.ingest.options import PairOrder
     from emu35.data.readers.discover import TextUnit
+    from emu35.data.readers.task_documents import Starts
+    from emu35.data.readers.task_table import TASK_FORMS
     from emu35.tokens.template import PromptTemplate, Task
 
     def values(kind: type[StrEnum]) -> set[str]:
@@ -217,6 +219,8 @@ def test_choices_are_those_of_the_packages_that_read_them():
     assert set(tokenizer.KINDS) == values(TokenizerKind)
     assert set(data.ORDERS) == values(PairOrder)
     assert set(data.TEXT_UNITS) == values(TextUnit)
+    assert set(data.STARTS) == values(Starts)
+    assert data.TASKS == tuple(TASK_FORMS)
     assert set(generate.TASKS) == values(Task)
     assert set(source.TEMPLATES) == values(PromptTemplate) | {"auto"}
     assert set(convert.TEMPLATES) == values(PromptTemplate)
@@ -225,6 +229,7 @@ def test_choices_are_those_of_the_packages_that_read_them():
 
 def test_defaults_are_those_of_the_options_they_fill():
     from emu35.data.ingest.options import IngestOptions
+    from emu35.run.arguments.recipe import Recipe
     from emu35.stages.data import InspectOptions, StatsOptions
     from emu35.stages.generate.options import GenerateOptions
     from emu35.stages.release import VerifyOptions
@@ -235,10 +240,12 @@ def test_defaults_are_those_of_the_options_they_fill():
     some = Path("x")
     ingest = IngestOptions(inputs=[some], out=some, source="x")
     given = defaults("data", "ingest", "x", "--out", "x")
-    names = ["sequence_length", "shard_bytes", "images_per_call", "threads", "max_rejects"]
-    for name in [*names, "order", "text_unit"]:
+    names = ["shard_bytes", "images_per_call", "threads", "max_rejects"]
+    for name in [*names, "order", "text_unit", "starts"]:
         assert given[name] == getattr(ingest, name)
-    assert data.parse_area(str(given["area"])) == ingest.area
+    assert data.parse_area(data.AREA) == ingest.area
+    assert Recipe().sequence_length == ingest.sequence_length
+    assert Recipe().tokenizer == ingest.tokenizer
     stats = defaults("data", "stats", "x")
     assert stats["sequence_length"] == StatsOptions(folders=[]).sequence_length
     inspect = defaults("data", "inspect", "x")

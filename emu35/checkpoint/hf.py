@@ -13,9 +13,11 @@ The embedding and the output layer may have rows beyond the vocabulary, added so
 over ranks; those never leave.
 
 Both directions only reshape and slice, hence they are exact inverses in every dtype. Out of the
-model goes a whole one: layers counted from the first stage, no shards. Into it, a tensor-parallel
-rank takes its own part of each tensor: whole key-value groups, the same rows of gate and up, rows
-of the vocabulary, and columns of the two projections that write to the residual stream.
+model goes a whole one: layers counted from the first stage, no shards. Into it, each rank takes its
+own part: of the layers those of its pipeline stages, under the numbers that they have in the whole
+model, the embedding on the first stage and the output layer on the last; and of each tensor, by
+its tensor-parallel rank, whole key-value groups, the same rows of gate and up, rows of the
+vocabulary, and columns of the two projections that write to the residual stream.
 """
 
 from collections.abc import Iterator, Mapping
@@ -47,6 +49,11 @@ VOCABULARY_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
 
 QKV, FC1 = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
 
+_LAYERS = "decoder.layers."
+_ROWS = 8192
+"""Vocabulary rows read at a time: with a large vocabulary, a rank's rows of one matrix are a good
+part of all that it holds."""
+
 
 def to_hf(
     state: Mapping[str, torch.Tensor], *, config: LMConfig, vocabulary_size: int
@@ -63,7 +70,7 @@ def to_hf(
         "model.embed_tokens.weight": state["embedding.word_embeddings.weight"][:vocabulary_size]
     }
     for layer in range(config.num_layers):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        ours, theirs = f"{_LAYERS}{layer}.", f"model.layers.{layer}."
         parts = split_qkv(state[ours + QKV], config=config)
         gate, up = state[ours + FC1].chunk(2)
         for name, tensor in {
@@ -124,23 +131,36 @@ def fill_from_hf(
     vocabulary_size: int,
     shard: Shard | None = None,
 ) -> None:
-    """The inverse of :func:`to_hf`: copy official tensors into the parameters of one
-    tensor-parallel rank, converted to their type. Vocabulary rows beyond the real ones become zero.
+    """The inverse of :func:`to_hf`: copy official tensors into the parameters of one rank,
+    converted to their type. Vocabulary rows beyond the real ones become zero.
+
+    ``parameters`` may be a part of the model: some layers, with or without the embedding and what
+    follows the last layer. Parameters of other names are left alone.
 
     Every part goes straight from ``state`` to its place, so nothing of the model's size exists
     beside the parameters; of a ``state`` that is a :class:`PartReader` only this rank's parts are
     read.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, or has the wrong shape.
+        CheckpointError: a tensor is missing, unknown, or has the wrong shape; also one that this
+            rank does not hold, if ``state`` is a :class:`PartReader`.
     """
     expected = hf_shapes(config, vocabulary_size=vocabulary_size)
-    _check_names(set(state), expected=set(expected), what="the release")
+    if not isinstance(state, PartReader):
+        _check_names(set(state), expected=set(expected), what="the release")
+    else:
+        # All of them, so that every rank comes to the same conclusion.
+        check_tensors(state, names=set(state), expected=expected, what="the release")
     for piece in _pieces(
         parameters, config=config, vocabulary_size=vocabulary_size, shard=shard or Shard()
     ):
-        part = _read(piece, state=state, shape=expected[piece.name])
-        piece.target.copy_(part.reshape(piece.target.shape))
+        if isinstance(state, PartReader):
+            _copy(piece, state=state)
+        else:
+            tensor = state[piece.name]
+            _check_shape(piece.name, found=tuple(tensor.shape), expected=expected[piece.name])
+            part = tensor.narrow(piece.dim, piece.start, piece.stop - piece.start)
+            piece.target.copy_(part.reshape(piece.target.shape))
     zero_padding(parameters, vocabulary_size=vocabulary_size, shard=shard)
 
 
@@ -150,19 +170,21 @@ def zero_padding(
 ) -> None:
     """Set the vocabulary rows of one rank that stand for no id to zero."""
     for name in VOCABULARY_NAMES:
-        weight = parameters[GLOBAL_NAMES[name]]
-        weight[_real_rows(weight, vocabulary_size=vocabulary_size, shard=shard or Shard()) :] = 0
+        if (weight := parameters.get(GLOBAL_NAMES[name])) is not None:
+            real = _real_rows(weight, vocabulary_size=vocabulary_size, shard=shard or Shard())
+            weight[real:] = 0
 
 
-def _read(
-    piece: _Piece, *, state: Mapping[str, torch.Tensor], shape: tuple[int, ...]
-) -> torch.Tensor:
-    if isinstance(state, PartReader):
-        _check_shape(piece.name, found=state.shape(piece.name), expected=shape)
-        return state.part(piece.name, dim=piece.dim, start=piece.start, stop=piece.stop)
-    tensor = state[piece.name]
-    _check_shape(piece.name, found=tuple(tensor.shape), expected=shape)
-    return tensor.narrow(piece.dim, piece.start, piece.stop - piece.start)
+def _copy(piece: _Piece, *, state: PartReader) -> None:
+    """Read a piece into its place, rows of the vocabulary a few at a time."""
+    rows = _ROWS if piece.name in VOCABULARY_NAMES else max(1, piece.stop - piece.start)
+    for start in range(piece.start, piece.stop, rows):
+        stop = min(start + rows, piece.stop)
+        part = state.part(piece.name, dim=piece.dim, start=start, stop=stop)
+        target = piece.target
+        if piece.name in VOCABULARY_NAMES:
+            target = target[start - piece.start : stop - piece.start]
+        target.copy_(part.reshape(target.shape))
 
 
 def _pieces(
@@ -172,17 +194,18 @@ def _pieces(
     vocabulary_size: int,
     shard: Shard,
 ) -> Iterator[_Piece]:
-    """Every official tensor once, with the part of it that this rank holds."""
+    """Every official tensor that this rank holds a part of, with that part."""
     for name, ours in GLOBAL_NAMES.items():
-        weight = parameters[ours]
+        if (weight := parameters.get(ours)) is None:
+            continue
         if name in VOCABULARY_NAMES:
             count = _real_rows(weight, vocabulary_size=vocabulary_size, shard=shard)
             start = min(shard.rank * len(weight), vocabulary_size)
             yield _Piece(name=name, dim=0, start=start, stop=start + count, target=weight[:count])
         else:
             yield _Piece(name=name, dim=0, start=0, stop=len(weight), target=weight)
-    for layer in range(config.num_layers):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+    for layer in _held_layers(parameters):
+        ours, theirs = f"{_LAYERS}{layer}.", f"model.layers.{layer}."
         for name, mcore in LAYER_NAMES.items():
             weight = parameters[ours + mcore]
             dim = int(name in COLUMN_NAMES)
@@ -196,6 +219,12 @@ def _pieces(
             rows = target.numel() // config.hidden_size
             start = shard.rank * rows
             yield _Piece(name=theirs + name, dim=0, start=start, stop=start + rows, target=target)
+
+
+def _held_layers(parameters: Mapping[str, torch.Tensor]) -> list[int]:
+    """The layers that ``parameters`` have, each of them whole."""
+    names = (name.removeprefix(_LAYERS) for name in parameters if name.startswith(_LAYERS))
+    return sorted({int(name.split(".")[0]) for name in names})
 
 
 def _qkv_views(weight: torch.Tensor, *, config: LMConfig) -> dict[str, torch.Tensor]:
@@ -235,7 +264,7 @@ def _mcore_names(config: LMConfig) -> list[str]:
     layer_names = [*LAYER_NAMES.values(), QKV, FC1]
     return [
         *GLOBAL_NAMES.values(),
-        *(f"decoder.layers.{n}.{name}" for n in range(config.num_layers) for name in layer_names),
+        *(f"{_LAYERS}{n}.{name}" for n in range(config.num_layers) for name in layer_names),
     ]
 
 
@@ -246,6 +275,19 @@ def _check_names(found: set[str], *, expected: set[str], what: str) -> None:
             f"{what} has not the tensors of this architecture: {_some(missing)} missing, "
             f"{_some(unknown)} unknown; check num_layers and the tensor names"
         )
+
+
+def check_tensors(
+    state: PartReader, *, names: set[str], expected: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Check the ``names`` and the shapes that ``state`` has; nothing is read.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or has the wrong shape.
+    """
+    _check_names(names, expected=set(expected), what=what)
+    for name, shape in expected.items():
+        _check_shape(name, found=state.shape(name), expected=shape)
 
 
 def _check_shapes(

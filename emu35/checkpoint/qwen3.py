@@ -4,86 +4,153 @@ Both share the architecture and the 151,643 mergeable ids of the text table (Emu
 Qwen3 model, paper section 3.2). Beyond those ids the vocabularies differ: Qwen3 continues with its
 own chat tokens and padding rows, Emu3.5 with 211 specials and the visual codes. So the first
 151,643 rows are taken over and the others drawn anew.
+
+A new row starts from the mean of the text rows plus noise. Rows of noise alone would give every new
+id a logit near zero, which is far above that of most text ids, since trained output rows push
+what does not occur below zero; the first steps would then be spent on pushing 131,283 ids down.
+With the mean, a new id is as likely at first as text ids are on average.
+
+Rows are drawn in blocks, like the initial weights of :mod:`emu35.model.init`, so that every layout
+gets the same ones and a rank draws only those that it holds. For the mean the ranks share the
+reading: each sums some blocks of text rows, and all add the sums in the same order.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from emu35.errors import ReleaseError
+from emu35.checkpoint.agree import gather, on_all_ranks
+from emu35.checkpoint.hf import PartReader
+from emu35.config.stage import NewRows, NewRowsConfig
+from emu35.model.init import random_blocks
+from emu35.parallel.collectives import rank, world_size
 from emu35.tokens.vocabulary import Vocabulary
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
+_SUMMED_ROWS = 2048
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Extended(Mapping[str, torch.Tensor]):
-    """Qwen3's tensors with the embedding and the output layer fitted to another vocabulary.
+    """Qwen3's tensors with the embedding and the output layer fitted to another vocabulary, read
+    and drawn part by part (a :class:`~emu35.checkpoint.hf.PartReader`).
 
-    A new row is N(0, ``std``), drawn by a generator seeded with ``seed`` (the output layer with
-    ``seed + 1``), the same on every machine; the PAD row of the embedding is zero. Tied weights
-    become two matrices that start from the same rows.
+    A new row is ``means[name]`` (zero where there is none) plus N(0, ``std``), in fp32, the same on
+    every machine; the PAD row of the embedding is zero. Tied weights become two matrices that start
+    from the same text rows and have new rows of their own.
     """
 
-    base: Mapping[str, torch.Tensor]
+    base: PartReader
+    names: frozenset[str]
     vocabulary: Vocabulary
+    tied: bool
     std: float
     seed: int
-    tied: bool
+    means: Mapping[str, torch.Tensor]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name == EMBEDDING:
-            matrix = self._fit(self.base[EMBEDDING], seed=self.seed)
-            matrix[self.vocabulary.pad] = 0
-            return matrix
-        if name == OUTPUT:
-            return self._fit(self.base[EMBEDDING if self.tied else OUTPUT], seed=self.seed + 1)
-        return self.base[name]
+        return self.part(name, dim=0, start=0, stop=self.shape(name)[0])
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.base
-        if self.tied and OUTPUT not in self.base:
-            yield OUTPUT
+        yield from sorted(self.names | {OUTPUT})
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self.names | {OUTPUT})
 
-    def _fit(self, old: torch.Tensor, *, seed: int) -> torch.Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, after the extension."""
+        if name in (EMBEDDING, OUTPUT):
+            return (self.vocabulary.size, *self.base.shape(self._source(name))[1:])
+        return self.base.shape(name)
+
+    def part(self, name: str, *, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Indices [start, stop) of dimension ``dim`` of a tensor; the two matrices of the
+        vocabulary can be read by rows only."""
+        if name not in (EMBEDDING, OUTPUT):
+            return self.base.part(name, dim=dim, start=start, stop=stop)
+        assert dim == 0, name
         taken = self.vocabulary.n_text
-        generator = torch.Generator().manual_seed(seed)
-        new = torch.empty(self.vocabulary.size - taken, old.shape[1])
-        new.normal_(0.0, self.std, generator=generator)
-        return torch.cat([old[:taken], new.to(old.dtype)])
+        parts: list[torch.Tensor] = []
+        if start < taken:
+            source = self._source(name)
+            parts.append(self.base.part(source, dim=0, start=start, stop=min(stop, taken)))
+        if stop > taken:
+            parts.append(self._new_rows(name, start=max(start, taken), stop=stop))
+        return parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts])
+
+    def _source(self, name: str) -> str:
+        return EMBEDDING if self.tied else name
+
+    def _new_rows(self, name: str, *, start: int, stop: int) -> torch.Tensor:
+        columns = self.shape(name)[1]
+        rows = torch.empty(stop - start, columns)
+        for first, block in random_blocks(
+            start, stop - start, columns=columns, name=name, seed=self.seed
+        ):
+            low, high = max(start, first), min(stop, first + len(block))
+            rows[low - start : high - start] = block[low - first : high - first] * self.std
+        if (mean := self.means.get(self._source(name))) is not None:
+            rows += mean
+        if name == EMBEDDING and start <= self.vocabulary.pad < stop:
+            rows[self.vocabulary.pad - start] = 0
+        return rows
 
 
 def extend(
-    base: Mapping[str, torch.Tensor],
+    base: PartReader,
     *,
+    names: frozenset[str],
     vocabulary: Vocabulary,
-    rows: int,
-    std: float,
-    seed: int,
     tied: bool,
-    message: Callable[[str], object],
+    new_rows: NewRowsConfig,
+    seed: int,
 ) -> Extended:
-    """Fit Qwen3's tensors to ``vocabulary``; ``rows`` is their vocab_size.
+    """Fit Qwen3's tensors, called ``names``, to ``vocabulary``; their matrices have at least its
+    text rows. Collective.
 
     Raises:
-        ReleaseError: the matrices have fewer rows than the text table has ids.
+        CheckpointError: the text rows cannot be read.
     """
-    taken = vocabulary.n_text
-    if rows < taken:
-        raise ReleaseError(
-            f"this Qwen3 model has {rows} embedding rows, fewer than the {taken} ids of the text "
-            "table; only models with the full Qwen vocabulary can be extended"
-        )
-    message(
-        f"vocabulary {rows:,} -> {vocabulary.size:,}: {taken:,} text rows taken over, "
-        f"{vocabulary.size - taken:,} rows drawn from N(0, {std}) with seed {seed} "
-        f"({vocabulary.visual_start - taken} specials, {vocabulary.codebook_size:,} visual codes; "
-        "the embedding of PAD is zero), "
-        f"{rows - taken:,} Qwen rows dropped"
-        + ("; the tied output layer starts from the embedding's text rows" if tied else "")
+    matrices = (EMBEDDING,) if tied else (EMBEDDING, OUTPUT)
+    means: Mapping[str, torch.Tensor] = {}
+    if new_rows.policy is NewRows.mean:
+        means = row_means(base, names=matrices, rows=vocabulary.n_text)
+    return Extended(
+        base=base,
+        names=names,
+        vocabulary=vocabulary,
+        tied=tied,
+        std=new_rows.std,
+        seed=seed,
+        means=means,
     )
-    return Extended(base=base, vocabulary=vocabulary, std=std, seed=seed, tied=tied)
+
+
+def row_means(base: PartReader, *, names: tuple[str, ...], rows: int) -> dict[str, torch.Tensor]:
+    """Mean of the first ``rows`` rows of matrices, fp32 [columns] each, the same on every rank.
+    Summed in fp64, a few rows at a time, each row read by one rank. Collective.
+
+    Raises:
+        CheckpointError: a matrix cannot be read.
+    """
+    blocks = [(name, start) for name in names for start in range(0, rows, _SUMMED_ROWS)]
+
+    def sums() -> dict[tuple[str, int], torch.Tensor]:
+        return {
+            (name, start): base.part(
+                name, dim=0, start=start, stop=min(start + _SUMMED_ROWS, rows)
+            ).sum(dim=0, dtype=torch.float64)
+            for name, start in blocks[rank() :: world_size()]
+        }
+
+    own = on_all_ranks(sums, blame=lambda why: f"cannot average the text rows: {why}")
+    every = {block: total for part in gather(own) for block, total in part.items()}
+    return {
+        name: torch.stack([every[block] for block in blocks if block[0] == name])
+        .sum(0)
+        .div(rows)
+        .float()
+        for name in names
+    }

@@ -20,17 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from emu35.checkpoint.durable import is_inside
+from emu35.checkpoint.safetensor_index import INDEX, SINGLE, read_weight_map
 from emu35.errors import ReleaseError
 from emu35.files import replacing, write_atomically
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 _METADATA = {"format": "pt"}  # readers refuse files that do not say so
-_LARGEST_INDEX = 100 << 20
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -94,7 +91,7 @@ class SafetensorFolder(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info: dict[str, TensorInfo] = {}
-        weight_map = self._read_index()
+        weight_map = read_weight_map(folder) or dict.fromkeys(self._scan(SINGLE), SINGLE)
         for file in dict.fromkeys(weight_map.values()):
             self.info.update(self._scan(file))
         _check_index(weight_map, info=self.info, folder=folder)
@@ -152,26 +149,6 @@ class SafetensorFolder(Mapping[str, torch.Tensor]):
 
     def _open(self, file: str) -> Any:
         return safe_open(str(self.folder / file), framework="pt", device="cpu")
-
-    def _read_index(self) -> dict[str, str]:
-        path = self.folder / INDEX
-        if not path.exists():
-            if not (self.folder / SINGLE).is_file():
-                raise ReleaseError(
-                    f"{self.folder} holds neither {INDEX} nor {SINGLE}; is it a release folder?"
-                )
-            return dict.fromkeys(self._scan(SINGLE), SINGLE)
-        try:
-            if path.stat().st_size > _LARGEST_INDEX:
-                raise ReleaseError(f"{path} has {path.stat().st_size:,} bytes, too many to be real")
-            weight_map = json.loads(path.read_bytes())["weight_map"]
-            pairs = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ReleaseError(f"{path} is no index of weights: {error!r}") from None
-        for file in pairs.values():
-            if not is_inside(file) or not file.endswith(".safetensors"):
-                raise ReleaseError(f"{path} names {file!r}, which is no safetensors file beside it")
-        return pairs
 
     def _scan(self, file: str) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}

@@ -117,11 +117,6 @@ def load_weights(
             merge_adapters(chunk)
 
 
-def load_model_only(folder: Path, model: Emu35Model, *, adapters: LoRAConfig | None = None) -> None:
-    """:func:`load_weights` for a model that is whole in this process, or a rank's part of one."""
-    load_weights(folder, chunks=[model], adapters=adapters)
-
-
 def _sharded_state(
     chunks: list[Emu35Model], *, optimizer: MegatronOptimizer | None
 ) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from emu35.checkpoint.agree import gather
+from emu35.checkpoint.agree import gather, on_all_ranks
 from emu35.checkpoint.hf import Shard, fill_from_hf, zero_padding
 from emu35.checkpoint.hf_config import (
     CONFIG_JSON,
@@ -46,6 +46,7 @@ from emu35.config.rules import split_problems
 from emu35.config.stage import adapters_of
 from emu35.errors import CheckpointError, ConfigError, ReleaseError
 from emu35.model.build import build_model
+from emu35.model.names import weights_by_name
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import current_mesh, inference_mesh
 from emu35.tokens.release_files import text_tokenizer_config
@@ -57,17 +58,6 @@ CHECKPOINTS = "checkpoints"
 RELEASE = "release"
 """Key of a checkpoint's ``extra`` under which an import keeps what only a release records."""
 
-SHAPING_FIELDS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_kv_heads",
-    "head_dim",
-)
-"""Fields of the architecture that decide which weights there are; the others may change between
-stages (dropout, context length)."""
-
 Message = Callable[[str], object]
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
@@ -76,9 +66,10 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 class Described:
     """A run or release whose description was read and checked, its weights not yet.
 
-    ``checkpoint`` is set for a run, ``facts`` and ``weights`` for a release (``facts`` only for one
-    of ours). ``adapters`` lie in the run's checkpoint beside the weights; whoever opens it sees
-    them merged. ``extra`` is what an import kept of the release it came from.
+    ``checkpoint`` is set for a run; ``state``, the tensors under official names, for anything else;
+    ``facts`` and ``weights`` for a release (``facts`` only for one of ours). ``adapters`` lie in
+    the run's checkpoint beside the weights; whoever opens it sees them merged. ``extra`` is what an
+    import kept of the release it came from.
     """
 
     path: Path
@@ -94,6 +85,7 @@ class Described:
     adapters: LoRAConfig | None = None
     facts: ReleaseFacts | None = None
     weights: SafetensorFolder | None = None
+    state: Mapping[str, torch.Tensor] | None = None
 
     @property
     def vocabulary_size(self) -> int:
@@ -204,7 +196,7 @@ def load_model(
         parallel=parallel,
         precision=precision,
     )
-    load_into(model, described=described)
+    load_into([model], described=described)
     return model.eval().requires_grad_(False)
 
 
@@ -223,34 +215,43 @@ def _layout_problems(parallel: ParallelConfig, *, config: LMConfig) -> Iterator[
         yield from split_problems(parallel, model=config)
 
 
-def load_into(model: Emu35Model, *, described: Described) -> None:
-    """Fill a model of the right architecture, or this rank's part of one, converting to the type
-    of its parameters. For a run: collective."""
+def load_into(chunks: list[Emu35Model], *, described: Described) -> None:
+    """Fill models of the right architecture, or what this rank has of one in any layout, converting
+    to the type of their parameters. Collective.
+
+    Raises:
+        CheckpointError: on every rank, when the weights cannot be read or do not fit on one.
+    """
     # Imported late: it pulls in megatron-core's checkpointing, which a release does not need.
-    from emu35.checkpoint.sharded import load_model_only
+    from emu35.checkpoint.sharded import load_weights
 
     if described.checkpoint is not None:
         refuse_code(described.checkpoint.path)
-        load_model_only(described.checkpoint.path, model, adapters=described.adapters)
+        load_weights(described.checkpoint.path, chunks=chunks, adapters=described.adapters)
         # Where more ranks make more padding, the files have no rows for it.
-        zero_padding(
-            dict(model.named_parameters()),
-            vocabulary_size=model.vocabulary_size,
-            shard=_own_shard(),
-        )
+        for chunk in chunks:
+            zero_padding(
+                weights_by_name(chunk), vocabulary_size=chunk.vocabulary_size, shard=_own_shard()
+            )
         return
-    assert described.weights is not None
-    fill(model, state=described.weights)
+    state = described.state
+    assert state is not None
+
+    def read() -> None:
+        for chunk in chunks:
+            fill(chunk, state=state)
+
+    on_all_ranks(read, blame=lambda why: f"cannot load {described.path}: {why}")
 
 
 def fill(model: Emu35Model, *, state: Mapping[str, torch.Tensor]) -> None:
-    """Copy tensors under official names into ``model``, which may be a tensor-parallel rank's part.
+    """Copy tensors under official names into ``model``, which may be one rank's part of a model.
 
     Raises:
         CheckpointError: names or shapes do not fit its architecture.
     """
     fill_from_hf(
-        dict(model.named_parameters()),
+        weights_by_name(model),
         state=state,
         config=model.lm_config,
         vocabulary_size=model.vocabulary_size,
@@ -261,41 +262,6 @@ def fill(model: Emu35Model, *, state: Mapping[str, torch.Tensor]) -> None:
 def _own_shard() -> Shard:
     mesh = current_mesh()
     return Shard(rank=mesh.tp_rank, size=mesh.tp_size)
-
-
-def describe_start(
-    path: Path, *, config: LMConfig, tokenizer: TokenizerConfig, message: Message = print
-) -> Described:
-    """The run that a new run of ``config`` and ``tokenizer`` starts from (``stage.init_from``).
-
-    megatron-core pads and cuts vocabulary rows to fit whatever model it loads into, and other
-    misfits surface as its internal errors on some rank; so the two descriptions are compared before
-    anything is loaded. Collective.
-
-    Raises:
-        CheckpointError: no run there, no usable checkpoint, one that would run code, or another
-            architecture or vocabulary, naming every difference.
-    """
-    found = describe(path, message=message)
-    if found.checkpoint is None:
-        raise CheckpointError(
-            f"stage.init_from={path} is a release; make a run of it first with "
-            f"'emu35 convert import --from {path} --out DIR' and name that"
-        )
-    here = {f"model.{name}": getattr(config, name) for name in SHAPING_FIELDS}
-    there = {f"model.{name}": getattr(found.config, name) for name in SHAPING_FIELDS}
-    for values, section in ((here, tokenizer), (there, found.tokenizer)):
-        values["tokenizer.kind"] = section.kind.value
-        values["tokenizer.codebook_size"] = section.codebook_size
-    different = [
-        f"{name} is {there[name]} there and {here[name]} here"
-        for name in here
-        if here[name] != there[name]
-    ]
-    if different:
-        raise CheckpointError(f"stage.init_from={path} is another model: {'; '.join(different)}")
-    refuse_code(found.checkpoint.path)
-    return found
 
 
 def _describe_run(path: Path, *, step: int | None, message: Message) -> Described:
@@ -373,6 +339,7 @@ def _describe_release(path: Path) -> Described:
         extra={"image_area": area, "origin": origin},
         facts=facts,
         weights=weights,
+        state=weights,
     )
 
 

@@ -3,12 +3,18 @@
 from collections.abc import Iterator
 
 from emu35.config.check import divisors
-from emu35.config.data import ImageDataConfig, TokenDataConfig
+from emu35.config.data import ImageDataConfig, Overlong, TokenDataConfig
 from emu35.config.engine import FP8, FP8Recipe, LayerSpec
 from emu35.config.model import IBQConfig, LMConfig
 from emu35.config.parallel import CPCommType, ParallelConfig
 from emu35.config.root import RunConfig
-from emu35.config.stage import IBQStageConfig, LMStageConfig, Precision, adapters_of
+from emu35.config.stage import (
+    IBQStageConfig,
+    LMStageConfig,
+    Precision,
+    SFTConfig,
+    adapters_of,
+)
 from emu35.errors import ConfigError
 
 
@@ -61,6 +67,12 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
                 yield (
                     f"data.sequence_length={length} exceeds "
                     f"model.max_position_embeddings={longest}; shorten it or extend the model"
+                )
+            if isinstance(stage, SFTConfig) and config.data.overlong is Overlong.cut:
+                yield (
+                    "stage=sft learns responses, and data.overlong=cut would make documents of the "
+                    "tails of long ones: a tail without its prompt teaches nothing; use "
+                    "data.overlong=drop, or refuse"
                 )
     elif isinstance(stage, IBQStageConfig):
         if not isinstance(config.model, IBQConfig):

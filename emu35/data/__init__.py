@@ -21,9 +21,14 @@ number takes part in planning, the stream is the same for every data-parallel si
 of a run is a cursor per source plus the bins that are open: a few KB of JSON, restored without
 replay.
 
+With ``data.packing=offline`` (paper: stage 2 and fine-tuning) each source is instead packed once,
+over all its documents at a time, and the shuffled rows are what the mixture draws. Documents of one
+row then come from all over the source, and rows are drawn by their tokens, so that ratios hold.
+
 A document is never joined to another: labels stop at its last token, positions restart, and a row
-holds whole documents. Only a document longer than the row is cut, at a part boundary where one is
-near and never inside a picture (:mod:`~emu35.data.split`).
+holds whole documents. Only a document longer than the row may be cut, at a part boundary where one
+is near and never inside a picture (:mod:`~emu35.data.split`); ``data.overlong`` can also leave it
+out, or refuse to start.
 
 Answers of a model leave as stories (:mod:`~emu35.data.story`), the protobuf files that the official
 viewer reads.

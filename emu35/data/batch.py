@@ -24,6 +24,7 @@ class Batch:
         label_modality: uint8, :class:`~emu35.tokens.serialize.Modality` of the label; 0 where
             there is none.
         label_valid: bool, whether there is a label to learn from.
+        label_source: int16, which source of the mixture the label is of; 0 where there is none.
         positions: int64, counted from the start of the document; 0 on padding.
         document_start: int64, the column where the token's document starts; S on padding, so
             that no key lies in [start, column].
@@ -34,6 +35,7 @@ class Batch:
     labels: torch.Tensor
     label_modality: torch.Tensor
     label_valid: torch.Tensor
+    label_source: torch.Tensor
     positions: torch.Tensor
     document_start: torch.Tensor
     sample_ids: list[int]
@@ -91,10 +93,12 @@ def assemble(
     labels_BS = np.full(shape_BS, pad, dtype=np.int64)
     label_modality_BS = np.zeros(shape_BS, dtype=np.uint8)
     valid_BS = np.zeros(shape_BS, dtype=bool)
+    label_source_BS = np.zeros(shape_BS, dtype=np.int16)
     positions_BS = np.zeros(shape_BS, dtype=np.int64)
     start_BS = np.full(shape_BS, sequence_length, dtype=np.int64)
     count = np.arange(sequence_length)
-    for entry, pieces in _place(samples, sources=sources):
+    for number, pieces in _place(samples, sources=sources):
+        entry = sources[number]
         numbers = np.array(pieces.item, dtype=np.int64)
         starts = entry.items.start[numbers].tolist()
         lengths = entry.items.length[numbers].tolist()
@@ -110,6 +114,7 @@ def assemble(
             labels_BS[row, column : end - 1] = words[1:]
             label_modality_BS[row, column : end - 1] = codes[1:]
             valid_BS[row, column : end - 1] = True
+            label_source_BS[row, column : end - 1] = number
             positions_BS[row, column:end] = count[:length]
             start_BS[row, column:end] = column
     return Batch(
@@ -117,6 +122,7 @@ def assemble(
         labels=torch.as_tensor(labels_BS),
         label_modality=torch.as_tensor(label_modality_BS),
         label_valid=torch.as_tensor(valid_BS),
+        label_source=torch.as_tensor(label_source_BS),
         positions=torch.as_tensor(positions_BS),
         document_start=torch.as_tensor(start_BS),
         sample_ids=[-1 if sample is None else sample.number for sample in samples],
@@ -125,8 +131,8 @@ def assemble(
 
 def _place(
     samples: Sequence[Sample | None], *, sources: Sequence[SourceItems]
-) -> Iterator[tuple[SourceItems, _Pieces]]:
-    """Group the pieces of all rows by source, so that each source is looked up once."""
+) -> Iterator[tuple[int, _Pieces]]:
+    """The pieces of all rows by number of their source, so that each source is looked up once."""
     pieces = [_Pieces(item=[], row=[], column=[]) for _ in sources]
     lengths = [entry.items.length for entry in sources]
     for row, sample in enumerate(samples):
@@ -137,6 +143,6 @@ def _place(
             found.row.append(row)
             found.column.append(column)
             column += int(lengths[source][item])
-    for entry, found in zip(sources, pieces, strict=True):
+    for number, found in enumerate(pieces):
         if found.item:
-            yield entry, found
+            yield number, found

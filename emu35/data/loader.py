@@ -1,13 +1,13 @@
 """What training asks for batches: the endless token loader, and a validation set read whole."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emu35.config.data import TokenDataConfig, ValidationConfig
+from emu35.config.data import Overlong, Packing, TokenDataConfig, ValidationConfig
 from emu35.data.batch import Batch, SourceItems, assemble
 from emu35.data.pack import Item, best_fit_decreasing
 from emu35.data.plan import PlannedSource, Planner, Sample
@@ -15,6 +15,13 @@ from emu35.data.prefetch import Prefetcher
 from emu35.data.source import Items, Source, check_vision
 from emu35.errors import DataError
 from emu35.tokens.vocabulary import Vocabulary
+
+Message = Callable[[str], None]
+"""Tells the person who started the run something."""
+
+
+def _say_nothing(text: str) -> None:
+    del text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +38,7 @@ class TokenLoader:
     Of every ``global_batch_size`` consecutive samples, rank r of n takes the r-th n-th, so that
     the ranks' slices laid end to end are the stream, whatever n is. Batches are prepared
     ``data.prefetch_steps`` ahead in a thread; the state is that of the steps handed out.
+    ``message`` hears once what ``data.overlong`` leaves out and how full offline packing gets.
     """
 
     def __init__(
@@ -43,12 +51,14 @@ class TokenLoader:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        message: Message = _say_nothing,
     ) -> None:
         """Open every source with a positive ratio.
 
         Raises:
             DataError: if a source is missing, damaged, empty, was made with another tokenizer, or
-                holds a picture longer than ``data.sequence_length``.
+                holds documents longer than ``data.sequence_length`` that ``data.overlong`` refuses
+                or cannot cut.
         """
         share = global_batch_size // dp_size
         if global_batch_size % dp_size or share % micro_batch_size:
@@ -76,6 +86,8 @@ class TokenLoader:
                     path=Path(config.path),
                     vocabulary=vocabulary,
                     limit=data.sequence_length,
+                    overlong=data.overlong,
+                    message=message,
                 )
                 self._sources.append(entry)
                 planned.append(plan_source(entry, ratio=config.ratio))
@@ -86,7 +98,15 @@ class TokenLoader:
             open_bins=data.open_bins,
             shuffle_window=data.shuffle_window,
             seed=seed,
+            packing=data.packing,
+            overlong=data.overlong,
         )
+        if data.packing is Packing.offline:
+            for entry, rows in zip(self._sources, self._planner.packed, strict=True):
+                message(
+                    f"source {entry.source.name!r}: {len(entry.items)} pieces packed offline into "
+                    f"{len(rows)} rows of {data.sequence_length} tokens, {rows.fill:.2%} full"
+                )
         self._state = self._planner.state_dict()
         self._prefetcher = self._new_prefetcher()
 
@@ -164,6 +184,7 @@ class ValidationSet:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        message: Message = _say_nothing,
     ) -> None:
         """Raises: DataError, as :class:`TokenLoader` does."""
         self._entry = open_source(
@@ -172,6 +193,8 @@ class ValidationSet:
             vocabulary=vocabulary,
             limit=data.sequence_length,
             max_documents=config.max_documents,
+            overlong=data.overlong,
+            message=message,
         )
         self._length = data.sequence_length
         self._pad = vocabulary.pad
@@ -213,17 +236,29 @@ def open_source(
     vocabulary: Vocabulary,
     limit: int,
     max_documents: int | None = None,
+    overlong: Overlong = Overlong.cut,
+    message: Message = _say_nothing,
 ) -> SourceItems:
-    """Open a folder of shards and cut its documents for rows of ``limit`` tokens.
+    """Open a folder of shards and fit its documents to rows of ``limit`` tokens.
+
+    ``message`` hears what ``overlong`` leaves out.
 
     Raises:
-        DataError: if the folder cannot be used, or is empty.
+        DataError: if the folder cannot be used, is empty, or nothing of it is left.
     """
     source = Source(name=name, path=path, vocabulary=vocabulary)
     keep = None
     if max_documents is not None:
         keep = np.arange(len(source)) < max_documents
-    items = Items(source=source, limit=limit, documents=keep)
+    items = Items(source=source, limit=limit, documents=keep, overlong=overlong)
+    if items.dropped is not None:
+        too_long = items.dropped.describe(source=source, limit=limit)
+        if len(items) == 0:
+            raise DataError(
+                f"{too_long}. data.overlong=drop leaves nothing of this source; raise "
+                "data.sequence_length, or ingest pictures with a smaller area"
+            )
+        message(f"{too_long}. They are left out (data.overlong=drop)")
     if len(items) == 0:
         raise DataError(f"shard folder {path} holds no document; ingest some into it")
     return SourceItems(source=source, items=items)

@@ -10,6 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from emu35.data.order import permutation
+
+Ints = npt.NDArray[np.int64]
+
 
 class Item(NamedTuple):
     """A piece of a document: the source's position in the mixture, and its item number there."""
@@ -111,3 +118,35 @@ def best_fit_decreasing(*, lengths: Sequence[int], capacity: int) -> list[list[i
         if left > length:
             insort(free, (left - length, number))
     return [sorted(items) for items in bins]
+
+
+class PackedRows:
+    """One source packed once, over all its items, into rows of ``capacity`` tokens. R rows.
+
+    Best fit decreasing makes rows of long items first; here they come in an order that depends on
+    ``key`` alone, so that any stretch of rows is like any other.
+
+    Attributes:
+        length: [R] tokens in each row.
+        fill: share of all R x ``capacity`` places that hold a token.
+    """
+
+    def __init__(self, *, lengths: Ints, capacity: int, key: str) -> None:
+        rows = best_fit_decreasing(lengths=lengths.tolist(), capacity=capacity)
+        rows = [rows[number] for number in permutation(len(rows), key=key).tolist()]
+        ends = np.cumsum([len(items) for items in rows], dtype=np.int64)
+        self._ends: Ints = ends
+        self._items: Ints = np.fromiter(
+            (item for items in rows for item in items), dtype=np.int64, count=len(lengths)
+        )
+        starts = np.concatenate([[0], ends[:-1]])
+        self.length: Ints = np.add.reduceat(lengths[self._items], starts)
+        self.fill = float(self.length.sum() / (len(rows) * capacity))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def items(self, row: int) -> list[int]:
+        """Item numbers of a row, ascending."""
+        begin = int(self._ends[row - 1]) if row else 0
+        return self._items[begin : int(self._ends[row])].tolist()

@@ -3,6 +3,9 @@
 ``Planner.take(n)`` depends on the seed, the lengths and the cursor alone. Nothing is read, no rank
 or worker number takes part, so a run may change its data-parallel size between two steps. The
 state is the cursor itself: position of each source, tokens drawn from each, and the open bins.
+
+Online, items of all sources meet in the open bins. Offline, each source is packed once, what is
+shuffled and drawn are its rows, and a row holds documents of one source only; there are no bins.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from emu35.config.data import Overlong, Packing
 from emu35.data.mix import Mixture
 from emu35.data.order import SourceOrder
-from emu35.data.pack import BestFit, Item, OpenBin
+from emu35.data.pack import BestFit, Item, OpenBin, PackedRows
 from emu35.errors import DataError
 
 Ints = npt.NDArray[np.int64]
 
 _STATE_VERSION = 1
+_EARLIER = {"packing": Packing.online.value, "overlong": Overlong.cut.value}
+"""What states without these settings were made with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +51,14 @@ class Sample:
 
 
 class _Cursor:
-    """Walks the items of one source, epoch after epoch."""
+    """Walks what one source has to give, epoch after epoch: its items, or its packed rows.
 
-    def __init__(self, *, source: PlannedSource, window: int, seed: int) -> None:
-        self.order = SourceOrder(
-            items_per_shard=source.per_shard, window=window, seed=seed, name=source.name
-        )
-        self._length = source.length
+    ``length`` is [N], the tokens of each; ``per_shard`` as for :class:`SourceOrder`.
+    """
+
+    def __init__(self, *, length: Ints, per_shard: Ints, window: int, seed: int, name: str) -> None:
+        self.order = SourceOrder(items_per_shard=per_shard, window=window, seed=seed, name=name)
+        self._length = length
         self.seek(epoch=0, position=0)
 
     def seek(self, *, epoch: int, position: int) -> None:
@@ -67,7 +74,7 @@ class _Cursor:
         self._lengths: list[int] = self._length[items].tolist()
 
     def advance(self) -> tuple[int, int]:
-        """The next item number and its length."""
+        """The next item (or row) number and its length."""
         place = self.position - self._first
         item, length = self._items[place], self._lengths[place]
         self.position += 1
@@ -80,7 +87,11 @@ class _Cursor:
 
 
 class Planner:
-    """Draws items by ratio, packs them into rows of ``sequence_length``, emits samples for ever."""
+    """Draws items by ratio, packs them into rows of ``sequence_length``, emits samples for ever.
+
+    ``overlong`` is how the caller made items of documents that are too long: other items, another
+    stream.
+    """
 
     def __init__(
         self,
@@ -90,6 +101,8 @@ class Planner:
         open_bins: int,
         shuffle_window: int,
         seed: int,
+        packing: Packing = Packing.online,
+        overlong: Overlong = Overlong.cut,
     ) -> None:
         names = [source.name for source in sources]
         # Ties and references go by position, which must not depend on the order of a config file.
@@ -98,32 +111,68 @@ class Planner:
         self._identity: dict[str, Any] = {
             "seed": seed,
             "sequence_length": sequence_length,
-            "open_bins": open_bins,
             "shuffle_window": shuffle_window,
+            "packing": packing.value,
+            "overlong": overlong.value,
         }
+        if packing is Packing.online:
+            self._identity["open_bins"] = open_bins
+        self.packed: list[PackedRows] = [
+            PackedRows(
+                lengths=source.length, capacity=sequence_length, key=f"{seed}/{source.name}/rows"
+            )
+            for source in sources
+            if packing is Packing.offline
+        ]
         self._cursors = [
-            _Cursor(source=source, window=shuffle_window, seed=seed) for source in sources
+            _Cursor(
+                length=length, per_shard=counts, window=shuffle_window, seed=seed, name=source.name
+            )
+            for source, (length, counts) in zip(
+                sources, self._drawn_from(window=shuffle_window), strict=True
+            )
         ]
         self._mixture = Mixture(ratios=[source.ratio for source in sources])
         self._bins = BestFit(capacity=sequence_length, limit=open_bins)
         self.samples = 0
 
+    def _drawn_from(self, *, window: int) -> list[tuple[Ints, Ints]]:
+        """Of each source the lengths of what is drawn, and how many of them lie together."""
+        if not self.packed:
+            return [(source.length, source.per_shard) for source in self._sources]
+        # Rows lie nowhere; blocks as large as the window change places from epoch to epoch.
+        return [
+            (rows.length, np.diff(np.append(np.arange(0, len(rows), window), len(rows))))
+            for rows in self.packed
+        ]
+
     def take(self, count: int) -> list[Sample]:
         """The next ``count`` samples of the stream."""
         first = self.samples
-        bins, mixture, cursors = self._bins, self._mixture, self._cursors
-        rows: list[list[Item]] = []
-        while len(rows) < count:
-            row = bins.pop_full()
-            if row is None:
-                source = mixture.next_source()
-                item, length = cursors[source].advance()
-                mixture.add(source, tokens=length)
-                row = bins.add(Item(source, item), length=length)
-            if row is not None:
-                rows.append(row)
+        next_row = self._next_packed if self.packed else self._next_online
+        rows = [next_row() for _ in range(count)]
         self.samples += count
         return [Sample(number=first + i, items=items) for i, items in enumerate(rows)]
+
+    def _draw(self) -> tuple[int, int, int]:
+        """The next source, what to take from it, and how long that is."""
+        source = self._mixture.next_source()
+        number, length = self._cursors[source].advance()
+        self._mixture.add(source, tokens=length)
+        return source, number, length
+
+    def _next_packed(self) -> list[Item]:
+        source, row, _ = self._draw()
+        return [Item(source, item) for item in self.packed[source].items(row)]
+
+    def _next_online(self) -> list[Item]:
+        while True:
+            row = self._bins.pop_full()
+            if row is None:
+                source, item, length = self._draw()
+                row = self._bins.add(Item(source, item), length=length)
+            if row is not None:
+                return row
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor as JSON-able values; independent of ranks, workers and prefetching."""
@@ -182,14 +231,15 @@ class Planner:
         changes: list[str] = []
         current = {"version": _STATE_VERSION, **self._identity}
         for name, value in current.items():
-            if state.get(name) != value:
-                changes.append(f"{name} was {state.get(name)} and is {value}")
-        before: Mapping[str, Any] = state.get("sources", {})
+            before = state.get(name, _EARLIER.get(name))
+            if before != value:
+                changes.append(f"{name} was {before} and is {value}")
+        saved: Mapping[str, Any] = state.get("sources", {})
         names = [source.name for source in self._sources]
-        if sorted(before) != names:
-            changes.append(f"sources were {sorted(before)} and are {names}")
+        if sorted(saved) != names:
+            changes.append(f"sources were {sorted(saved)} and are {names}")
         for source in self._sources:
-            entry = before.get(source.name)
+            entry = saved.get(source.name)
             if entry is None:
                 continue
             if entry["fingerprint"] != source.fingerprint:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from emu35.config.data import Overlong
 from emu35.data.index import ShardIndex, checksum_range, find_shards, read_index
 from emu35.data.shards import Codes, ShardFile, ShardMeta, Words, decode_runs
 from emu35.data.split import PictureTooLong, cut_points
@@ -130,23 +131,59 @@ class Source:
         return files.setdefault(shard, ShardFile(self.shards[shard].path))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TooLong:
+    """Documents longer than a row: how many ``of`` how many, the longest (tokens), and the number
+    of the first."""
+
+    documents: int
+    of: int
+    longest: int
+    first: int
+
+    def describe(self, *, source: Source, limit: int) -> str:
+        """The beginning of a sentence about them."""
+        return (
+            f"source {source.name!r} ({source.path}): {self.documents} of {self.of} documents are "
+            f"longer than data.sequence_length={limit}; the longest has {self.longest} tokens, the "
+            f"first is {source.describe(self.first)}"
+        )
+
+
 class Items:
     """The pieces that a source's documents become for rows of ``limit`` tokens. N items.
 
     Attributes:
         document, start, length: [N] the document, and the token range within it.
         per_shard: [shards] items in each shard.
+        dropped: the documents that were left out for their length, None without any.
     """
 
     def __init__(
-        self, *, source: Source, limit: int, documents: npt.NDArray[np.bool_] | None = None
+        self,
+        *,
+        source: Source,
+        limit: int,
+        documents: npt.NDArray[np.bool_] | None = None,
+        overlong: Overlong = Overlong.cut,
     ) -> None:
-        """Cut what is too long; ``documents`` [N] limits the items to those documents.
+        """``documents`` [N] limits the items to those documents, ``overlong`` says what becomes of
+        those that are longer than ``limit``.
 
         Raises:
-            DataError: if pictures exceed ``limit``, naming how many documents and the first.
+            DataError: if there are any and ``overlong`` refuses them, or cuts them and a picture
+                alone exceeds ``limit``; naming how many documents and the first.
         """
         keep = np.ones(len(source), bool) if documents is None else documents
+        self.dropped: TooLong | None = None
+        if overlong is not Overlong.cut:
+            self.dropped = _too_long(source, keep=keep, limit=limit)
+            keep = keep & (source.length <= limit)
+        if self.dropped is not None and overlong is Overlong.refuse:
+            raise DataError(
+                f"{self.dropped.describe(source=source, limit=limit)}. Raise data.sequence_length "
+                f"to at least {self.dropped.longest}, or leave them out with data.overlong=drop"
+            )
         counts = keep.astype(np.int64)
         cuts: dict[int, list[int]] = {}
         refused: list[tuple[int, int]] = []
@@ -181,6 +218,18 @@ class Items:
 
     def __len__(self) -> int:
         return len(self.document)
+
+
+def _too_long(source: Source, *, keep: npt.NDArray[np.bool_], limit: int) -> TooLong | None:
+    documents = np.flatnonzero(keep & (source.length > limit))
+    if not len(documents):
+        return None
+    return TooLong(
+        documents=len(documents),
+        of=int(keep.sum()),
+        longest=int(source.length[documents].max()),
+        first=int(documents[0]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

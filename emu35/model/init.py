@@ -9,9 +9,11 @@ comparable step by step.
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 
+from emu35.model.names import global_name
 from emu35.model.transformer import Emu35Model
 
 ROWS_PER_BLOCK = 512
@@ -36,14 +38,6 @@ def initialize(model: Emu35Model, *, seed: int, pad_id: int | None = None) -> No
             embedding.weight[row] = 0.0
 
 
-def global_name(model: Emu35Model, name: str) -> str:
-    """The parameter's name in an unpartitioned model: pipeline stages count their own layers."""
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(int(model.decoder.layers[int(parts[2])].layer_number) - 1)  # type: ignore[arg-type]
-    return ".".join(parts)
-
-
 def _fill(parameter: torch.nn.Parameter, *, name: str, seed: int, std: float) -> None:
     from emu35.parallel.mesh import current_mesh
 
@@ -61,7 +55,9 @@ def _fill(parameter: torch.nn.Parameter, *, name: str, seed: int, std: float) ->
         spans = [(mesh.tp_rank * rows if dimension == 0 else 0, rows)]
     filled = 0
     for start, count in spans:
-        for block_start, block in _blocks(start, count, columns=full_columns, name=name, seed=seed):
+        for block_start, block in random_blocks(
+            start, count, columns=full_columns, name=name, seed=seed
+        ):
             first, last = max(start, block_start), min(start + count, block_start + ROWS_PER_BLOCK)
             chosen = block[first - block_start : last - block_start]
             if dimension == 1:
@@ -70,8 +66,14 @@ def _fill(parameter: torch.nn.Parameter, *, name: str, seed: int, std: float) ->
             filled += last - first
 
 
-def _blocks(start: int, count: int, *, columns: int, name: str, seed: int):
-    """The blocks of rows that overlap [start, start + count), as (first row, values fp32)."""
+def random_blocks(
+    start: int, count: int, *, columns: int, name: str, seed: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The blocks of rows that overlap [start, start + count), as (first row, N(0, 1) in fp32).
+
+    ``name`` and the number of a block seed it, so the rows of a matrix are the same whoever draws
+    which of them.
+    """
     for index in range(start // ROWS_PER_BLOCK, (start + count - 1) // ROWS_PER_BLOCK + 1):
         digest = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

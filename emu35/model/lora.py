@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from emu35.config import LoRAConfig, LoRATarget
 from emu35.errors import ConfigError
-from emu35.model.init import global_name
+from emu35.model.names import global_name
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
 from emu35.parallel.mesh import current_mesh

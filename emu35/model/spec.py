@@ -14,6 +14,7 @@ from emu35.config import EngineConfig, LayerSpec, LMConfig
 from emu35.errors import LaunchError
 from emu35.model.attention.core import CoreAttention
 from emu35.model.lora import ColumnLinear, RowLinear
+from emu35.model.names import FUSED_NORM_NAMES
 from emu35.model.norm import RMSNorm
 from emu35.model.swiglu import SwiGLU
 from emu35.parallel import cpu
@@ -46,12 +47,6 @@ from megatron.core.transformer.transformer_layer import (  # noqa: E402
 # mcore's annotations ask for a module where its own specs put these.
 _BIAS_DROPOUT_ADD: Any = get_bias_dropout_add
 _IDENTITY: Any = IdentityOp
-
-FUSED_NORM_NAMES = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
-"""Names of fused norms in a layer -> their names in a checkpoint, those of the local spec."""
 
 
 def layer_specs(

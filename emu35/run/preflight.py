@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from emu35.checkpoint.published import start_problems
 from emu35.config.data import ImageDataConfig, TokenDataConfig
+from emu35.config.io import CONFIG_FILE
+from emu35.config.model import LMConfig
 from emu35.config.root import RunConfig
 from emu35.errors import ConfigError
 
@@ -58,13 +61,19 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 
 def _start(config: RunConfig) -> Iterator[str]:
-    origin = config.stage.init_from
-    if origin is None or Path(origin).exists():
+    if config.stage.init_from is None:
         return
     # A run that resumes has weights of its own; its parent may be gone by then.
     checkpoints = Path(config.run_dir).expanduser() / "checkpoints"
-    if not any(checkpoints.glob("step_*")):
+    if any(checkpoints.glob("step_*")):
+        return
+    origin = Path(config.stage.init_from)
+    if not origin.exists():
         yield f"stage.init_from={origin} does not exist"
+    elif isinstance(config.model, LMConfig):
+        if (origin / CONFIG_FILE).is_file() and not any((origin / "checkpoints").glob("step_*")):
+            yield f"stage.init_from={origin} holds no checkpoint yet; train that run first"
+        yield from start_problems(origin, config=config.model, tokenizer=config.tokenizer)
 
 
 def _folder(key: str, path: str) -> Iterator[str]:

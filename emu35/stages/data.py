@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL.Image import Image, Resampling
 
+from emu35.config.area import Area
 from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
 from emu35.data.index import build_index, find_shards, verify_index
 from emu35.data.ingest.ingest import ingest as ingest_files
@@ -35,7 +36,7 @@ class VisionPictures:
     The network is loaded when the first picture needs it, so that text alone never does.
     """
 
-    def __init__(self, *, folder: Path, area: int, codebook_size: int) -> None:
+    def __init__(self, *, folder: Path, area: Area, codebook_size: int) -> None:
         """Raises: DataError if ``folder`` holds no image tokenizer."""
         self.digest = weights_digest(folder)
         self._folder = folder
@@ -65,9 +66,9 @@ class VisionPictures:
         """
         try:
             image = open_image(data)
-            size = smart_resize(
-                width=image.width, height=image.height, area=self._area, factor=self.factor
-            )
+            width, height = image.size
+            area = self._area.of(width=width, height=height)
+            size = smart_resize(width=width, height=height, area=area, factor=self.factor)
         except RejectedImage as error:
             raise UnusablePicture(reason=error.reason.value, detail=error.detail) from error
         return image.resize(size, Resampling.BICUBIC)

@@ -3,12 +3,12 @@
 from functools import partial
 from pathlib import Path
 
-from emu35.checkpoint import sharded
 from emu35.checkpoint.agree import gather
-from emu35.checkpoint.source import describe_start
+from emu35.checkpoint.source import load_into
+from emu35.checkpoint.start import describe_start
 from emu35.config import LMConfig, LMStageConfig, LoRAConfig, RunConfig, TokenDataConfig
 from emu35.config.stage import adapters_of
-from emu35.data.loader import TokenLoader, ValidationSet
+from emu35.data.loader import Message, TokenLoader, ValidationSet
 from emu35.data.source import Source, check_vision
 from emu35.errors import DataError
 from emu35.model.build import build_chunks
@@ -45,6 +45,7 @@ def train_language_model(
     assert isinstance(data, TokenDataConfig)
     mesh = init_mesh(config.parallel, seed=config.seed, timeout=config.launch.timeout)
     vocabulary = vocabulary_of(config.tokenizer)
+    message = print if is_main() else _say_nothing
     loader = TokenLoader(
         data=data,
         vocabulary=vocabulary,
@@ -53,9 +54,10 @@ def train_language_model(
         micro_batch_size=stage.micro_batch_size,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
+        message=message,
     )
     try:
-        validation = _validation(config, mesh=mesh, vocabulary=vocabulary)
+        validation = _validation(config, mesh=mesh, vocabulary=vocabulary, message=message)
         held_out = [dataset.source for dataset, _ in validation.values()]
         _check_image_tokenizer(config, sources=[*loader.sources, *held_out])
         chunks = build_chunks(
@@ -76,6 +78,7 @@ def train_language_model(
             loader=loader,
             validation=validation,
             token_weights=token_weights,
+            sources=[source.name for source in loader.sources],
             start_weights=partial(_start_from, config=config) if stage.init_from else None,
         )
         return fit(task, config=config, run_dir=run_dir)
@@ -100,17 +103,20 @@ def _add_adapters(
 
 
 def _start_from(chunks: list[Emu35Model], *, config: RunConfig) -> None:
-    """Weights of another run (or of ``emu35 convert import``), with a fresh optimizer."""
-    assert config.stage.init_from is not None
+    """Weights of another run, a release or Qwen3, with a fresh optimizer."""
+    stage = config.stage
+    assert isinstance(stage, LMStageConfig)
+    assert stage.init_from is not None
     assert isinstance(config.model, LMConfig)
     found = describe_start(
-        Path(config.stage.init_from),
+        Path(stage.init_from),
         config=config.model,
         tokenizer=config.tokenizer,
+        new_rows=stage.new_rows,
+        seed=config.seed,
         message=print if is_main() else _say_nothing,
     )
-    assert found.checkpoint is not None
-    sharded.load_weights(found.checkpoint.path, chunks=chunks, adapters=found.adapters)
+    load_into(chunks, described=found)
 
 
 def _say_nothing(text: str) -> None:
@@ -145,7 +151,7 @@ def _check_image_tokenizer(config: RunConfig, *, sources: list[Source]) -> None:
 
 
 def _validation(
-    config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary
+    config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary, message: Message
 ) -> dict[str, tuple[ValidationSet, TokenWeights]]:
     assert isinstance(config.data, TokenDataConfig)
     return {
@@ -157,6 +163,7 @@ def _validation(
                 micro_batch_size=config.stage.micro_batch_size,
                 dp_rank=mesh.dp_rank,
                 dp_size=mesh.dp_size,
+                message=message,
             ),
             validation_weights(section.modality),
         )

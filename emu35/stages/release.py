@@ -6,11 +6,9 @@ Exporting, importing and exporting again gives the same bytes. The checks themse
 :mod:`emu35.stages.release_verify`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.hf import to_hf
@@ -21,12 +19,10 @@ from emu35.checkpoint.hf_config import (
     QWEN3,
     config_json,
     generation_json,
-    parse_config,
     read_json,
-    read_size,
 )
 from emu35.checkpoint.manager import CheckpointManager
-from emu35.checkpoint.qwen3 import extend
+from emu35.checkpoint.published import read_published
 from emu35.checkpoint.release_folder import (
     TEXT_FOLDER,
     VISION_FOLDER,
@@ -36,18 +32,19 @@ from emu35.checkpoint.release_folder import (
     write_facts,
     write_json,
 )
-from emu35.checkpoint.safetensor_files import SHARD_BYTES, SafetensorFolder, write_safetensors
+from emu35.checkpoint.safetensor_files import SHARD_BYTES, write_safetensors
 from emu35.checkpoint.source import (
     CHECKPOINTS,
     DTYPES,
     RELEASE,
+    Described,
     describe,
-    fill,
+    load_into,
     load_model,
 )
+from emu35.checkpoint.start import describe_qwen3
 from emu35.config import (
     CheckpointConfig,
-    LMConfig,
     Precision,
     PretrainConfig,
     RunConfig,
@@ -56,6 +53,7 @@ from emu35.config import (
     TokenizerKind,
 )
 from emu35.config.io import write_config
+from emu35.config.stage import NewRowsConfig
 from emu35.errors import ReleaseError
 from emu35.model.build import build_model
 from emu35.model.shapes import parameter_count
@@ -101,7 +99,8 @@ class ImportOptions:
     """``source`` is a release or a Qwen3 folder as published; ``out`` the run-like folder to make.
 
     ``tokenizer`` and ``vision`` replace what the release brings or implies (Qwen3: the released
-    text table and 131,072 visual codes). ``seed`` draws the rows that Qwen3 does not have.
+    text table and 131,072 visual codes). ``new_rows`` and ``seed`` draw the rows that Qwen3 does
+    not have; a run that starts from the Qwen3 folder itself draws the same ones with the same two.
     """
 
     source: Path
@@ -109,6 +108,7 @@ class ImportOptions:
     tokenizer: TokenizerConfig | None = None
     vision: Path | None = None
     template: PromptTemplate | None = None
+    new_rows: NewRowsConfig = field(default_factory=NewRowsConfig)
     seed: int = 1234
 
 
@@ -170,7 +170,7 @@ def import_(options: ImportOptions, *, message: Message = print) -> Path:
     refuse_nonempty(options.out)
     content = read_json(options.source / CONFIG_JSON)
     if content.get("model_type") == QWEN3:
-        origin = _qwen3(options, content=content, message=message)
+        origin = _qwen3(options, message=message)
     else:
         origin = _release(options, message=message)
     with appearing(options.out) as folder:
@@ -197,12 +197,9 @@ def import_(options: ImportOptions, *, message: Message = print) -> Path:
 class _Origin:
     """What an import found; ``kept`` is what only a release records."""
 
-    name: str
-    config: LMConfig
+    found: Described
     tokenizer: TokenizerConfig
     vision: Path | None
-    precision: Precision
-    state: Mapping[str, torch.Tensor]
     kept: dict[str, object]
 
 
@@ -221,60 +218,43 @@ def _release(options: ImportOptions, *, message: Message) -> _Origin:
             f"{found.vocabulary_size}; use the tokenizer that it was trained with"
         )
     return _Origin(
-        name=found.name,
-        config=found.config,
+        found=found,
         tokenizer=tokenizer,
         vision=options.vision or found.vision_folder,
-        precision=found.precision,
-        state=found.weights,
         kept={**found.extra, "template": (options.template or found.template).value},
     )
 
 
-def _qwen3(options: ImportOptions, *, content: Mapping[str, object], message: Message) -> _Origin:
-    where = options.source / CONFIG_JSON
+def _qwen3(options: ImportOptions, *, message: Message) -> _Origin:
     tokenizer = options.tokenizer or TokenizerConfig(kind=TokenizerKind.emu35, codebook_size=131072)
-    if tokenizer.kind is not TokenizerKind.emu35:
-        raise ReleaseError(
-            f"tokenizer.kind={tokenizer.kind.value}: Qwen3's embedding rows belong to the released "
-            "text table; use tokenizer.kind=emu35"
-        )
-    config = parse_config(content, where=where)
-    state = SafetensorFolder(options.source)
-    extended = extend(
-        state,
-        vocabulary=vocabulary_of(tokenizer),
-        rows=read_size(content, name="vocab_size", where=where),
-        std=config.init_std,
+    found = describe_qwen3(
+        read_published(options.source),
+        tokenizer=tokenizer,
+        new_rows=options.new_rows,
         seed=options.seed,
-        tied=bool(content.get("tie_word_embeddings")),
         message=message,
     )
-    template = options.template or PromptTemplate.plain
     return _Origin(
-        name=options.source.name,
-        config=config,
+        found=found,
         tokenizer=tokenizer,
         vision=options.vision,
-        precision=Precision.bf16 if state.dtype is torch.bfloat16 else Precision.fp32,
-        state=extended,
-        kept={"template": template.value},
+        kept={"template": (options.template or found.template).value},
     )
 
 
 def _run_config(origin: _Origin, *, out: Path) -> RunConfig:
-    longest = origin.config.max_position_embeddings
+    longest = origin.found.config.max_position_embeddings
     return RunConfig(
-        name=origin.name,
+        name=origin.found.name,
         run_dir=str(out),
-        model=origin.config,
+        model=origin.found.config,
         tokenizer=TokenizerConfig(
             kind=origin.tokenizer.kind,
             codebook_size=origin.tokenizer.codebook_size,
             table=origin.tokenizer.table,
         ),
         data=TokenDataConfig(sequence_length=min(1024, longest)),
-        stage=PretrainConfig(precision=origin.precision),
+        stage=PretrainConfig(precision=origin.found.precision),
     )
 
 
@@ -296,9 +276,9 @@ def _copy_tokenizers(
 def _filled(origin: _Origin) -> Emu35Model:
     single_process_mesh()
     model = build_model(
-        origin.config,
+        origin.found.config,
         vocabulary_size=vocabulary_of(origin.tokenizer).size,
-        precision=origin.precision,
+        precision=origin.found.precision,
     )
-    fill(model, state=origin.state)
+    load_into([model], described=origin.found)
     return model

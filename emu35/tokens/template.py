@@ -12,20 +12,29 @@ A dialogue goes on where its last answer ended::
 The release publishes no form of several turns. This one is inferred: ESS is how an answer ends in
 training, and a turn is asked as the first one was. In the unconditional stream every turn keeps its
 place and its pictures, asked and answered, and loses its words.
+
+What is asked is spelled in one place, :func:`question_parts`. Inference fills it with codes and
+ingestion of training documents with pictures that are not encoded yet, so that a model is trained
+on the very prompts that it is asked.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emu35.tokens.document import Image
-from emu35.tokens.serialize import image_tokens
+from emu35.tokens.answer import BSS
+from emu35.tokens.document import Image, Special, Text
+from emu35.tokens.serialize import join_parts
 from emu35.tokens.text import TextTokenizer
 from emu35.tokens.vocabulary import Vocabulary
+
+Picture = TypeVar("Picture")
+"""Whatever stands for a picture: a grid of codes, or a file that is still to be encoded."""
 
 
 class Task(StrEnum):
@@ -169,6 +178,30 @@ _CLOSING = " ASSISTANT: "
 _NEXT = " USER: "
 
 
+def question_parts(
+    task: Task,
+    question: str,
+    *,
+    images: Sequence[Picture] = (),
+    later: bool = False,
+    template: PromptTemplate = PromptTemplate.official,
+) -> list[Text | Special | Picture]:
+    """What is asked in one turn, in order: text and ``images``, and BSS where the template has it.
+
+    Images follow each other without a separator, before the question for ``x2i`` and after it for
+    every other task. A turn that is not the first (``later``) opens with ``USER:`` alone. BOS and
+    the ESS of an earlier answer, which stand before it, are no part of it.
+    """
+    if template is PromptTemplate.plain:
+        opening = closing = ""
+        end: list[Text | Special | Picture] = []
+    else:
+        opening, closing = _NEXT if later else _opening(task), _CLOSING
+        end = [Special(BSS)]
+    before, after = (opening, question) if task is Task.x2i else (opening + question, "")
+    return [Text(before), *images, Text(after + closing), *end]
+
+
 def build_prompt(
     task: Task,
     question: str,
@@ -180,36 +213,35 @@ def build_prompt(
 ) -> Prompt:
     """Conditional and unconditional ids for ``question`` with reference ``images`` [H, W] codes.
 
-    Images follow each other without a separator, before the question for ``x2i`` and after it for
-    every other task; the unconditional prompt keeps them and drops the question. ``earlier`` turns
-    come first (see the module); the plain template, which knows no turns, puts questions and
-    answers one after the other, as one document.
+    The unconditional prompt names no task, keeps the images and drops the question (see
+    :func:`question_parts` for their order). ``earlier`` turns come first (see the module); the
+    plain template, which knows no turns, puts questions and answers one after the other, as one
+    document.
 
     Raises:
         DataError: if an image's codes do not fit the codebook.
         TokenizerError: if an id of an earlier answer lies outside the vocabulary.
     """
     vocabulary = tokenizer.vocabulary
-    plain = template is PromptTemplate.plain
-    opening, unasked, closing = ("", "", "") if plain else _words(task)
-    begin, end = ([], []) if plain else ([vocabulary.bss], [vocabulary.ess])
+    end = [] if template is PromptTemplate.plain else [vocabulary.ess]
     conditional, unconditional = [vocabulary.bos], [vocabulary.bos]
 
-    def ask(question: str, images: Sequence[Image | NDArray[np.integer]]) -> None:
-        pictures = _pictures(images, tokenizer=tokenizer)
-        first = task is Task.x2i
-        asked = (opening, question + closing) if first else (opening + question, closing)
-        conditional.extend([*_around(pictures, asked, tokenizer=tokenizer), *begin])
-        kept = _around(pictures, (unasked, closing), tokenizer=tokenizer)
-        unconditional.extend([*kept, *begin])
+    def ask(question: str, images: Sequence[Image | NDArray[np.integer]], *, later: bool) -> None:
+        shown = [image if isinstance(image, Image) else Image(image) for image in images]
+        for stream, asked, words in (
+            (conditional, task, question),
+            # The general prompt, which names no task, is that of chat.
+            (unconditional, Task.chat, ""),
+        ):
+            parts = question_parts(asked, words, images=shown, later=later, template=template)
+            stream += join_parts(parts, tokenizer)
 
-    for turn in earlier:
-        ask(turn.question, turn.images)
+    for number, turn in enumerate(earlier):
+        ask(turn.question, turn.images, later=number > 0)
         answer = answer_ids(turn.answer, vocabulary=vocabulary)
         conditional += [*answer, *end]
         unconditional += [*image_ids(answer, vocabulary=vocabulary), *end]
-        opening = unasked = "" if plain else _NEXT
-    ask(question, images)
+    ask(question, images, later=bool(earlier))
     return Prompt(conditional=conditional, unconditional=unconditional)
 
 
@@ -245,27 +277,9 @@ def image_ids(ids: Sequence[int], *, vocabulary: Vocabulary) -> list[int]:
     return kept
 
 
-def _words(task: Task) -> tuple[str, str, str]:
-    """What stands before the first question, before the place of a question that is left out, and
-    after either."""
-    general = "You are a helpful assistant. USER: "
+def _opening(task: Task) -> str:
+    """What stands before the first question."""
     if task is Task.chat:
-        return general, general, _CLOSING
+        return "You are a helpful assistant. USER: "
     extra = _HOWTO if task is Task.howto else ""
-    return f"You are a helpful assistant for {task.value} task.{extra} USER: ", general, _CLOSING
-
-
-def _pictures(
-    images: Sequence[Image | NDArray[np.integer]], *, tokenizer: TextTokenizer
-) -> list[int]:
-    grids = [image.codes_HW if isinstance(image, Image) else image for image in images]
-    return [id for codes_HW in grids for id in image_tokens(codes_HW, tokenizer)]
-
-
-def _around(pictures: list[int], texts: tuple[str, str], *, tokenizer: TextTokenizer) -> list[int]:
-    """Ids of the first text, the pictures and the second text."""
-    before, after = texts
-    # Without a picture the two texts are one: byte pairs merge across the seam.
-    if not pictures:
-        return tokenizer.encode(before + after)
-    return [*tokenizer.encode(before), *pictures, *tokenizer.encode(after)]
+    return f"You are a helpful assistant for {task.value} task.{extra} USER: "

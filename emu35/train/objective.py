@@ -1,7 +1,7 @@
 """What a token's loss is worth, and what is reported about it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -28,20 +28,29 @@ def weights_by_modality(weights: LossWeights) -> TokenWeights:
 
 
 def response_weights(weights: LossWeights, *, vocabulary: Vocabulary) -> TokenWeights:
-    """As ``weights_by_modality``, but only labels after the document's BSS count: fine-tuning
-    learns the response, from BSS to ESS and EOS, and not the prompt (paper section 4.1)."""
+    """As ``weights_by_modality``, but only labels of responses count: in every turn of a document
+    those after BSS, up to and with ESS, and the EOS that follows the last ESS. Fine-tuning learns
+    what is answered, and neither the prompt nor a later turn's question (paper section 4.1). A
+    document without BSS counts nothing. Takes whole rows."""
     by_modality = weights_by_modality(weights)
+    bss, ess, eos = vocabulary.bss, vocabulary.ess, vocabulary.eos
 
     def token_weights(batch: Batch) -> torch.Tensor:
-        opened_BS = (batch.tokens == vocabulary.bss).long().cumsum(1)
-        start_BS = batch.document_start.clamp(max=batch.tokens.shape[1] - 1)
-        before_BS = (
-            opened_BS.gather(1, start_BS)
-            - (batch.tokens.gather(1, start_BS) == vocabulary.bss).long()
-        )
-        return by_modality(batch) * (opened_BS > before_BS)
+        tokens_BS, labels_BS = batch.tokens, batch.labels
+        opened_BS = _latest(tokens_BS == bss)
+        ended_BS = _latest(tokens_BS == ess)
+        answered_BS = opened_BS >= batch.document_start
+        inside_BS = answered_BS & (opened_BS > ended_BS) & (labels_BS != bss)
+        end_BS = answered_BS & (opened_BS < ended_BS) & (labels_BS == eos)
+        return by_modality(batch) * (inside_BS | end_BS)
 
     return token_weights
+
+
+def _latest(marked_BS: torch.Tensor) -> torch.Tensor:
+    """The column, up to each one, that was marked last; -1 before the first."""
+    columns_S = torch.arange(marked_BS.shape[1], device=marked_BS.device)
+    return torch.where(marked_BS, columns_S, -1).cummax(1).values
 
 
 def validation_weights(modality: LossModality) -> TokenWeights:
@@ -101,16 +110,29 @@ class MicroBatch:
 
 @dataclass(kw_only=True, slots=True)
 class LossReport:
-    """Sums that add up over micro-batches and ranks."""
+    """Sums that add up over micro-batches and ranks.
+
+    ``source_weighted`` and ``source_weight`` are, for each source of the mixture, its part of the
+    weighted loss and of the label weights, both of which are shares of the global batch.
+    """
 
     weighted: float = 0.0
     text: float = 0.0
     text_tokens: float = 0.0
     visual: float = 0.0
     visual_tokens: float = 0.0
+    source_weighted: list[float] = field(default_factory=list[float])
+    source_weight: list[float] = field(default_factory=list[float])
 
     @staticmethod
-    def of(*, loss: torch.Tensor, losses_BS: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+    def size(*, sources: int) -> int:
+        """Numbers in the vector of a report on that many sources."""
+        return 5 + 2 * sources
+
+    @staticmethod
+    def of(
+        *, loss: torch.Tensor, losses_BS: torch.Tensor, micro_batch: MicroBatch, sources: int
+    ) -> torch.Tensor:
         """The sums of one micro-batch as one fp64 vector, in field order."""
         counted_BS = micro_batch.weights_BS > 0
         modality_BS = micro_batch.batch.label_modality
@@ -118,24 +140,50 @@ class LossReport:
         for code in (Modality.TEXT, Modality.VISUAL):
             chosen_BS = counted_BS & (modality_BS == code)
             sums += [losses_BS[chosen_BS].double().sum(), chosen_BS.sum().double()]
-        return torch.stack(sums)
+        return torch.cat([torch.stack(sums), *_by_source(losses_BS, micro_batch, sources=sources)])
 
     @classmethod
     def from_vector(cls, vector: torch.Tensor) -> "LossReport":
-        weighted, text, text_tokens, visual, visual_tokens = vector.tolist()
+        weighted, text, text_tokens, visual, visual_tokens, *sources = vector.tolist()
         return cls(
             weighted=weighted,
             text=text,
             text_tokens=text_tokens,
             visual=visual,
             visual_tokens=visual_tokens,
+            source_weighted=sources[: len(sources) // 2],
+            source_weight=sources[len(sources) // 2 :],
         )
 
-    def metrics(self) -> dict[str, float]:
-        """``loss`` and, for each modality that occurred, its mean cross-entropy in nats."""
+    def metrics(self, *, sources: Sequence[str] = ()) -> dict[str, float]:
+        """``loss`` and, for each modality that occurred, its mean cross-entropy in nats.
+
+        For each of ``sources`` (names, in order) that occurred also ``loss/NAME``, its mean with
+        the label weights of the loss, and ``share/NAME``, its share of these weights: the losses
+        of the sources, weighted by their shares, add up to ``loss``.
+        """
         metrics = {"loss": self.weighted}
         if self.text_tokens:
             metrics["loss_text"] = self.text / self.text_tokens
         if self.visual_tokens:
             metrics["loss_visual"] = self.visual / self.visual_tokens
+        for name, weighted, weight in zip(
+            sources, self.source_weighted, self.source_weight, strict=True
+        ):
+            if weight > 0:
+                metrics[f"loss/{name}"] = weighted / weight
+                metrics[f"share/{name}"] = weight
         return metrics
+
+
+def _by_source(
+    losses_BS: torch.Tensor, micro_batch: MicroBatch, *, sources: int
+) -> list[torch.Tensor]:
+    """Weighted loss and weight of each source, each fp64 [sources]."""
+    if not sources:
+        return []
+    # A sum over a mask each instead of a scatter: the same numbers every time, on a GPU as well.
+    numbers_N11 = torch.arange(sources, device=losses_BS.device)[:, None, None]
+    weights_BS = micro_batch.normalised_BS.double()
+    weights_NBS = weights_BS * (micro_batch.batch.label_source == numbers_N11)
+    return [(weights_NBS * losses_BS).sum((1, 2)), weights_NBS.sum((1, 2))]

@@ -7,7 +7,7 @@ and the result depends neither on the number of ranks or micro-batches nor on th
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,8 @@ class LMTask:
         loader: the training data, already sliced to this data-parallel rank.
         validation: name -> (documents, weights of their labels).
         token_weights: weights of the training labels.
+        sources: names of the loader's sources, in the order in which batches number them; with
+            two or more, losses and shares by source are reported.
         batch_mask: which keys the rows of a batch see.
         start_weights: puts other weights than the initial ones into ``chunks``; called when the
             run begins, not when it resumes.
@@ -75,6 +77,7 @@ class LMTask:
         loader: TokenLoader,
         validation: dict[str, tuple[ValidationSet, TokenWeights]],
         token_weights: TokenWeights,
+        sources: Sequence[str] = (),
         batch_mask: BatchMask = causal_mask,
         start_weights: Callable[[list[Emu35Model]], None] | None = None,
     ) -> None:
@@ -85,6 +88,7 @@ class LMTask:
         self.clock = StepClock(device=mesh.device, peers=mesh.pp_rank)
         self.loader, self.validation, self.token_weights = loader, validation, token_weights
         self.chunks, self.start_weights, self.batch_mask = chunks, start_weights, batch_mask
+        self.sources = sources if len(sources) > 1 else ()
         self.wrapped, self.optimizer = wrap_and_optimize(
             chunks,
             optim=config.optim,
@@ -120,13 +124,13 @@ class LMTask:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self.clock.marked(Phase.forward_backward):
-            report = self._run(micro_batches, forward_only=False)
+            report = self._run(micro_batches, forward_only=False, sources=len(self.sources))
         rate = learning_rate(self.config.optim, step=step, steps=self.stage.steps)
         set_learning_rate(self.optimizer, rate)
         with self.clock.marked(Phase.optimizer):
             grad_norm = update(self.optimizer, accepts=partial(self._accepts, report.weighted))
         return {
-            **report.metrics(),
+            **report.metrics(sources=self.sources),
             "lr": rate,
             "grad_norm": grad_norm,
             **self._sizes(micro_batches),
@@ -237,15 +241,18 @@ class LMTask:
             empty = replace(last, label_valid=torch.zeros_like(last.label_valid))
             yield group + [empty] * (size - len(group))
 
-    def _run(self, micro_batches: list[MicroBatch], *, forward_only: bool) -> LossReport:
-        """All micro-batches through mcore's schedule; the report is summed over the world."""
+    def _run(
+        self, micro_batches: list[MicroBatch], *, forward_only: bool, sources: int = 0
+    ) -> LossReport:
+        """All micro-batches through mcore's schedule; the report, with as many of the mixture's
+        ``sources`` as asked for, is summed over the world."""
         first = micro_batches[0]
         sequence_length = first.batch.tokens.shape[1] * self.mesh.cp_size
         iterators: list[Iterator[MicroBatch]] = [self._deal(micro_batches) for _ in self.wrapped]
         interleaved = len(self.wrapped) > 1
         model: Any = self.wrapped if interleaved else self.wrapped[0]
         reports = get_forward_backward_func()(
-            forward_step_func=self._forward,
+            forward_step_func=partial(self._forward, sources=sources),
             data_iterator=iterators if interleaved else iterators[0],
             model=model,
             num_microbatches=len(micro_batches),
@@ -253,7 +260,8 @@ class LMTask:
             micro_batch_size=first.batch.tokens.shape[0],
             forward_only=forward_only,
         )
-        zero = torch.zeros(5, dtype=torch.float64, device=self.mesh.device)
+        size = LossReport.size(sources=sources)
+        zero = torch.zeros(size, dtype=torch.float64, device=self.mesh.device)
         vector = torch.stack([item["sums"] for item in reports]).sum(0) if reports else zero
         # Only the last pipeline stage has a loss; the sum over stages hands it to the others.
         sum_over(vector, self.mesh.dp_cp_group)
@@ -266,7 +274,9 @@ class LMTask:
             self.clock.beat()
             yield micro_batch
 
-    def _forward(self, iterator: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Any]:
+    def _forward(
+        self, iterator: Iterator[MicroBatch], chunk: Any, *, sources: int
+    ) -> tuple[torch.Tensor, Any]:
         micro_batch = next(iterator)
         batch, split = micro_batch.batch, micro_batch.split
         context = AttentionContext(positions_BS=batch.positions, mask=micro_batch.mask, split=split)
@@ -275,10 +285,10 @@ class LMTask:
         if chunk.module.post_process:
             # The loss multiplies by it without going through its module.
             chunk.wait_for(chunk.module.output_layer.weight)
-        return hidden_SBH, partial(self._loss, micro_batch=micro_batch)
+        return hidden_SBH, partial(self._loss, micro_batch=micro_batch, sources=sources)
 
     def _loss(
-        self, hidden_SBH: torch.Tensor, *, micro_batch: MicroBatch
+        self, hidden_SBH: torch.Tensor, *, micro_batch: MicroBatch, sources: int
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         loss, losses_BS = weighted_cross_entropy(
             self.chunks[-1],
@@ -287,7 +297,9 @@ class LMTask:
             weights_BS=micro_batch.normalised_BS,
             chunk=self.stage.loss_chunk,
         )
-        sums = LossReport.of(loss=loss, losses_BS=losses_BS, micro_batch=micro_batch)
+        sums = LossReport.of(
+            loss=loss, losses_BS=losses_BS, micro_batch=micro_batch, sources=sources
+        )
         # mcore divides by this count at the end; the loss is already normalised.
         no_tokens = torch.zeros([], dtype=torch.int, device=loss.device)
         return loss, no_tokens, {"sums": sums}

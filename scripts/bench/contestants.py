@@ -85,6 +85,7 @@ class Row:
             labels=labels_BS,
             label_modality=torch.zeros_like(self.tokens_BS, dtype=torch.uint8),
             label_valid=valid_BS,
+            label_source=torch.zeros_like(self.tokens_BS, dtype=torch.int16),
             positions=self.positions_BS,
             document_start=self.document_start_BS,
             sample_ids=[0],

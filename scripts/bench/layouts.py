@@ -232,6 +232,7 @@ class SameRows:
                 labels=tokens_BS.roll(-1, 1),
                 label_modality=torch.zeros_like(tokens_BS, dtype=torch.uint8),
                 label_valid=valid_S[None],
+                label_source=torch.zeros_like(tokens_BS, dtype=torch.int16),
                 positions=(columns_S - start_S)[None],
                 document_start=start_S[None],
                 sample_ids=[0],

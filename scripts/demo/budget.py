@@ -6,7 +6,8 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """``*_overrides`` and ``generate_options`` are passed on to ``emu35`` as they stand."""
+    """``*_overrides`` and ``*_options`` are passed on to ``emu35`` as they stand; ``task_records``
+    counts training records by task, ``task_prompts`` held-out prompts of each."""
 
     resolution: int
     train_scenes: int
@@ -17,13 +18,31 @@ class Budget:
     pretrain_overrides: tuple[str, ...]
     prompts: int
     generate_options: tuple[str, ...]
+    task_records: dict[str, int]
+    task_prompts: int
+    sft_overrides: tuple[str, ...]
+    lora_overrides: tuple[str, ...]
+    answer_options: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
+_TINY_MODEL = (
+    "model.num_layers=1",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=128",
+    "model.num_attention_heads=4",
+    "model.num_kv_heads=2",
+    "model.head_dim=16",
+    "stage.steps=2",
+    "stage.global_batch_size=2",
+    "stage.micro_batch_size=2",
+    "stage.validate_every=2",
+)
+
 BUDGETS = {
-    # Aims at eleven minutes on two cores, of which pretraining takes the most.
+    # Aims at fifteen minutes on two cores, of which pretraining takes the most.
     "default": Budget(
         resolution=64,
         train_scenes=6000,
@@ -34,6 +53,14 @@ BUDGETS = {
         pretrain_overrides=(),
         prompts=96,
         generate_options=("--guidance", "1.5", "--temperature", "0.4"),
+        task_records={"t2i": 1500, "x2i": 2500, "story": 1000, "chat": 2000},
+        task_prompts=48,
+        sft_overrides=(),
+        lora_overrides=(),
+        answer_options=(
+            *("--guidance", "1", "--temperature", "0.4", "--text-temperature", "0.1"),
+            *("--max-new-tokens", "256"),
+        ),
     ),
     # Walks every step and learns nothing: the smoke test's.
     "tiny": Budget(
@@ -49,19 +76,13 @@ BUDGETS = {
             "stage.validate_every=2",
             "data.validation_images=4",
         ),
-        pretrain_overrides=(
-            "model.num_layers=1",
-            "model.hidden_size=64",
-            "model.ffn_hidden_size=128",
-            "model.num_attention_heads=4",
-            "model.num_kv_heads=2",
-            "model.head_dim=16",
-            "stage.steps=2",
-            "stage.global_batch_size=2",
-            "stage.micro_batch_size=2",
-            "stage.validate_every=2",
-        ),
+        pretrain_overrides=_TINY_MODEL,
         prompts=4,
         generate_options=("--guidance", "1"),
+        task_records={"t2i": 4, "x2i": 4, "story": 4, "chat": 4},
+        task_prompts=1,
+        sft_overrides=_TINY_MODEL,
+        lora_overrides=_TINY_MODEL,
+        answer_options=("--guidance", "1", "--max-new-tokens", "256"),
     ),
 }

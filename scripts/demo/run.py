@@ -38,6 +38,10 @@ class Demo:
             Step(name="ingest", title="turning everything into token shards", run=self.ingest),
             Step(name="pretrain", title="pretraining the language model", run=self.pretrain),
             Step(name="generate", title="drawing held-out captions", run=self.generate),
+            Step(name="tasks", title="writing and ingesting tasks", run=tuning.tasks),
+            Step(name="sft", title="fine-tuning on the tasks", run=tuning.sft),
+            Step(name="lora", title="fine-tuning adapters alone", run=tuning.lora),
+            Step(name="answer", title="answering held-out tasks", run=tuning.answer),
             Step(name="release", title="writing and checking the release", run=self.release),
             Step(name="report", title="summary and report", run=self.report),
         ]

@@ -61,6 +61,7 @@ def test_the_difference_names_keys_and_both_values():
     assert config_diff(a, b) == [
         f"data.sources.text.path: {a.data.sources['text'].path!r} -> -",  # type: ignore[attr-defined]
         f"data.sources.text.ratio: {a.data.sources['text'].ratio!r} -> -",  # type: ignore[attr-defined]
+        "data.sources.text.area: None -> -",
         f"optim.lr: {a.optim.lr!r} -> 0.5",
         f"log.every: {a.log.every!r} -> 3",
     ]
@@ -77,7 +78,7 @@ def test_identity_leaves_out_what_may_change():
 
 
 def test_departures_are_only_what_was_chosen():
-    chosen = ["stage=sft", "stage.steps=7", "checkpoint.keep_last=2"]
+    chosen = ["stage=sft", "stage.steps=7", "checkpoint.keep_last=2", "data.overlong=drop"]
     lines = departures(compose(chosen))
     assert "stage.steps: 100 -> 7" in lines
     assert not any(

@@ -1,6 +1,7 @@
 """Batches: what is in them, that ranks agree, that a run resumes exactly, that errors are clear."""
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,13 @@ import pytest
 import torch
 from shard_documents import CODEBOOK, WriteSource, random_documents
 
-from emu35.config.data import SourceConfig, TokenDataConfig, ValidationConfig
+from emu35.config.data import (
+    Overlong,
+    Packing,
+    SourceConfig,
+    TokenDataConfig,
+    ValidationConfig,
+)
 from emu35.data.batch import Batch
 from emu35.data.index import build_index, read_index
 from emu35.data.loader import TokenLoader, ValidationSet
@@ -66,7 +73,15 @@ def stacked(batches: list[Batch], name: str) -> torch.Tensor:
     return torch.cat([getattr(batch, name) for batch in batches])
 
 
-TENSORS = ("tokens", "labels", "label_modality", "label_valid", "positions", "document_start")
+TENSORS = (
+    "tokens",
+    "labels",
+    "label_modality",
+    "label_valid",
+    "label_source",
+    "positions",
+    "document_start",
+)
 
 
 def assert_same(one: list[Batch], two: list[Batch]) -> None:
@@ -116,6 +131,23 @@ def test_every_tensor_agrees_with_the_documents_it_was_made_from(
             assert (batch.positions[row, end:] == 0).all()
             assert (batch.document_start[row, end:] == ROW).all()
     assert seen > 8
+
+
+def test_labels_are_numbered_by_their_source(data: TokenDataConfig) -> None:
+    with loader_of(data) as loader:
+        names = [source.name for source in loader.sources]
+        batches = loader.next_step()
+    numbers: set[str] = set()
+    for batch in batches:
+        assert batch.label_source.dtype == torch.int16
+        assert (batch.label_source[~batch.label_valid] == 0).all()
+        for row in range(2):
+            for start, end in documents_in(batch, row=row):
+                text = bytes(t for t in batch.tokens[row, start:end].tolist() if t < 256)
+                name = "text" if text.startswith(b"line") else "scenes"
+                assert set(batch.label_source[row, start : end - 1].tolist()) == {names.index(name)}
+                numbers.add(name)
+    assert numbers == {"scenes", "text"}
 
 
 def test_an_epoch_of_batches_holds_every_document_once(
@@ -175,8 +207,12 @@ def test_long_documents_come_in_pieces_that_join_to_the_whole(
         assert (labels != VOCABULARY.pad).all()
 
 
+@pytest.mark.parametrize("packing", list(Packing))
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_laid_end_to_end_are_the_one_rank_stream(data: TokenDataConfig, size: int) -> None:
+def test_ranks_laid_end_to_end_are_the_one_rank_stream(
+    data: TokenDataConfig, size: int, packing: Packing
+) -> None:
+    data.packing = packing
     with loader_of(data) as whole:
         expected = [whole.next_step() for _ in range(4)]
     ranks = [loader_of(data, rank=rank, size=size) for rank in range(size)]
@@ -189,12 +225,13 @@ def test_ranks_laid_end_to_end_are_the_one_rank_stream(data: TokenDataConfig, si
         rank.close()
 
 
+@pytest.mark.parametrize("packing", list(Packing))
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("cut", [0, 1, 5])
 def test_a_resumed_run_continues_bit_exactly_on_other_ranks(
-    data: TokenDataConfig, cut: int, prefetch: int
+    data: TokenDataConfig, cut: int, prefetch: int, packing: Packing
 ) -> None:
-    data.prefetch_steps = prefetch
+    data.prefetch_steps, data.packing = prefetch, packing
     with loader_of(data) as loader:
         for _ in range(cut):
             loader.next_step()
@@ -277,6 +314,67 @@ def test_a_picture_longer_than_a_row_is_refused_with_the_remedy(write_source: Wr
     )
     with pytest.raises(DataError, match=message):
         loader_of(data_config({"big": folder}))
+
+
+def long_and_short(write_source: WriteSource) -> Path:
+    """Twelve documents; those with numbers 3, 7 and 11 are longer than a row."""
+    lengths = [200 if n % 4 == 3 else 20 + n for n in range(12)]
+    return write_source("mixed", [[Text("x" * length)] for length in lengths])
+
+
+def test_overlong_documents_are_left_out_and_named(
+    write_source: WriteSource,
+) -> None:
+    folder = long_and_short(write_source)
+    data = data_config({"mixed": folder}, overlong=Overlong.drop, packing=Packing.offline)
+    told: list[str] = []
+    with TokenLoader(
+        data=data,
+        vocabulary=VOCABULARY,
+        seed=0,
+        global_batch_size=4,
+        micro_batch_size=2,
+        dp_rank=0,
+        dp_size=1,
+        message=told.append,
+    ) as loader:
+        batches = loader.next_step()
+    text = (
+        r"3 of 12 documents are longer than data\.sequence_length=96; the longest has 202 tokens,"
+    )
+    left_out, packed = told
+    assert re.search(text + r" the first is document 3 of mixed-000000\.tar.*left out", left_out)
+    assert re.search(r"'mixed': 9 pieces packed offline into \d rows of 96 tokens", packed)
+    lengths = {
+        b - a for batch in batches for row in range(2) for a, b in documents_in(batch, row=row)
+    }
+    assert lengths <= {22 + n for n in range(12) if n % 4 != 3}
+
+    held_out = ValidationSet(
+        config=ValidationConfig(path=str(folder), max_documents=8),
+        data=data,
+        vocabulary=VOCABULARY,
+        micro_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        message=told.append,
+    )
+    assert "2 of 8 documents are longer" in told[-1]
+    assert sum(len(documents_in(batch, row=0)) for batch in held_out) == 6
+
+
+def test_overlong_documents_can_be_refused(write_source: WriteSource) -> None:
+    folder = long_and_short(write_source)
+    message = (
+        r"3 of 12 documents are longer.*first is document 3 of mixed-000000\.tar\. Raise "
+        r"data\.sequence_length to at least 202, or leave them out with data\.overlong=drop"
+    )
+    with pytest.raises(DataError, match=message):
+        loader_of(data_config({"mixed": folder}, overlong=Overlong.refuse))
+    short = data_config({"mixed": folder}, overlong=Overlong.refuse, sequence_length=202)
+    loader_of(short).close()
+    with pytest.raises(DataError, match="leaves nothing of this source"):
+        loader_of(data_config({"mixed": folder}, overlong=Overlong.drop, sequence_length=16))
 
 
 def test_a_changed_source_is_refused_on_resume(

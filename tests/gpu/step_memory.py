@@ -24,6 +24,7 @@ class OneRow:
             labels=tokens_BS.roll(-1, 1),
             label_modality=torch.zeros_like(tokens_BS, dtype=torch.uint8),
             label_valid=valid_BS,
+            label_source=torch.zeros_like(tokens_BS, dtype=torch.int16),
             positions=torch.arange(length)[None],
             document_start=torch.zeros_like(tokens_BS),
             sample_ids=[0],

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from emu35.config import IBQConfig, PretrainConfig, SFTConfig, TokenDataConfig
+from emu35.config.data import Overlong
 from emu35.errors import ConfigError
 from emu35.run.compose import compose
 
@@ -28,7 +29,7 @@ def test_values_override_the_experiment_and_name_fills_the_run_folder():
 
 
 def test_kind_selects_the_class():
-    assert isinstance(compose(["stage=sft"]).stage, SFTConfig)
+    assert isinstance(compose(["stage=sft", "data.overlong=drop"]).stage, SFTConfig)
     assert isinstance(compose(["experiment=tiny/ibq_131k"]).model, IBQConfig)
 
 
@@ -201,3 +202,12 @@ def test_a_folder_of_ones_own_experiments(tmp_path: Path):
 def test_composing_leaves_no_trace():
     assert compose(["experiment=demo/pretrain"]) == compose(["experiment=demo/pretrain"])
     assert compose([]) != compose(["experiment=demo/pretrain"])
+
+
+def test_fine_tuning_never_makes_documents_of_the_tails_of_others():
+    (problem,) = problems_of("stage=sft")
+    assert "a tail without its prompt teaches nothing; use data.overlong=drop" in problem
+    for stage in ("sft_s1", "sft_s2"):
+        data = compose([f"experiment=emu35_34b/{stage}"]).data
+        assert isinstance(data, TokenDataConfig)
+        assert data.overlong is Overlong.drop

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from tiny_models import tiny_lm
 from emu35.checkpoint import sharded
 from emu35.checkpoint.manager import CheckpointManager
 from emu35.checkpoint.safetensor_files import INDEX, SafetensorFolder
-from emu35.checkpoint.source import describe_start, open_source
+from emu35.checkpoint.source import open_source
 from emu35.cli import main
 from emu35.config import (
     CheckpointConfig,
-    LMConfig,
     Precision,
     PretrainConfig,
     RunConfig,
@@ -43,7 +41,7 @@ from emu35.stages.release import (
     verify,
 )
 from emu35.tokens.template import PromptTemplate
-from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
+from emu35.tokens.vocabulary import vocabulary_of
 
 MODEL = tiny_lm(hidden_dropout=0.1, attention_dropout=0.1)
 TOKENIZER = TokenizerConfig(kind=TokenizerKind.bytes, codebook_size=16)
@@ -400,106 +398,6 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
     lines: list[str] = []
     assert open_source(run, message=lines.append).described.step == 3
     assert victim.name in lines[0]
-
-
-def test_a_run_to_start_from_must_be_the_same_model(run: Path, released: Path) -> None:
-    other_dropout = replace(MODEL, hidden_dropout=0.0)
-    found = describe_start(run, config=other_dropout, tokenizer=TOKENIZER, message=silent)
-    assert found.checkpoint is not None
-    assert found.step == 6
-    with pytest.raises(CheckpointError) as caught:
-        describe_start(
-            run,
-            config=replace(MODEL, num_layers=3),
-            tokenizer=replace(TOKENIZER, codebook_size=32),
-            message=silent,
-        )
-    assert "model.num_layers is 2 there and 3 here" in str(caught.value)
-    assert "tokenizer.codebook_size is 16 there and 32 here" in str(caught.value)
-    assert "hidden_size" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="emu35 convert import"):
-        describe_start(released, config=MODEL, tokenizer=TOKENIZER, message=silent)
-
-
-def qwen3_folder(folder: Path, *, tied: bool = False, rows: int = 151_936) -> Path:
-    """A Qwen3 checkpoint as published, with 16 columns instead of thousands."""
-    folder.mkdir()
-    config = LMConfig(
-        num_layers=1,
-        hidden_size=16,
-        ffn_hidden_size=24,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-    )
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        name: torch.randn(shape, generator=generator).bfloat16()
-        for name, shape in hf_shapes(config, vocabulary_size=rows).items()
-    }
-    if tied:
-        del tensors["lm_head.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    content = {
-        "model_type": "qwen3",
-        "vocab_size": rows,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
-        "tie_word_embeddings": tied,
-        "attention_bias": False,
-        "hidden_act": "silu",
-    }
-    (folder / "config.json").write_text(json.dumps(content))
-    return folder
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.usefixtures("table")
-def test_qwen3_is_extended(tmp_path: Path, tied: bool) -> None:
-    source = qwen3_folder(tmp_path / "qwen", tied=tied)
-    tokenizer = TokenizerConfig(kind=TokenizerKind.emu35, codebook_size=100)
-    lines: list[str] = []
-    options = ImportOptions(source=source, out=tmp_path / "run", tokenizer=tokenizer)
-    run = import_(options, message=lines.append)
-    assert "151,643 text rows taken over" in lines[0]
-    assert "311 rows drawn from N(0, 0.02)" in lines[0]
-    assert "(211 specials, 100 visual codes" in lines[0]
-    parameters = dict(open_source(run, message=silent).model.named_parameters())
-    old = SafetensorFolder(source)
-    vocabulary = Vocabulary(n_text=151_643, codebook_size=100)
-    embedding = parameters["embedding.word_embeddings.weight"]
-    output = parameters["output_layer.weight"]
-    assert embedding.shape == (vocabulary.size, 16)
-    assert torch.equal(embedding[:151_643], old["model.embed_tokens.weight"][:151_643])
-    head = old["model.embed_tokens.weight" if tied else "lm_head.weight"]
-    assert torch.equal(output[:151_643], head[:151_643])
-    assert not embedding[vocabulary.pad].any()
-    new = embedding[vocabulary.im_start :].float()
-    assert new.std().item() == pytest.approx(0.02, rel=0.1)
-    assert not torch.equal(embedding[151_644:], output[151_644:])
-    again = import_(
-        ImportOptions(source=source, out=tmp_path / "again", tokenizer=tokenizer), message=silent
-    )
-    other = dict(open_source(again, message=silent).model.named_parameters())
-    assert torch.equal(embedding, other["embedding.word_embeddings.weight"])
-
-
-def test_qwen3_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    source = qwen3_folder(tmp_path / "qwen", rows=1000)
-    with pytest.raises(ReleaseError, match="1000 embedding rows, fewer than"):
-        import_(ImportOptions(source=source, out=tmp_path / "run"), message=silent)
-    with pytest.raises(ReleaseError, match=r"use tokenizer\.kind=emu35"):
-        import_(
-            ImportOptions(source=source, out=tmp_path / "run", tokenizer=TOKENIZER), message=silent
-        )
-    assert not (tmp_path / "run").exists()
 
 
 def test_logits_equal_those_of_transformers(released: Path) -> None:

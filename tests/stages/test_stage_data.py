@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image as Pictures
 
+from emu35.config.area import Area
 from emu35.config.model import IBQConfig
 from emu35.config.tokenizer import TokenizerConfig
 from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
@@ -54,13 +55,15 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def options_of(inputs: list[Path], out: Path, *, vision: Path, codebook: int = 64) -> IngestOptions:
+def options_of(
+    inputs: list[Path], out: Path, *, vision: Path, codebook: int = 64, area: Area | None = None
+) -> IngestOptions:
     return IngestOptions(
         inputs=inputs,
         out=out,
         source="photos",
         tokenizer=TokenizerConfig(codebook_size=codebook, vision=str(vision)),
-        area=AREA,
+        area=area or Area(least=AREA, most=AREA),
         order=PairOrder.image_first,
     )
 

@@ -52,6 +52,8 @@ from emu35.train.objective import causal_mask, weights_by_modality
 from emu35.train.step import LMTask
 
 LENGTH, ROWS, VOCABULARY = 48, 8, 301
+SOURCES = ("images", "stories", "text")
+"""Documents belong to them by their length."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -127,9 +129,11 @@ def lay_out(rows: list[list[Document]]) -> Batch:
     tokens, labels = torch.zeros(shape).long(), torch.zeros(shape).long()
     modality, valid = torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape, dtype=torch.bool)
     positions, start = torch.zeros(shape).long(), torch.full(shape, LENGTH)
+    source = torch.zeros(shape, dtype=torch.int16)
     for r, documents in enumerate(rows):
         column = 0
         for ids, codes in documents:
+            source[r, column : column + len(ids) - 1] = len(ids) % len(SOURCES)
             for i in range(len(ids)):
                 tokens[r, column + i], positions[r, column + i] = ids[i], i
                 start[r, column + i] = column
@@ -142,6 +146,7 @@ def lay_out(rows: list[list[Document]]) -> Batch:
         labels=labels,
         label_modality=modality,
         label_valid=valid,
+        label_source=source,
         positions=positions,
         document_start=start,
         sample_ids=list(range(len(rows))),
@@ -239,6 +244,7 @@ def make_task(spec: dict) -> LMTask:
         loader=documents,  # type: ignore[arg-type]
         validation={"held_out": (HeldOut(mesh=mesh), weights_by_modality(stage.loss_weights))},  # type: ignore[dict-item]
         token_weights=weights_by_modality(stage.loss_weights),
+        sources=SOURCES,
         batch_mask=with_spans if spans else causal_mask,
     )
 

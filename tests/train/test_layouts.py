@@ -24,10 +24,26 @@ def assert_same(run: dict, reference: dict) -> None:
     assert len(ours) == len(theirs) == 5
     for a, b in zip(ours, theirs, strict=True):
         assert a["tokens"] == b["tokens"]
-        for name in ("loss", "loss_text", "loss_visual"):
+        names = {name for name in b if name.startswith(("loss", "share/"))}
+        assert names >= {"loss", "loss_text", "loss_visual", "loss/text", "share/text"}
+        assert names == {name for name in a if name.startswith(("loss", "share/"))}
+        for name in names:
             assert a[name] == pytest.approx(b[name], rel=1e-6), name
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
     assert run["validation"] == pytest.approx(reference["validation"], rel=1e-6)
+
+
+def test_the_losses_of_the_sources_add_up_to_the_loss(reference: dict) -> None:
+    for metrics in reference["metrics"]:
+        parts = {
+            name: (metrics[f"share/{name}"], metrics[f"loss/{name}"])
+            for name in ("images", "stories", "text")
+        }
+        assert sum(share for share, _ in parts.values()) == pytest.approx(1.0, rel=1e-6)
+        assert all(0 < share < 1 for share, _ in parts.values())
+        weighted = sum(share * loss for share, loss in parts.values())
+        assert weighted == pytest.approx(metrics["loss"], rel=1e-6)
+        assert len({loss for _, loss in parts.values()}) == 3
 
 
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}

@@ -1,10 +1,17 @@
+import pytest
 import torch
 
 from emu35.config import LossWeights
 from emu35.data.batch import Batch
+from emu35.model.mask import AttentionMask
 from emu35.tokens.serialize import Modality
 from emu35.tokens.vocabulary import Vocabulary
-from emu35.train.objective import response_weights, weights_by_modality
+from emu35.train.objective import (
+    LossReport,
+    MicroBatch,
+    response_weights,
+    weights_by_modality,
+)
 
 VOCABULARY = Vocabulary(n_text=256, codebook_size=16)
 T, V, C = Modality.TEXT, Modality.VISUAL, Modality.CONTROL
@@ -30,6 +37,7 @@ def packed(*documents: list[tuple[int, Modality]], columns: int) -> Batch:
         labels=labels,
         label_modality=modality,
         label_valid=valid,
+        label_source=torch.zeros_like(tokens, dtype=torch.int16),
         positions=torch.zeros_like(tokens),
         document_start=start,
         sample_ids=[0],
@@ -52,3 +60,42 @@ def test_only_what_follows_bss_in_the_same_document_is_learned() -> None:
     assert response[11:] == [1.0, 0, 0, 0], "a response that opens its document, then padding"
     everything = weights_by_modality(weights)(batch)[0].tolist()
     assert everything[:7] == [1.0, 1.0, 0.125, 1.0, 0.5, 0.125, 0]
+
+
+def test_the_report_by_source_is_the_mean_over_the_labels_that_count() -> None:
+    """Against plain loops: three sources, of which the middle one has no label that counts."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 12)
+    batch = packed([(70, T)] * 12, columns=12)
+    batch.label_source = torch.tensor([[0] * 6 + [1] * 6, [2] * 12], dtype=torch.int16)
+    weights_BS = torch.tensor([[1.0, 0.5, 0.0] * 2 + [0.0] * 6, [0.5, 0.0, 1.0, 1.0] * 3])
+    normalised_BS = weights_BS / weights_BS.sum()
+    losses_BS = torch.rand(shape, generator=generator) * (weights_BS > 0)
+    micro_batch = MicroBatch(
+        batch=batch,
+        weights_BS=weights_BS,
+        normalised_BS=normalised_BS,
+        mask=AttentionMask.causal(batch.document_start),
+        split=None,
+        tokens=24,
+        visible_pairs=0,
+    )
+    loss = (normalised_BS * losses_BS).sum()
+    vector = LossReport.of(loss=loss, losses_BS=losses_BS, micro_batch=micro_batch, sources=3)
+    assert len(vector) == LossReport.size(sources=3)
+
+    metrics = LossReport.from_vector(vector).metrics(sources=["a", "b", "c"])
+
+    for name, number in (("a", 0), ("c", 2)):
+        labels = [
+            (weights_BS[r, s].item(), losses_BS[r, s].item())
+            for r in range(2)
+            for s in range(12)
+            if batch.label_source[r, s] == number
+        ]
+        total = sum(weight for weight, _ in labels)
+        mean = sum(weight * value for weight, value in labels) / total
+        assert metrics[f"loss/{name}"] == pytest.approx(mean, rel=1e-6)
+        assert metrics[f"share/{name}"] == pytest.approx(total / weights_BS.sum().item(), rel=1e-6)
+    assert "loss/b" not in metrics
+    assert "share/b" not in metrics

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +44,7 @@ def ingest(options: IngestOptions, *, encoder: PictureEncoder | None) -> IngestS
     """
     begin = time.monotonic()
     options.validate()
-    inputs = find_inputs(options.inputs, text_unit=options.text_unit)
+    inputs = find_inputs(options.inputs, text_unit=options.text_unit, starts=options.starts)
     _require_encoder(inputs, encoder=encoder)
     tokenizer = build_text_tokenizer(options.tokenizer)
     if encoder is not None and options.existing is Existing.replace:
@@ -171,14 +171,14 @@ class _Job:
             file = stack.enter_context(atomic_file(_rejects_path(self.manifest, path=source.path)))
             outputs = [self._output(folder, stack=stack) for folder in self.manifest.folders]
             for outcome in stage.run(source.read()):
-                tally.records += 1
-                reject = outcome if isinstance(outcome, Reject) else None
                 if isinstance(outcome, EncodedRecord):
-                    reject = self._write(outcome, outputs=outputs, tally=tally)
                     offset = outcome.record.offset
+                    tally.records += len(outcome.record.several) or 1
+                    rejects = list(self._write(outcome, outputs=outputs, tally=tally))
                 else:
-                    offset = outcome.offset
-                if reject is not None:
+                    offset, rejects = outcome.offset, [outcome]
+                    tally.records += 1
+                for reject in rejects:
                     reason = str(reject.reason)
                     tally.rejects[reason] = tally.rejects.get(reason, 0) + 1
                     line = {
@@ -224,39 +224,51 @@ class _Job:
 
     def _write(
         self, encoded: EncodedRecord, *, outputs: Sequence[_Output], tally: _Tally
-    ) -> Reject | None:
-        record = encoded.record
-        if len(outputs) > 1 and record.form is not RecordForm.pair:
-            return Reject(id=record.id, reason=Reason.not_a_pair)
-        for output in outputs:
-            parts = _ordered(encoded, order=output.order)
-            document = Document(parts, source=self.options.source, id=record.id)
-            sequence = serialize(document, self.tokenizer)
-            output.writer.append(sequence, document_id=record.id)
-            tally.documents += 1
-            tally.tokens += len(sequence)
-            tally.visual_tokens += int(np.count_nonzero(sequence.modality == Modality.VISUAL))
-        return None
+    ) -> Iterator[Reject]:
+        """Write the documents of a record, and yield those that cannot be."""
+        form = encoded.record.form
+        for id, parts in encoded.documents():
+            if len(outputs) > 1 and form is not RecordForm.pair:
+                yield Reject(id=id, reason=Reason.not_a_pair)
+                continue
+            for output in outputs:
+                ordered = _ordered(parts, order=output.order) if form is RecordForm.pair else parts
+                document = Document(ordered, source=self.options.source, id=id)
+                sequence = serialize(document, self.tokenizer)
+                if form is RecordForm.task and 0 < self.options.sequence_length < len(sequence):
+                    yield self._too_long(id, tokens=len(sequence))
+                    continue
+                output.writer.append(sequence, document_id=id)
+                tally.documents += 1
+                tally.tokens += len(sequence)
+                tally.visual_tokens += int(np.count_nonzero(sequence.modality == Modality.VISUAL))
+
+    def _too_long(self, id: str, *, tokens: int) -> Reject:
+        detail = (
+            f"{tokens} tokens, above {self.options.sequence_length}, and a response without its "
+            "end teaches to break off; lower the area, or split the record"
+        )
+        return Reject(id=id, reason=Reason.task_too_long, detail=detail)
 
 
-def _ordered(encoded: EncodedRecord, *, order: PairOrder) -> list[Part]:
-    """The parts of a document; those of a pair in the order asked for."""
-    if encoded.record.form is not RecordForm.pair:
-        return encoded.parts
+def _ordered(parts: list[Part], *, order: PairOrder) -> list[Part]:
+    """The parts of a pair in the order asked for."""
     image_first = order is PairOrder.image_first
-    return sorted(encoded.parts, key=lambda part: isinstance(part, Image) is not image_first)
+    return sorted(parts, key=lambda part: isinstance(part, Image) is not image_first)
 
 
 def _identity(options: IngestOptions, *, encoder: PictureEncoder | None) -> dict[str, Any]:
     """The options that decide what a document becomes; a rerun must repeat them."""
+    area = options.area
     return {
         "source": options.source,
         "tokenizer": options.tokenizer.kind.value,
         "codebook_size": options.tokenizer.codebook_size,
         "vision": encoder.digest if encoder is not None else None,
-        "area": options.area,
+        "area": area.most if area.least == area.most else f"{area.least}..{area.most}",
         "order": options.order.value,
         "text_unit": options.text_unit.value,
+        "starts": options.starts.value,
         "sequence_length": options.sequence_length,
     }
 

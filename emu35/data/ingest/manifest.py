@@ -29,6 +29,8 @@ from emu35.files import sync_folder
 
 _BOOKS = ".ingest"
 _FORMAT = 1
+_LATER_OPTIONS = {"starts": "random"}
+"""Options that books of an earlier version do not name, with what they come to."""
 # How many files a message names before it counts the rest.
 _NAMED = 6
 
@@ -240,7 +242,7 @@ def open_books(
         earlier = Manifest(
             out=out,
             folders=list(folders),
-            identity=body["identity"],
+            identity=_LATER_OPTIONS | body["identity"],
             done=[DoneInput(**entry) for entry in body["done"]],
             unsettled=body.get("unsettled", []),
         )

@@ -5,10 +5,15 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from pathlib import Path
 
+from emu35.config.area import Area, parse_area
 from emu35.config.check import at_least
 from emu35.config.tokenizer import TokenizerConfig
 from emu35.data.readers.discover import TextUnit
+from emu35.data.readers.task_documents import Starts
 from emu35.errors import ConfigError
+
+AREA = parse_area("512x512")
+"""How large pictures become unless something else is asked for."""
 
 
 class PairOrder(StrEnum):
@@ -41,8 +46,11 @@ class IngestOptions:
         out: folder for the shards, of this source alone.
         source: name of the source; shards are called ``<source>-000000.tar``.
         tokenizer: text table, codebook size, and the image tokenizer's folder (``vision``).
-        area: pictures are resized to about this many pixels, aspect kept.
-        sequence_length: a picture longer than this is rejected (0: no limit).
+        area: pictures are resized to about so many pixels, aspect kept.
+        order: of a picture and its caption; documents of other forms have an order of their own.
+        starts: where documents of embodied manipulations begin.
+        sequence_length: a picture, or a document of a task, longer than this is rejected (0: no
+            limit).
         shard_bytes: size at which a new shard is begun.
         images_per_call: pictures of equal size encoded together.
         threads: threads that open and resize pictures.
@@ -53,9 +61,10 @@ class IngestOptions:
     out: Path
     source: str
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    area: int = 512 * 512
+    area: Area = AREA
     order: PairOrder = PairOrder.caption_first
     text_unit: TextUnit = TextUnit.file
+    starts: Starts = Starts.random
     sequence_length: int = 0
     shard_bytes: int = 256 * 2**20
     images_per_call: int = 16
@@ -76,11 +85,15 @@ class IngestOptions:
         yield from at_least(
             "ingest",
             1,
-            area=self.area,
             shard_bytes=self.shard_bytes,
             images_per_call=self.images_per_call,
             threads=self.threads,
         )
+        if not 1 <= self.area.least <= self.area.most:
+            yield (
+                f"ingest.area={self.area} must hold at least one pixel, and no more at its lower "
+                "end than at its upper one"
+            )
         yield from at_least("ingest", 0, sequence_length=self.sequence_length)
         if not 0.0 <= self.max_rejects <= 1.0:
             yield f"ingest.max_rejects={self.max_rejects} must lie in [0, 1]"

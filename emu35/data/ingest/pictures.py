@@ -4,7 +4,7 @@
 that assembles an ingestion.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL.Image import Image as Picture
 
-from emu35.data.readers.records import RawImage, RawRecord, Reason, Reject
+from emu35.data.readers.records import RawImage, RawPart, RawRecord, RawText, Reason, Reject
 from emu35.errors import DataError
-from emu35.tokens.document import Image, Part, Text
+from emu35.tokens.document import Image, Part, Special, Text
 
 # Bounds of what is held at a time: decoded pictures take 3 bytes a pixel.
 _WINDOW_PIXELS = 32 * 2**20
@@ -70,10 +70,20 @@ class PictureEncoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedRecord:
-    """A record whose pictures are codes."""
+    """A record whose pictures are codes, each picture encoded once."""
 
     record: RawRecord
-    parts: list[Part]
+    codes: Mapping[RawImage, Image]
+
+    def documents(self) -> Iterator[tuple[str, list[Part]]]:
+        """Id and parts of every document of the record."""
+        for id, parts in self.record.documents():
+            yield id, [self._part(part) for part in parts]
+
+    def _part(self, part: RawPart) -> Part:
+        if isinstance(part, RawImage):
+            return self.codes[part]
+        return Text(part.text) if isinstance(part, RawText) else Special(part.token)
 
 
 _Prepared: TypeAlias = "tuple[RawRecord, list[Picture]] | Reject"
@@ -119,9 +129,7 @@ class PictureStage:
         if isinstance(record, Reject):
             return record
         pictures: list[Picture] = []
-        for part in record.parts:
-            if not isinstance(part, RawImage):
-                continue
+        for part in record.pictures():
             if self.encoder is None:
                 raise DataError(
                     f"record {record.id!r} holds a picture, but no image tokenizer was given; "
@@ -159,11 +167,8 @@ class PictureStage:
                 yield prepared
                 continue
             record, _ = prepared
-            parts: list[Part] = [
-                Image(next(codes)) if isinstance(part, RawImage) else Text(part.text)
-                for part in record.parts
-            ]
-            yield EncodedRecord(record=record, parts=parts)
+            encoded = {image: Image(next(codes)) for image in record.pictures()}
+            yield EncodedRecord(record=record, codes=encoded)
 
     def _encode_grouped(self, pictures: Sequence[Picture]) -> list[npt.NDArray[np.integer[Any]]]:
         """Codes of each picture, in order; pictures of equal size go through the codec together."""

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 from emu35.data.readers.folder import (
@@ -20,6 +21,7 @@ from emu35.data.readers.folder import (
 from emu35.data.readers.jsonl import read_jsonl
 from emu35.data.readers.parquet import load_pyarrow, read_parquet
 from emu35.data.readers.records import RawRecord, Reject
+from emu35.data.readers.task_documents import Starts
 from emu35.data.readers.webdataset import PICTURES, read_webdataset
 from emu35.errors import DataError
 
@@ -59,8 +61,10 @@ class InputFile:
         return self.reader(self.path)
 
 
-def find_inputs(paths: Sequence[Path], *, text_unit: TextUnit) -> list[InputFile]:
-    """Resolve files and folders into inputs.
+def find_inputs(
+    paths: Sequence[Path], *, text_unit: TextUnit, starts: Starts = Starts.random
+) -> list[InputFile]:
+    """Resolve files and folders into inputs; task records in JSON lines heed ``starts``.
 
     A folder stands for its tars if it holds any at its top (img2dataset writes parquet and JSON
     files beside them, which are not data), else for its JSON lines files, else its parquet files,
@@ -73,9 +77,9 @@ def find_inputs(paths: Sequence[Path], *, text_unit: TextUnit) -> list[InputFile
     found: list[InputFile] = []
     for path in paths:
         if path.is_dir():
-            found.extend(_from_folder(path.resolve(), text_unit=text_unit))
+            found.extend(_from_folder(path.resolve(), text_unit=text_unit, starts=starts))
         elif path.is_file():
-            found.append(_from_file(path.resolve(), text_unit=text_unit))
+            found.append(_from_file(path.resolve(), text_unit=text_unit, starts=starts))
         else:
             raise DataError(f"input {path} does not exist; give files or folders that do")
     seen: set[Path] = set()
@@ -86,13 +90,14 @@ def find_inputs(paths: Sequence[Path], *, text_unit: TextUnit) -> list[InputFile
     return found
 
 
-def _from_file(path: Path, *, text_unit: TextUnit) -> InputFile:
+def _from_file(path: Path, *, text_unit: TextUnit, starts: Starts) -> InputFile:
     name = path.name.lower()
     lines = text_unit is TextUnit.lines
+    reader: Callable[[Path], Iterator[RawRecord | Reject]]
     if name.endswith(_TARS):
         reader = read_webdataset
     elif name.endswith(_JSON_LINES):
-        reader = read_jsonl
+        reader = partial(read_jsonl, starts=starts)
     elif name.endswith(_PARQUET):
         load_pyarrow(path)
         reader = read_parquet
@@ -108,12 +113,12 @@ def _from_file(path: Path, *, text_unit: TextUnit) -> InputFile:
     )
 
 
-def _from_folder(folder: Path, *, text_unit: TextUnit) -> list[InputFile]:
+def _from_folder(folder: Path, *, text_unit: TextUnit, starts: Starts) -> list[InputFile]:
     top = sorted(path for path in folder.iterdir() if path.is_file())
     for endings in (_TARS, _JSON_LINES, _PARQUET):
         files = [path for path in top if path.name.lower().endswith(endings)]
         if files:
-            return [_from_file(path, text_unit=text_unit) for path in files]
+            return [_from_file(path, text_unit=text_unit, starts=starts) for path in files]
     below = list_files(folder)
     texts = [path for path in below if extension(path) in TEXTS]
     if any(extension(path) in PICTURES for path in below):
@@ -124,7 +129,7 @@ def _from_folder(folder: Path, *, text_unit: TextUnit) -> list[InputFile]:
             "pictures or text files"
         )
     if text_unit is TextUnit.lines:
-        return [_from_file(path, text_unit=text_unit) for path in texts]
+        return [_from_file(path, text_unit=text_unit, starts=starts) for path in texts]
     return [_as_folder(folder, files=texts, reader=read_text_folder)]
 
 

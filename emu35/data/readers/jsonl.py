@@ -1,12 +1,14 @@
-"""JSON lines, one document each, in one of three forms::
+"""JSON lines, one document each, in one of these forms::
 
     {"parts": [{"text": "..."}, {"image": "path"}, ...]}    interleaved, in reading order
     {"image": "path", "caption": "..."}                     a pair ("text" serves as "caption")
     {"text": "..."}                                         plain text
+    {"task": "t2i", ...}                                    a task of fine-tuning, see task_table
 
 ``"id"`` is optional. A relative picture path starts at the folder of the file. Other keys are left
 unread, unless they look like pictures in another form (``images``, ``image_url``): such a line is a
-reject, since without its pictures it would be another document.
+reject, since without its pictures it would be another document. Task records are read strictly: a
+key that is not of the schema makes a reject.
 """
 
 import json
@@ -16,7 +18,6 @@ from typing import Any, cast
 
 from emu35.data.readers.records import (
     RawImage,
-    RawPart,
     RawRecord,
     RawText,
     Reason,
@@ -26,9 +27,11 @@ from emu35.data.readers.records import (
     pair_record,
     text_record,
 )
+from emu35.data.readers.task_documents import Starts, task_documents
+from emu35.data.readers.task_records import WrongTask, read_task
 
 
-def read_jsonl(path: Path) -> Iterator[RawRecord | Reject]:
+def read_jsonl(path: Path, *, starts: Starts = Starts.random) -> Iterator[RawRecord | Reject]:
     """Records of a JSON lines file; a bad line is a reject that names its number."""
     offset = 0
     with path.open("rb") as file:
@@ -36,11 +39,17 @@ def read_jsonl(path: Path) -> Iterator[RawRecord | Reject]:
             offset += len(line)
             if line.strip():
                 yield _read_line(
-                    line, id=f"{path.name}:{number}", folder=path.parent, offset=offset
+                    line,
+                    id=f"{path.name}:{number}",
+                    folder=path.parent,
+                    starts=starts,
+                    offset=offset,
                 )
 
 
-def _read_line(line: bytes, *, id: str, folder: Path, offset: int) -> RawRecord | Reject:
+def _read_line(
+    line: bytes, *, id: str, folder: Path, starts: Starts, offset: int
+) -> RawRecord | Reject:
     try:
         value: Any = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -53,6 +62,8 @@ def _read_line(line: bytes, *, id: str, folder: Path, offset: int) -> RawRecord 
     given = record.get("id")
     if isinstance(given, str | int):
         id = f"{id} {given}"
+    if "task" in record:
+        return _read_task(record, id=id, folder=folder, starts=starts, offset=offset)
     try:
         return _read_record(record, id=id, folder=folder, offset=offset)
     except _WrongForm as error:
@@ -62,13 +73,26 @@ def _read_line(line: bytes, *, id: str, folder: Path, offset: int) -> RawRecord 
 
 _FORMS = (
     'a line is {"parts": [{"text": "..."}, {"image": "path"}, ...]}, '
-    '{"image": "path", "caption": "..."} or {"text": "..."}'
+    '{"image": "path", "caption": "..."}, {"text": "..."} or {"task": "...", ...}'
 )
 _PICTURE_KEYS = ("image", "img", "picture", "photo")
 
 
 class _WrongForm(Exception):
     """What in a line is not of the known forms."""
+
+
+def _read_task(
+    record: dict[str, Any], *, id: str, folder: Path, starts: Starts, offset: int
+) -> RawRecord | Reject:
+    try:
+        task = read_task(record, folder=folder)
+    except WrongTask as error:
+        return Reject(id=id, reason=error.reason, detail=str(error), offset=offset)
+    documents = task_documents(task, id=id, starts=starts)
+    whole = documents.get("", []) if len(documents) == 1 else []
+    several = {} if whole else documents
+    return RawRecord(id=id, parts=whole, form=RecordForm.task, offset=offset, several=several)
 
 
 def _read_record(
@@ -101,7 +125,7 @@ def _read_parts(value: Any, *, id: str, folder: Path, offset: int) -> RawRecord 
     """Raises: _WrongForm."""
     if not isinstance(value, list):
         raise _WrongForm("'parts' is not a list")
-    parts: list[RawPart] = []
+    parts: list[RawText | RawImage] = []
     for number, entry in enumerate(cast(list[Any], value)):
         part = cast(dict[str, Any], entry) if isinstance(entry, dict) else {}
         where = f"part {number}"
@@ -121,7 +145,7 @@ def _read_parts(value: Any, *, id: str, folder: Path, offset: int) -> RawRecord 
             raise _WrongForm(f"{where}: 'text' is not a string")
     if not any(isinstance(part, RawImage) or part.text.strip() for part in parts):
         return Reject(id=id, reason=Reason.empty, offset=offset)
-    return RawRecord(id=id, parts=parts, form=RecordForm.sequence, offset=offset)
+    return RawRecord(id=id, parts=list(parts), form=RecordForm.sequence, offset=offset)
 
 
 def _picture(value: Any, *, folder: Path, where: str) -> Path:

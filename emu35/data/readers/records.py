@@ -1,6 +1,7 @@
 """What readers yield: raw records with undecoded pictures, or rejects with a reason."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeAlias
@@ -20,28 +21,51 @@ class RawImage:
     data: bytes | Path
 
 
-RawPart: TypeAlias = RawText | RawImage
+@dataclass(frozen=True, slots=True)
+class RawSpecial:
+    """One special token, which only templates place."""
+
+    token: str
+
+
+RawPart: TypeAlias = RawText | RawImage | RawSpecial
 
 
 class RecordForm(StrEnum):
-    """``pair``: a picture and its caption, in an order to choose. ``sequence``: order is given."""
+    """``pair``: a picture and its caption, in an order to choose. ``sequence``: order is given.
+    ``task``: order is given, and a document is of no use unless it is whole."""
 
     pair = "pair"
     sequence = "sequence"
+    task = "task"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawRecord:
-    """A document before encoding.
+    """A document before encoding, or several that share their pictures.
 
     ``id`` names it within its input; ``offset`` is how many bytes of the input were read by the
-    end of this record, for progress.
+    end of this record, for progress. A record that becomes several documents has no ``parts`` but
+    ``several``: what is put behind the id -> the parts of that document.
     """
 
     id: str
     parts: list[RawPart]
     form: RecordForm
     offset: int = 0
+    several: Mapping[str, list[RawPart]] = field(default_factory=dict[str, list[RawPart]])
+
+    def documents(self) -> Iterator[tuple[str, list[RawPart]]]:
+        """Id and parts of every document."""
+        if not self.several:
+            yield self.id, self.parts
+        for suffix, parts in self.several.items():
+            yield self.id + suffix, parts
+
+    def pictures(self) -> list[RawImage]:
+        """The pictures of all documents, each once."""
+        found = (part for _, parts in self.documents() for part in parts)
+        return list(dict.fromkeys(part for part in found if isinstance(part, RawImage)))
 
 
 class Reason(StrEnum):
@@ -53,9 +77,11 @@ class Reason(StrEnum):
     bad_encoding = "text is not UTF-8"
     bad_json = "not valid JSON"
     bad_record = "not a record of a known form"
+    bad_task = "not a task record as its schema says"
     missing_file = "missing or unreadable file"
     too_large = "file too large"
     picture_too_long = "picture longer than the sequence length"
+    task_too_long = "task document longer than the sequence length"
     not_a_pair = "not a picture with a caption, which order=both needs"
     damaged_input = "damaged input file"
 

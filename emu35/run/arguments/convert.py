@@ -12,6 +12,7 @@ from emu35.run.arguments.tokenizer import KINDS, tokenizer_config
 
 DTYPES = ("fp32", "bf16")
 TEMPLATES = ("official", "plain")
+NEW_ROWS = ("mean", "normal")
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -60,7 +61,21 @@ def _add_import(actions: "Commands[argparse.ArgumentParser]") -> None:
     command.add_argument("--vision", type=Path, metavar="DIR", help="image tokenizer to take along")
     _add_template(command)
     command.add_argument(
-        "--seed", type=int, default=1234, help="for embedding rows that Qwen3 does not have"
+        "--new-rows",
+        choices=NEW_ROWS,
+        default="mean",
+        help="where vocabulary rows start that Qwen3 does not have: the mean of the text rows plus "
+        "noise (default), or noise alone",
+    )
+    command.add_argument(
+        "--new-rows-std",
+        type=float,
+        default=0.02,
+        metavar="X",
+        help="standard deviation of that noise (default 0.02)",
+    )
+    command.add_argument(
+        "--seed", type=int, default=1234, help="draws that noise (default 1234, as of a run)"
     )
     command.set_defaults(handler=_import)
 
@@ -148,6 +163,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    from emu35.config.stage import NewRows, NewRowsConfig
     from emu35.stages.release import ImportOptions, import_
     from emu35.tokens.template import PromptTemplate
 
@@ -155,6 +171,8 @@ def _import(arguments: argparse.Namespace) -> int:
     if arguments.tokenizer is None:
         # Only the released table is ever implied; naming a part of a tokenizer means that one.
         arguments.tokenizer = "emu35"
+    if not arguments.new_rows_std >= 0:
+        raise ReleaseError(f"--new-rows-std {arguments.new_rows_std} must be at least 0")
     import_(
         ImportOptions(
             source=arguments.source,
@@ -162,6 +180,7 @@ def _import(arguments: argparse.Namespace) -> int:
             tokenizer=tokenizer_config(arguments) if any(asked) else None,
             vision=arguments.vision,
             template=PromptTemplate(arguments.template) if arguments.template else None,
+            new_rows=NewRowsConfig(policy=NewRows(arguments.new_rows), std=arguments.new_rows_std),
             seed=arguments.seed,
         )
     )

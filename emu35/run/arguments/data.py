@@ -1,15 +1,19 @@
-"""``emu35 data ingest|index|stats|inspect``: token shards in and out."""
+"""``emu35 data ingest|tasks|index|stats|inspect``: token shards in and out."""
 
 import argparse
-import re
 from pathlib import Path
 
+from emu35.config.area import parse_area
 from emu35.errors import ConfigError
 from emu35.run.arguments import Commands
-from emu35.run.arguments.tokenizer import add_tokenizer, tokenizer_config
+from emu35.run.arguments.recipe import Recipe, read_recipe
+from emu35.run.arguments.tokenizer import add_tokenizer, explicit_tokenizer, tokenizer_config
 
 ORDERS = ("caption_first", "image_first", "both")
 TEXT_UNITS = ("file", "lines")
+STARTS = ("first", "random", "all")
+TASKS = ("chat", "t2i", "x2i", "story", "howto", "explore", "vla")
+AREA = "512x512"
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -19,13 +23,17 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
         required=True, metavar="ACTION"
     )
     _add_ingest(actions)
+    _add_tasks(actions)
     _add_index(actions)
     _add_stats(actions)
     _add_inspect(actions)
 
 
 def _add_ingest(actions: "Commands[argparse.ArgumentParser]") -> None:
-    text = "files to token shards: tars of image and caption, JSON lines, parquet, folders, text"
+    text = (
+        "files to token shards: tars of image and caption, JSON lines (of tasks, too), parquet, "
+        "folders, text"
+    )
     command = actions.add_parser(
         "ingest",
         help=text,
@@ -33,34 +41,50 @@ def _add_ingest(actions: "Commands[argparse.ArgumentParser]") -> None:
         "used are counted and named in rejects.jsonl.",
     )
     command.add_argument("inputs", nargs="+", type=Path, metavar="PATH", help="file or folder")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="shards go here")
+    command.add_argument("--out", type=Path, metavar="DIR", help="shards go here")
     command.add_argument("--source", metavar="NAME", help="name of the shards (default: DIR's)")
+    command.add_argument(
+        "--recipe",
+        metavar="EXPERIMENT",
+        help="take DIR, --area, the tokenizer and --sequence-length from this experiment and its "
+        "source NAME (validation.NAME: its validation set); options that are given win",
+    )
+    command.add_argument(
+        "--configs", type=Path, metavar="DIR", help="folder of more groups and experiments"
+    )
     add_tokenizer(command)
+    # Left empty, so that a recipe is asked before the default is taken.
+    command.set_defaults(tokenizer=None)
     command.add_argument(
         "--vision", metavar="DIR", help="image tokenizer; not needed where there are no pictures"
     )
     command.add_argument(
         "--area",
-        default="512x512",
         metavar="PIXELS",
-        help="pictures are resized to about this area, aspect kept: a number or WxH "
-        "(default 512x512)",
+        help="pictures are resized to about this area, aspect kept: a number, WxH, a range such as "
+        f"512x512..1024x1024, or an upper bound such as ..512x512 (default {AREA})",
     )
     command.add_argument(
         "--order",
         choices=ORDERS,
         default="caption_first",
-        help="of picture and caption; both writes two sources below DIR",
+        help="of a picture and its caption; both writes two sources below DIR",
     )
     command.add_argument(
         "--text-unit", choices=TEXT_UNITS, default="file", help="one document is a file, or a line"
     )
     command.add_argument(
+        "--starts",
+        choices=STARTS,
+        default="random",
+        help="documents of a vla record besides the whole: none, from one random later step "
+        "(default), or from every one",
+    )
+    command.add_argument(
         "--sequence-length",
         type=int,
-        default=0,
         metavar="N",
-        help="reject pictures that are longer in tokens (default 0: no limit)",
+        help="reject pictures and task documents that are longer in tokens (default 0: no limit)",
     )
     command.add_argument("--shard-bytes", type=int, default=256 * 2**20, metavar="N")
     command.add_argument(
@@ -78,6 +102,13 @@ def _add_ingest(actions: "Commands[argparse.ArgumentParser]") -> None:
         "--replace", action="store_true", help="start over instead of going on with DIR"
     )
     command.set_defaults(handler=_ingest)
+
+
+def _add_tasks(actions: "Commands[argparse.ArgumentParser]") -> None:
+    text = "how the records of fine-tuning tasks are written, one JSON object a line"
+    command = actions.add_parser("tasks", help=text, description=text)
+    command.add_argument("task", nargs="?", choices=TASKS, help="this one alone")
+    command.set_defaults(handler=_tasks)
 
 
 def _add_index(actions: "Commands[argparse.ArgumentParser]") -> None:
@@ -110,34 +141,28 @@ def _add_inspect(actions: "Commands[argparse.ArgumentParser]") -> None:
     command.set_defaults(handler=_inspect)
 
 
-def parse_area(text: str) -> int:
-    """Pixels, from a number or ``WxH``.
-
-    Raises:
-        ConfigError: if it is neither.
-    """
-    match = re.fullmatch(r"(\d+)(?:[x*](\d+))?", text.strip())
-    if match is None:
-        raise ConfigError(f"--area {text!r} is no area; write pixels or WxH, such as 512x512")
-    return int(match[1]) * int(match[2] or 1)
-
-
 def _ingest(arguments: argparse.Namespace) -> int:
     from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
     from emu35.data.readers.discover import TextUnit
+    from emu35.data.readers.task_documents import Starts
     from emu35.stages.data import ingest
 
-    out: Path = arguments.out
+    recipe = _recipe(arguments)
+    out: Path | None = arguments.out or recipe.out
+    if out is None:
+        raise ConfigError("--out is not given; name the folder for the shards, or a --recipe")
+    length: int | None = arguments.sequence_length
     ingest(
         IngestOptions(
             inputs=arguments.inputs,
             out=out,
-            source=arguments.source or out.absolute().name,
-            tokenizer=tokenizer_config(arguments, vision=arguments.vision),
-            area=parse_area(arguments.area),
+            source=recipe.source or arguments.source or out.absolute().name,
+            tokenizer=recipe.tokenizer,
+            area=parse_area(arguments.area or recipe.area or AREA),
             order=PairOrder(arguments.order),
             text_unit=TextUnit(arguments.text_unit),
-            sequence_length=arguments.sequence_length,
+            starts=Starts(arguments.starts),
+            sequence_length=recipe.sequence_length if length is None else length,
             shard_bytes=arguments.shard_bytes,
             images_per_call=arguments.images_per_call,
             threads=arguments.threads,
@@ -145,6 +170,27 @@ def _ingest(arguments: argparse.Namespace) -> int:
             existing=Existing.replace if arguments.replace else Existing.resume,
         )
     )
+    return 0
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    """What the experiment says, or without one what holds by default, with the given tokenizer."""
+    if arguments.recipe is None:
+        if arguments.configs is not None:
+            raise ConfigError("--configs is where a --recipe is looked for; give both or neither")
+        arguments.tokenizer = arguments.tokenizer or "bytes"
+        return Recipe(tokenizer=tokenizer_config(arguments, vision=arguments.vision))
+    recipe = read_recipe(arguments.recipe, source=arguments.source, configs=arguments.configs)
+    recipe.tokenizer = explicit_tokenizer(arguments, base=recipe.tokenizer)
+    return recipe
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    from emu35.data.readers.task_table import describe_task, describe_tasks
+    from emu35.tokens.template import Task
+
+    task: str | None = arguments.task
+    print("\n".join(describe_task(Task(task)) if task else describe_tasks()))
     return 0
 
 

@@ -1,6 +1,7 @@
 """The three arguments that choose a tokenizer, shared by several subcommands."""
 
 import argparse
+from dataclasses import replace
 
 from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
 
@@ -40,3 +41,16 @@ def tokenizer_config(
         table=arguments.table,
         vision=vision,
     )
+
+
+def explicit_tokenizer(arguments: argparse.Namespace, *, base: TokenizerConfig) -> TokenizerConfig:
+    """``base`` with what the arguments give (``vision`` among them) in place of its own; another
+    kind of tokenizer leaves nothing of it but the image tokenizer."""
+    if arguments.tokenizer is not None and arguments.tokenizer != base.kind.value:
+        return tokenizer_config(arguments, vision=arguments.vision or base.vision)
+    given = {
+        name: value
+        for name in ("codebook_size", "table", "vision")
+        if (value := getattr(arguments, name)) is not None
+    }
+    return replace(base, **given)

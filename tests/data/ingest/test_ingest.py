@@ -20,6 +20,7 @@ from ingest_inputs import (
 from PIL import Image as Pictures
 from pyarrow import parquet
 
+from emu35.config.area import Area
 from emu35.data.ingest.ingest import ingest
 from emu35.data.ingest.options import Existing, PairOrder
 from emu35.data.ingest.progress import Progress
@@ -155,11 +156,11 @@ def test_other_options_and_changed_inputs_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ingest(options_of([source], out), encoder=GreyLevels())
     with pytest.raises(DataError, match=r"other options: area was 262144 and is 4096"):
-        ingest(options_of([source], out, area=4096), encoder=GreyLevels())
+        ingest(options_of([source], out, area=Area(least=4096, most=4096)), encoder=GreyLevels())
     write_pairs(source, count=5)
     with pytest.raises(DataError, match="changed since it was ingested"):
         ingest(options_of([source], out), encoder=GreyLevels())
-    options = options_of([source], out, area=4096, existing=Existing.replace)
+    options = options_of([source], out, area=Area(least=4096, most=4096), existing=Existing.replace)
     assert ingest(options, encoder=GreyLevels()).documents == 5
     assert len(documents_of(out)) == 5
 
@@ -200,8 +201,8 @@ def test_nothing_but_rejects_is_an_error(tmp_path: Path) -> None:
 
 
 def test_impossible_options_are_reported_together(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)inputs is empty.*area=0.*max_rejects=2"):
-        options_of([], tmp_path, area=0, max_rejects=2.0).validate()
+    with pytest.raises(ConfigError, match=r"(?s)inputs is empty.*area=Area.*max_rejects=2"):
+        options_of([], tmp_path, area=Area(least=0, most=0), max_rejects=2.0).validate()
 
 
 def test_progress_in_a_log_is_plain_lines_with_rate_and_time_left(

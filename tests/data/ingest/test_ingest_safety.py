@@ -20,6 +20,7 @@ from ingest_inputs import (
     write_pairs,
 )
 
+from emu35.config.area import Area
 from emu35.data.index import read_index
 from emu35.data.ingest.ingest import ingest
 from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
@@ -193,7 +194,7 @@ def test_a_replacement_that_comes_to_nothing_keeps_the_earlier_shards(tmp_path: 
     empty = tmp_path / "empty.txt"
     empty.write_text(" ")
     bad = write_pairs(tmp_path / "bad.tar", count=6, bad=6)
-    replace: dict[str, Any] = {"existing": Existing.replace, "area": 4096}
+    replace: dict[str, Any] = {"existing": Existing.replace, "area": Area(least=4096, most=4096)}
     with pytest.raises(DataError, match=r"bad\.tar had 6 of 6 .* earlier shards were kept"):
         ingest(options_of([bad], out, **replace), encoder=GreyLevels())
     with pytest.raises(DataError, match=r"no document at all.* earlier shards were kept"):
