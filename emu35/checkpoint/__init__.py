@@ -16,7 +16,9 @@ name and place in the whole model, the optimizer's too, with ZeRO-1 or without
 (:mod:`~emu35.checkpoint.optimizer_state`), so a run resumes on other ranks as it is, and
 :mod:`~emu35.checkpoint.reshard` copies a checkpoint without any. A save is planned together,
 written by each rank alone and listed together (:mod:`~emu35.checkpoint.saving`,
-:mod:`~emu35.checkpoint.staged`); the middle part may happen while training goes on.
+:mod:`~emu35.checkpoint.staged`); the middle part may happen while training goes on. A run with
+adapters keeps the frozen weights beside them, so it stands alone; only its own training sees the
+two apart, everyone else who opens it gets their sum.
 
 A *release* is the folder of the official code: ``config.json`` and safetensors under the official
 tensor names. :mod:`~emu35.checkpoint.hf` maps names and layouts both ways (pure functions on

@@ -1,7 +1,8 @@
 """How many floating-point operations a training step takes.
 
 The convention, so that a utilisation can be compared with others': *model* FLOPs. A multiply-add
-counts as 2, the backward pass as twice the forward, hence 6 for each weight of a matrix and token.
+counts as 2, the backward pass as twice the forward, hence 6 for each weight of a matrix and token;
+4 where the weight is frozen, for backward passes through it but forms no gradient of it.
 Attention counts the (query, key) pairs that the mask lets see each other and no others: half a
 square for one long document, less for packed ones. Tokens are document tokens; padding, work that
 recomputation repeats, norms, rotary embedding, activation functions, softmax and the embedding
@@ -23,7 +24,12 @@ def matrix_weights(config: LMConfig, *, vocabulary_size: int) -> int:
 
 
 def step_flops(
-    config: LMConfig, *, vocabulary_size: int, tokens: float, visible_pairs: float
+    config: LMConfig,
+    *,
+    vocabulary_size: int,
+    tokens: float,
+    visible_pairs: float,
+    adapters: int | None = None,
 ) -> float:
     """Model FLOPs of forward and backward over one global batch.
 
@@ -33,8 +39,10 @@ def step_flops(
         tokens: document tokens.
         visible_pairs: (query, key) pairs that the mask allows, per head and layer; a causal
             document of n tokens has n (n + 1) / 2.
+        adapters: parameters of all adapters where nothing else is trained.
     """
     weights = matrix_weights(config, vocabulary_size=vocabulary_size)
     # Scores and weighted values: a product of head_dim each, for every head.
     pair = 2 * 2 * config.num_attention_heads * config.head_dim * config.num_layers
-    return 6.0 * weights * tokens + 3.0 * pair * visible_pairs
+    products = 6.0 * weights if adapters is None else 4.0 * weights + 6.0 * adapters
+    return products * tokens + 3.0 * pair * visible_pairs

@@ -26,6 +26,7 @@ variance of the paper's own code, drawn alike in every layout.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory  # noqa: 
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # noqa: E402
 
 
-class LowRank(torch.nn.Module):
+class LowRank(torch.nn.Module, ABC):
     """The matrices ``a`` [R, I] and ``b`` [O, R] beside one weight [O, I], or this rank's part of
     them, in the weight's type and place. The subclasses say what ranks exchange between the two."""
 
@@ -100,8 +101,9 @@ class LowRank(torch.nn.Module):
             state[f"{prefix}b"] = apply_swiglu_sharded_factory(state[f"{prefix}b"], sharded_offsets)
         return state
 
+    @abstractmethod
     def _exchange(self, lowered_SBR: torch.Tensor) -> torch.Tensor:
-        raise AssertionError(f"{type(self).__name__} does not say what ranks exchange")
+        """A x of this rank's part -> that of the output's rows."""
 
     def _drop(self, x_SBI: torch.Tensor) -> torch.Tensor:
         return F.dropout(x_SBI, self.dropout)
@@ -247,6 +249,7 @@ def merge_adapters(model: Emu35Model) -> None:
     for linear in adapted_linears(model).values():
         adapter = linear.adapter
         assert adapter is not None
+        assert linear.weight is not None
         addition = (adapter.b.float() @ adapter.a.float()).mul_(adapter.scale)
         linear.weight.copy_(addition.add_(linear.weight))
         linear.adapter = None

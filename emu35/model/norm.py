@@ -50,14 +50,18 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * inverse).to(hidden.dtype).mul_(weight_H)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight_H, inverse = ctx.saved_tensors
         grad, wide_weight_H = grads[0].float(), weight_H.float()
         normed = hidden.float() * inverse
         product = grad * normed
-        grad_weight_H = product.flatten(0, -2).sum(0)
+        grad_weight_H = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_H = product.flatten(0, -2).sum(0).to(weight_H.dtype)
         # With n the normed row: dx = (w g - n mean(w g n)) / rms.
-        mean = (product @ wide_weight_H).div_(hidden.shape[-1]).unsqueeze_(-1)
+        # Flattened, or torch would make a batch of products of it where the weight is frozen.
+        sums = torch.mv(product.flatten(0, -2), wide_weight_H).view(product.shape[:-1])
+        mean = sums.div_(hidden.shape[-1]).unsqueeze_(-1)
         grad_hidden = torch.mul(grad, wide_weight_H, out=product)
         grad_hidden.addcmul_(normed, mean, value=-1.0).mul_(inverse)
-        return grad_hidden.to(hidden.dtype), grad_weight_H.to(weight_H.dtype), None
+        return grad_hidden.to(hidden.dtype), grad_weight_H, None

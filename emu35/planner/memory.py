@@ -6,16 +6,19 @@ Each term is a formula of its own, so that a reader can check it:
   (megatron-core keeps fp32 gradient buffers in both precisions); 8 bytes for AdamW's two moments
   and, with bf16 weights, 4 more for the fp32 copy of the weights. ZeRO stage 1 (arXiv 1910.02054,
   section 5.1) divides the optimizer state by the data-parallel ranks, in megatron-core dp x cp.
+  With adapters the weights are frozen: only the adapters have gradients and optimizer state.
 - activations: the tensors that backward needs, counted per token and layer as in arXiv 2205.05198,
   section 4, but for this architecture: grouped queries, q/k norms, rotary, SwiGLU, and attention
   that keeps no S x S matrix (the ``dense`` backend does keep it). Tensor parallelism divides
   what lies between its two collectives; sequence parallelism divides the rest as well. Stage i of a
   pipeline holds up to pp - i micro-batches, interleaved (1 + (pp - 1) / (pp vpp)) as many layers
   (same paper, appendix). A layer that is recomputed keeps its input alone, and one layer at a time
-  is whole again in backward; selective recomputation keeps what its modules take in.
+  is whole again in backward; selective recomputation keeps what its modules take in. An adapter
+  keeps the rows between its two matrices.
 - logits: one chunk of the loss, ``loss_chunk`` rows of logits that become their own gradient in
   place (fp32, and with bf16 weights a bf16 copy for the matrix products); the output layer's
-  gradient, which the loss sums in fp32 over its chunks and hands on in the weights' type; and the
+  gradient, unless it is frozen, which the loss sums in fp32 over its chunks and hands on in the
+  weights' type; and the
   hidden states of the tokens with a loss, with their gradient (``scripts/bench/loss.py`` measures
   it).
 
@@ -28,8 +31,13 @@ from dataclasses import dataclass
 from emu35.config.engine import EngineConfig, Recompute, RecomputeModule
 from emu35.config.model import AttentionBackend, LMConfig
 from emu35.config.parallel import ParallelConfig
-from emu35.config.stage import LMStageConfig, Precision
-from emu35.planner.parameters import RankParameters
+from emu35.config.stage import LMStageConfig, LoRAConfig, Precision, adapters_of
+from emu35.model.shapes import adapted_shapes
+from emu35.planner.parameters import (
+    COLUMN_TARGETS,
+    RankParameters,
+    layer_adapter_parameters,
+)
 
 GRADIENT_BYTES = 4
 MOMENT_BYTES = 8
@@ -80,6 +88,7 @@ def language_model_memory(
     shards = data_parallel * parallel.cp if parallel.zero1 else 1
     micro_batches = stage.global_batch_size // (data_parallel * stage.micro_batch_size)
     tokens = stage.micro_batch_size * sequence_length // parallel.cp
+    lora = adapters_of(stage)
     activations = _activations(
         model,
         parallel=parallel,
@@ -88,11 +97,16 @@ def language_model_memory(
         keys=sequence_length,
         element=element,
         micro_batches=micro_batches,
+        lora=lora,
     )
+    total = trained = held.total
+    if lora is not None:
+        trained = held.layers * layer_adapter_parameters(model, lora=lora, parallel=parallel)
+        total += trained
     return Memory(
-        weights=held.total * element,
-        gradients=held.total * GRADIENT_BYTES,
-        optimizer=optimizer_bytes(held.total, precision=stage.precision, shards=shards),
+        weights=total * element,
+        gradients=trained * GRADIENT_BYTES,
+        optimizer=optimizer_bytes(trained, precision=stage.precision, shards=shards),
         activations=activations,
         logits=loss_bytes(
             tokens=tokens,
@@ -101,6 +115,7 @@ def language_model_memory(
             vocabulary_size=vocabulary_size,
             parallel=parallel,
             precision=stage.precision,
+            frozen=lora is not None,
         ),
     )
 
@@ -113,18 +128,19 @@ def loss_bytes(
     vocabulary_size: int,
     parallel: ParallelConfig,
     precision: Precision,
+    frozen: bool = False,
 ) -> int:
     """What the chunked loss of ``tokens`` tokens needs besides weights and incoming hidden states,
-    forward and backward, when every token has a loss."""
+    forward and backward, when every token has a loss. ``frozen``: the output layer is not trained.
+    """
     element = weight_bytes(precision)
     rows = -(-vocabulary_size // parallel.tp)
     # In bf16, a second copy in the weights' type: of the chunk for its matrix products, of the
     # gradient for each chunk's share of it and at the end.
     each = 4 if element == 4 else 4 + element
     hidden = (2 + (parallel.sp and parallel.tp > 1)) * element  # sp gathers the ranks' slices
-    return (
-        each * min(chunk, tokens) * rows + each * rows * hidden_size + hidden * tokens * hidden_size
-    )
+    gradient = 0 if frozen else each * rows * hidden_size
+    return each * min(chunk, tokens) * rows + gradient + hidden * tokens * hidden_size
 
 
 def _activations(
@@ -136,10 +152,14 @@ def _activations(
     keys: int,
     element: int,
     micro_batches: int,
+    lora: LoRAConfig | None,
 ) -> int:
     """The fullest pipeline rank, which with uneven stages need not be the first."""
     whole = layer_activation_bytes(
         model, parallel=parallel, engine=engine, tokens=tokens, keys=keys, element=element
+    )
+    whole += _adapter_activation_bytes(
+        model, lora=lora, parallel=parallel, tokens=tokens, element=element
     )
     if engine.recompute is not Recompute.full:
         in_flight = _in_flight(parallel, micro_batches=micro_batches)
@@ -189,6 +209,28 @@ def layer_activation_bytes(
     mlp = 0 if RecomputeModule.mlp in again else 4 * model.ffn_hidden_size * element
     split = parallel.tp if parallel.sp else 1
     return tokens * (hidden // split + (attention + mlp + statistics) // parallel.tp)
+
+
+def _adapter_activation_bytes(
+    model: LMConfig,
+    *,
+    lora: LoRAConfig | None,
+    parallel: ParallelConfig,
+    tokens: int,
+    element: int,
+) -> int:
+    """What the adapters of one layer keep besides: A x, of all tokens beside a column-parallel map,
+    of this rank's slice of them beside a row-parallel one; and a byte an input for dropout."""
+    if lora is None:
+        return 0
+    split = parallel.tp if parallel.sp else 1
+    total = 0
+    for target, (_, inputs) in adapted_shapes(model, lora=lora).items():
+        column = target in COLUMN_TARGETS
+        total += (tokens if column else tokens // split) * lora.rank * element
+        if lora.dropout > 0:
+            total += tokens * inputs // (split if column else parallel.tp)
+    return total
 
 
 def _in_flight(parallel: ParallelConfig, *, micro_batches: int) -> list[float]:

@@ -5,7 +5,8 @@ from math import prod
 
 from emu35.config.model import IBQConfig, LMConfig, ModelConfig
 from emu35.config.parallel import ParallelConfig
-from emu35.model.shapes import layer_shapes, parameter_count
+from emu35.config.stage import LoRAConfig, LoRATarget
+from emu35.model.shapes import adapted_shapes, layer_shapes, parameter_count
 
 
 def count_parameters(model: ModelConfig, *, vocabulary_size: int) -> int:
@@ -14,6 +15,10 @@ def count_parameters(model: ModelConfig, *, vocabulary_size: int) -> int:
         return parameter_count(model, vocabulary_size=vocabulary_size)
     assert isinstance(model, IBQConfig)
     return _ibq(model)
+
+
+COLUMN_TARGETS = (LoRATarget.linear_qkv, LoRATarget.linear_fc1)
+"""Linear maps that tensor-parallel ranks split by rows of the weight; the others by columns."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -43,6 +48,19 @@ def rank_parameters(
     totals[-1] += embedding + model.hidden_size
     fullest = max(range(len(stages)), key=totals.__getitem__)
     return RankParameters(total=totals[fullest], layers=stages[fullest])
+
+
+def layer_adapter_parameters(model: LMConfig, *, lora: LoRAConfig, parallel: ParallelConfig) -> int:
+    """Adapter parameters of one layer on one tensor-parallel rank: of a column-parallel map the
+    matrix B is split, of a row-parallel one A; the other is whole."""
+    total = 0
+    for target, (outputs, inputs) in adapted_shapes(model, lora=lora).items():
+        if target in COLUMN_TARGETS:
+            outputs //= parallel.tp
+        else:
+            inputs //= parallel.tp
+        total += lora.rank * (outputs + inputs)
+    return total
 
 
 def _ibq(model: IBQConfig) -> int:

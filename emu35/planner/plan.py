@@ -6,7 +6,8 @@ from typing import Any
 from emu35.config.data import TokenDataConfig
 from emu35.config.model import LMConfig
 from emu35.config.root import RunConfig
-from emu35.config.stage import LMStageConfig
+from emu35.config.stage import LMStageConfig, adapters_of
+from emu35.model.shapes import adapter_count
 from emu35.planner.memory import (
     GRADIENT_BYTES,
     Memory,
@@ -53,6 +54,8 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
             "images_per_step": stage.global_batch_size,
             "images": stage.global_batch_size * stage.steps,
         }
+    if (lora := adapters_of(stage)) and isinstance(config.model, LMConfig):
+        plan["trained_parameters"] = adapter_count(config.model, lora=lora)
     memory = _memory(config, parameters=parameters, data_parallel=data_parallel)
     plan["memory_bytes_per_rank"] = {
         "weights": memory.weights,
@@ -100,6 +103,8 @@ def describe(plan: Mapping[str, Any]) -> str:
 def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"{plan['name']} (stage {plan['stage']})"
     yield _row("parameters", f"{plan['parameters']:,}")
+    if "trained_parameters" in plan:
+        yield _row("trained", f"{plan['trained_parameters']:,} in adapters, the rest is frozen")
     yield _row("vocabulary", f"{plan['vocabulary_size']:,}")
     layout = " x ".join(
         f"{short} {plan[name]}"

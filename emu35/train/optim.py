@@ -94,7 +94,8 @@ class GradientBuckets(DistributedDataParallel):
             self.start_param_sync(force_sync=True)
 
     def wait_for(self, parameter: torch.nn.Parameter) -> None:
-        """As the hook before a module's forward does, for one that is read outside of it."""
+        """As the hook before a module's forward does, for one that is read outside of it. A frozen
+        one is whole on every rank at all times."""
         if self.ddp_config.overlap_param_gather and parameter.requires_grad:
             self.param_to_bucket_group[parameter].finish_param_sync()
 

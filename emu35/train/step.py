@@ -18,6 +18,7 @@ import torch
 from emu35.checkpoint import sharded
 from emu35.checkpoint.staged import StateWrite
 from emu35.config import LMConfig, LMStageConfig, RunConfig
+from emu35.config.stage import adapters_of
 from emu35.data.batch import Batch
 from emu35.data.loader import TokenLoader, ValidationSet
 from emu35.errors import DataError
@@ -25,6 +26,7 @@ from emu35.model.context import AttentionContext
 from emu35.model.context_parallel import split_sequence
 from emu35.model.flops import step_flops
 from emu35.model.logits import weighted_cross_entropy
+from emu35.model.shapes import adapter_count
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
 from emu35.parallel.collectives import barrier, is_main, sum_over, worst_over_ranks
@@ -164,11 +166,13 @@ class LMTask:
         own = [[item.tokens, item.visible_pairs] for item in micro_batches]
         sums = torch.tensor(own, device=self.mesh.device).sum(0)
         tokens, pairs = sum_over(sums, self.mesh.dp_group).tolist()
+        lora = adapters_of(self.stage)
         flops = step_flops(
             self.config.model,
             vocabulary_size=self.chunks[0].vocabulary_size,
             tokens=tokens,
             visible_pairs=pairs,
+            adapters=adapter_count(self.config.model, lora=lora) if lora else None,
         )
         return {"tokens": float(tokens), FLOPS: flops}
 

@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from emu35.config import AttentionBackend, LMConfig, ParallelConfig
+from emu35.config import AttentionBackend, LMConfig, LoRAConfig, ParallelConfig
 from emu35.model.build import build_model
 from emu35.model.context import AttentionContext
 from emu35.model.flops import matrix_weights, step_flops
 from emu35.model.init import initialize
+from emu35.model.lora import train_adapters
 from emu35.model.mask import AttentionMask
+from emu35.model.shapes import adapter_count
 from emu35.parallel.mesh import init_mesh
 
 SMALL = LMConfig(
@@ -63,11 +65,14 @@ def test_the_paper_s_model_costs_about_six_flops_a_parameter() -> None:
     assert attention / (6 * weights * length) == pytest.approx(0.52, abs=0.02)
 
 
-def test_torch_counts_the_same_forward_and_backward() -> None:
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=3)], ids=["all", "adapters"])
+def test_torch_counts_the_same_forward_and_backward(lora: LoRAConfig | None) -> None:
     """The dense backend computes every pair, masked or not, so that is what the count gets."""
     init_mesh(ParallelConfig(), seed=0)
     model = build_model(SMALL, vocabulary_size=VOCABULARY)
     initialize(model, seed=0, pad_id=0)
+    if lora is not None:
+        train_adapters(model, config=lora, seed=0)
     batch, length = 2, 32
     tokens_BS = torch.randint(0, VOCABULARY, (batch, length))
     context = AttentionContext(
@@ -85,5 +90,6 @@ def test_torch_counts_the_same_forward_and_backward() -> None:
         vocabulary_size=VOCABULARY,
         tokens=batch * length,
         visible_pairs=batch * length * length,
+        adapters=adapter_count(SMALL, lora=lora) if lora else None,
     )
     assert counter.get_total_flops() == expected

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from emu35.config import LMConfig, ParallelConfig
+from emu35.config.stage import adapters_of
 from emu35.planner.plan import describe, make_plan
 from emu35.run.compose import compose
 
 GIB = 2**30
+ADAPTED = ["stage.adapter=lora", "stage.init_from=runs/base"]
 
 
 def memory(*overrides: str) -> dict[str, Any]:
@@ -73,8 +75,20 @@ def test_the_paper_recipe_fits_an_80_gib_accelerator():
         ["engine.recompute=selective", "engine.recompute_modules=[mlp]"],
         ["engine.recompute=selective", "engine.recompute_modules=[core_attn,mlp]"],
         ["engine.recompute=full"],
+        ADAPTED,
+        [*ADAPTED, "stage.lora.dropout=0.1"],
+        [*ADAPTED, "engine.recompute=selective", "engine.recompute_modules=[mlp]"],
     ],
-    ids=["kept", "core_attn", "mlp", "attention-mlp", "full"],
+    ids=[
+        "kept",
+        "core_attn",
+        "mlp",
+        "attention-mlp",
+        "full",
+        "adapters",
+        "adapters-dropout",
+        "adapters-mlp",
+    ],
 )
 def test_activation_formula_is_near_what_a_layer_really_keeps(engine: list[str]):
     """Counts the bytes that autograd saves in a forward pass of the model itself (norms that are
@@ -82,6 +96,7 @@ def test_activation_formula_is_near_what_a_layer_really_keeps(engine: list[str])
     torch = pytest.importorskip("torch")
     from emu35.model.build import build_model
     from emu35.model.context import AttentionContext
+    from emu35.model.lora import train_adapters
     from emu35.model.mask import AttentionMask
     from emu35.parallel.mesh import single_process_mesh
 
@@ -98,6 +113,8 @@ def test_activation_formula_is_near_what_a_layer_really_keeps(engine: list[str])
             engine=config.engine,
             precision=config.stage.precision,
         )
+        if lora := adapters_of(config.stage):
+            train_adapters(module, config=lora, seed=0)
         weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
         seen = saved.setdefault(layers, {})
 
@@ -173,3 +190,37 @@ def test_images_are_planned_without_a_guess_at_activations():
     assert plan["memory_bytes_per_rank"]["activations"] is None
     assert "tokens_per_step" not in plan
     assert "not estimated" in describe(plan)
+
+
+def test_adapters_are_all_that_has_gradients_and_optimizer_state():
+    base = ["model=tiny", "stage.precision=bf16", "stage.init_from=runs/base"]
+    lora = ["stage.adapter=lora", "stage.lora.rank=8"]
+    whole, adapted = make_plan(compose(base)), make_plan(compose([*base, *lora]))
+    model = compose(base).model
+    assert isinstance(model, LMConfig)
+    query, key = (
+        heads * model.head_dim for heads in (model.num_attention_heads, model.num_kv_heads)
+    )
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    sides = (hidden + query + 2 * key) + (query + hidden) + (hidden + 2 * ffn) + (ffn + hidden)
+    trained = 8 * model.num_layers * sides
+    assert adapted["trained_parameters"] == trained
+    assert "trained_parameters" not in whole
+    assert f"{trained:,} in adapters" in describe(adapted)
+    found = adapted["memory_bytes_per_rank"]
+    assert found["weights"] == 2 * (whole["parameters"] + trained)
+    assert found["gradients"] == 4 * trained
+    assert found["optimizer"] == 12 * trained
+    # And the loss forms no gradient of the output layer: fp32 sums and a bf16 copy.
+    logits = whole["memory_bytes_per_rank"]["logits"] - found["logits"]
+    assert logits == 6 * adapted["vocabulary_size"] * hidden
+    two = memory(*base, *lora, "launch.nproc=2", "parallel.tp=2")["gradients"]
+    assert found["gradients"] / 2 < two < found["gradients"]
+
+
+def test_the_largest_model_is_adapted_on_one_machine_of_eight():
+    plan = make_plan(compose(["experiment=emu35_34b/sft_lora"]))
+    assert plan["world_size"] == 8
+    assert plan["memory_bytes_per_rank"]["total"] < 40 * GIB
+    words = ["experiment=emu35_34b/sft_lora", "stage.adapter=none"]
+    assert memory(*words)["total"] > 80 * GIB

@@ -168,6 +168,18 @@ def test_whoever_opens_the_run_sees_merged_weights(
     }
 
 
+def test_a_release_is_adapted_like_the_run_it_was_made_of(
+    base: Path, adapted: Path, shards: Path, tmp_path: Path
+) -> None:
+    release = export(ExportOptions(run=base, out=tmp_path / "release"), message=silent)
+    run = adapt(tmp_path / "run", base=release, shards=shards)
+    assert rows(run) == rows(adapted)
+    ours, theirs = state(run, step=STEPS), state(adapted, step=STEPS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_two_tensor_parallel_ranks_train_what_one_trains(
     base: Path, adapted: Path, tmp_path: Path

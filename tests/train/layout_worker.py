@@ -21,6 +21,7 @@ import torch
 from spoil import observe
 
 from emu35.checkpoint import sharded
+from emu35.checkpoint.agree import gather
 from emu35.config import (
     FP8,
     EngineConfig,
@@ -281,6 +282,17 @@ def sums(task: LMTask) -> dict[str, float]:
     }
 
 
+def copies(task: LMTask) -> list[dict[str, float]]:
+    """Of every rank: :func:`sums` of what is trained and not split over tensor-parallel ranks."""
+    whole = {
+        f"{index}.{name}"
+        for index, chunk in enumerate(task.chunks)
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad and not getattr(parameter, "tensor_model_parallel", False)
+    }
+    return gather({name: value for name, value in sums(task).items() if name in whole})
+
+
 def train(spec: dict) -> dict:
     """What rank 0 knows after the steps of ``spec``."""
     task = make_task(spec)
@@ -299,7 +311,13 @@ def train(spec: dict) -> dict:
         state = task.save(folder)
         state.write()
         state.finish()
-    return {"metrics": metrics, "validation": validation, "weights": sums(task), **observed}
+    return {
+        "metrics": metrics,
+        "validation": validation,
+        "weights": sums(task),
+        "copies": copies(task),
+        **observed,
+    }
 
 
 def serve() -> None:

@@ -72,14 +72,14 @@ def oracle(pools: dict[int, RankPool], trained: Path) -> dict[str, Any]:
 
 
 LAYOUTS = {
-    "one": {"ranks": 1},
     "one-recompute": {"ranks": 1, "engine": {"recompute": "full"}},
-    "tp2": {"ranks": 2, "tp": 2},
     "tp2-sp-recompute": {"ranks": 2, "tp": 2, "sp": True, "engine": {"recompute": "full"}},
     "dp2-zero1-overlap": {"ranks": 2, "zero1": True, "engine": OVERLAP},
     "pp2-vpp2": {"ranks": 2, "pp": 2, "vpp": 2},
 }
 MORE_LAYOUTS = {
+    "one": {"ranks": 1},
+    "tp2": {"ranks": 2, "tp": 2},
     "one-selective": {
         "ranks": 1,
         "engine": {
@@ -201,3 +201,50 @@ def test_the_first_step_is_that_of_the_base(reference: dict, pools: dict[int, Ra
     assert all(reference["weights"][name] == start[name] for name in frozen)
     changed = {name for name in start if reference["weights"][name] != start[name]}
     assert changed == start.keys() - frozen
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"recompute": "full"},
+        {"recompute": "selective", "recompute_modules": ["core_attn", "layernorm", "mlp"]},
+    ],
+    ids=["full", "selective"],
+)
+def test_recomputation_draws_the_same_dropout(engine: dict, pools: dict[int, RankPool]) -> None:
+    """Bit for bit, in the adapters and beside them."""
+    dropped = {**LORA, "dropout": 0.3}
+    common = {"lora": dropped, "dropout": 0.1, "steps": 2, "validate": False}
+    kept = pools[1].train(**common)
+    assert pools[1].train(**common, engine=engine) == kept
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("sp", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_ranks_hold_alike_stays_alike(sp: bool, pools: dict[int, RankPool]) -> None:
+    """With dropout, of which ranks that share their tokens must draw the same."""
+    found = pools[2].train(
+        lora={**LORA, "dropout": 0.3}, dropout=0.1, steps=4, validate=False, tp=2, sp=sp
+    )
+    one, two = found["copies"]
+    assert len(one) == 4 * 4  # layers x linear maps
+    assert one == two
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"tp": 2, "sp": True}, id="tp2-sp"),
+        pytest.param({"pp": 2, "vpp": 2}, id="pp2-vpp2", marks=pytest.mark.slow),
+        pytest.param({"zero1": True}, id="zero1", marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_merge_alike_in_every_layout(
+    layout: dict, oracle: dict[str, Any], trained: Path, pools: dict[int, RankPool]
+) -> None:
+    """Weights that are to be trained whole, and weights beside adapters of their own."""
+    step = {"merge": [str(trained), LORA], "first_step": BEFORE + 1, "steps": 1, "validate": False}
+    for adapters in ({}, {"lora": {"rank": 2, "alpha": 1.0}}):
+        found = pools[2].train(**step, **adapters, **layout)
+        assert found["metrics"][0]["loss"] == pytest.approx(oracle["loss"], rel=1e-6)
