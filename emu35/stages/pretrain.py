@@ -19,7 +19,7 @@ from emu35.model.transformer import Emu35Model
 from emu35.parallel.collectives import is_main
 from emu35.parallel.mesh import Mesh, init_mesh
 from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
-from emu35.train.objective import TokenWeights, validation_weights, weights_by_modality
+from emu35.train.objective import Weigh, counted_labels, weights_by_modality
 from emu35.train.step import HeldOut, LMTask
 from emu35.train.trainer import FitResult, fit
 from emu35.vision.codec import weights_digest
@@ -31,16 +31,14 @@ def run(config: RunConfig, *, run_dir: Path) -> FitResult:
     Raises:
         Emu35Error: for anything a user can mend; Interrupted after a signal, saved.
     """
-    assert isinstance(config.stage, LMStageConfig)
-    weights = weights_by_modality(config.stage.loss_weights)
-    return train_language_model(config, run_dir=run_dir, token_weights=weights)
+    return train_language_model(config, run_dir=run_dir, weigh=weights_by_modality)
 
 
-def train_language_model(
-    config: RunConfig, *, run_dir: Path, token_weights: TokenWeights
-) -> FitResult:
-    """The assembly that pretraining and fine-tuning share; they differ in ``token_weights``."""
+def train_language_model(config: RunConfig, *, run_dir: Path, weigh: Weigh) -> FitResult:
+    """The assembly that pretraining and fine-tuning share; they differ in ``weigh``, which holds
+    for validation as well."""
     model, stage, data = config.model, config.stage, config.data
+    assert isinstance(stage, LMStageConfig)
     assert isinstance(model, LMConfig)
     assert isinstance(data, TokenDataConfig)
     mesh = init_mesh(config.parallel, seed=config.seed, timeout=config.launch.timeout)
@@ -57,7 +55,9 @@ def train_language_model(
         message=message,
     )
     try:
-        validation = _validation(config, mesh=mesh, vocabulary=vocabulary, message=message)
+        validation = _validation(
+            config, mesh=mesh, vocabulary=vocabulary, weigh=weigh, message=message
+        )
         held_out = [section.documents.source for section in validation.values()]
         _check_image_tokenizer(config, sources=[*loader.sources, *held_out])
         chunks = build_chunks(
@@ -77,7 +77,7 @@ def train_language_model(
             chunks=chunks,
             loader=loader,
             validation=validation,
-            token_weights=token_weights,
+            token_weights=weigh(stage.loss_weights),
             sources=[source.name for source in loader.sources],
             start_weights=partial(_start_from, config=config) if stage.init_from else None,
         )
@@ -151,7 +151,7 @@ def _check_image_tokenizer(config: RunConfig, *, sources: list[Source]) -> None:
 
 
 def _validation(
-    config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary, message: Message
+    config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary, weigh: Weigh, message: Message
 ) -> dict[str, HeldOut]:
     assert isinstance(config.data, TokenDataConfig)
     return {
@@ -165,7 +165,7 @@ def _validation(
                 dp_size=mesh.dp_size,
                 message=message,
             ),
-            token_weights=validation_weights(section.modality),
+            token_weights=weigh(counted_labels(section.modality)),
             every=section.every,
         )
         for name, section in config.data.validation.items()

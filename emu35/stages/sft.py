@@ -1,9 +1,10 @@
 """Supervised fine-tuning: pretraining's assembly, with the loss on responses only
 (paper section 4.1). Its documents come from task records, see `emu35 data tasks`."""
 
+from functools import partial
 from pathlib import Path
 
-from emu35.config import LMStageConfig, RunConfig
+from emu35.config import RunConfig
 from emu35.stages.pretrain import train_language_model
 from emu35.tokens.vocabulary import vocabulary_of
 from emu35.train.objective import response_weights
@@ -16,8 +17,5 @@ def run(config: RunConfig, *, run_dir: Path) -> FitResult:
     Raises:
         Emu35Error: for anything a user can mend; Interrupted after a signal, saved.
     """
-    assert isinstance(config.stage, LMStageConfig)
-    weights = response_weights(
-        config.stage.loss_weights, vocabulary=vocabulary_of(config.tokenizer)
-    )
-    return train_language_model(config, run_dir=run_dir, token_weights=weights)
+    responses = partial(response_weights, vocabulary=vocabulary_of(config.tokenizer))
+    return train_language_model(config, run_dir=run_dir, weigh=responses)

@@ -16,6 +16,9 @@ from emu35.tokens.vocabulary import Vocabulary
 TokenWeights = Callable[[Batch], torch.Tensor]
 """Batch -> fp32 [B, S]: the weight of every label."""
 
+Weigh = Callable[[LossWeights], TokenWeights]
+"""What a stage learns: how it turns weights by modality into weights of labels."""
+
 
 def weights_by_modality(weights: LossWeights) -> TokenWeights:
     """Every valid label, weighted by its modality (paper section 3.2: visual 0.5, text 1.0)."""
@@ -53,15 +56,13 @@ def _latest(marked_BS: torch.Tensor) -> torch.Tensor:
     return torch.where(marked_BS, columns_S, -1).cummax(1).values
 
 
-def validation_weights(modality: LossModality) -> TokenWeights:
-    """Weight 1 on the labels that a validation set counts: all, text only or visual only."""
+def counted_labels(modality: LossModality) -> LossWeights:
+    """Weight 1 for what a validation set counts: all, text only or visual only."""
     if modality is LossModality.text:
-        weights = LossWeights(text=1.0, visual=0.0, layout=0.0, control=0.0)
-    elif modality is LossModality.visual:
-        weights = LossWeights(text=0.0, visual=1.0, layout=0.0, control=0.0)
-    else:
-        weights = LossWeights(text=1.0, visual=1.0, layout=1.0, control=1.0)
-    return weights_by_modality(weights)
+        return LossWeights(text=1.0, visual=0.0, layout=0.0, control=0.0)
+    if modality is LossModality.visual:
+        return LossWeights(text=0.0, visual=1.0, layout=0.0, control=0.0)
+    return LossWeights(text=1.0, visual=1.0, layout=1.0, control=1.0)
 
 
 def _table(weights: LossWeights) -> torch.Tensor:

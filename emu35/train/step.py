@@ -179,7 +179,11 @@ class LMTask:
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
         """Mean cross-entropy (nats a token) over its own modality, of every validation set that
-        has its turn after ``step``."""
+        has its turn after ``step``.
+
+        Raises:
+            DataError: a set has no label that counts.
+        """
         metrics: dict[str, float] = {}
         for chunk in self.wrapped:
             chunk.gather_parameters()
@@ -194,8 +198,9 @@ class LMTask:
                 )
                 total += self._run(micro_batches, forward_only=True).weighted * weight
                 total_weight += weight
-            if total_weight:
-                metrics[f"{name}/loss"] = total / total_weight
+            if total_weight == 0.0:
+                raise DataError(_explain_no_validation(name))
+            metrics[f"{name}/loss"] = total / total_weight
         for chunk in self.wrapped:
             chunk.train()
         return metrics
@@ -334,6 +339,15 @@ def _explain_no_weight(step: int) -> str:
         "stage.loss_weights gives 0 to every modality in these documents (raise one), or the stage "
         "learns responses only, as stage=sft does, and none of these documents opens a response "
         "(use documents that do, or stage=pretrain)"
+    )
+
+
+def _explain_no_validation(name: str) -> str:
+    return (
+        f"validation set {name!r} has no label that counts: its documents hold none of "
+        f"data.validation.{name}.modality, or the stage counts responses only, as stage=sft does, "
+        "and none of them opens a response; change the modality, or remove the set with "
+        f"~data.validation.{name}"
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from emu35.config import PretrainConfig
 from emu35.config.data import Modality
-from emu35.train.objective import validation_weights
+from emu35.train.objective import counted_labels, weights_by_modality
 from emu35.train.step import HeldOut
 
 
@@ -13,7 +13,7 @@ def turns(every: int, *, steps: int, validate_every: int) -> list[int]:
     stage = PretrainConfig(steps=steps, validate_every=validate_every)
     held_out = HeldOut(
         documents=[],  # type: ignore[arg-type]
-        token_weights=validation_weights(Modality.all),
+        token_weights=weights_by_modality(counted_labels(Modality.all)),
         every=every,
     )
     due = range(validate_every, steps + 1, validate_every) if validate_every else []
