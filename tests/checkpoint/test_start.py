@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from emu35.checkpoint.qwen3 import EMBEDDING, OUTPUT
 from emu35.checkpoint.safetensor_files import SafetensorFolder
 from emu35.checkpoint.source import Described, load_into
 from emu35.checkpoint.start import describe_start
+from emu35.cli import main
 from emu35.config import (
     LMConfig,
     PretrainConfig,
@@ -71,8 +74,9 @@ def qwen3(published: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory, published: Path) -> Path:
+def release(tmp_path_factory: pytest.TempPathFactory, published: Path, table: Path) -> Path:
     """A release of ours with Qwen3's weights."""
+    assert table.is_file()
     folder = tmp_path_factory.mktemp("released")
     options = ImportOptions(source=published, out=folder / "run", tokenizer=TOKENIZER)
     import_(options, message=lambda text: None)
@@ -136,10 +140,8 @@ def test_rows_depend_on_the_seed_and_not_on_who_reads_them(published: Path) -> N
 
 def test_an_import_draws_the_rows_of_a_start(published: Path, tmp_path: Path) -> None:
     rows = NewRowsConfig(policy=NewRows.normal, std=0.5)
-    options = ImportOptions(
-        source=published, out=tmp_path / "run", tokenizer=TOKENIZER, new_rows=rows, seed=7
-    )
-    import_(options, message=lambda text: None)
+    words = f"convert import --from {published} --out {tmp_path}/run --codebook-size 101 --seed 7"
+    assert main([*words.split(), "--new-rows", "normal", "--new-rows-std", "0.5"]) == 0
     single_process_mesh()
     one, other = (build_model(MODEL, vocabulary_size=VOCABULARY.size) for _ in range(2))
     load_into([one], described=describe(tmp_path / "run"))
@@ -180,6 +182,23 @@ def test_it_says_what_was_taken_and_drawn(published: Path) -> None:
         "the same weights compute something else here: model.rope_theta is 1e+06 there and 10000 "
         "here",
     ]
+
+
+def test_the_launching_host_needs_no_torch() -> None:
+    code = """
+import sys
+from emu35.checkpoint.published import start_problems
+from emu35.config import LMConfig, TokenizerConfig
+from pathlib import Path
+assert list(start_problems(Path(sys.argv[1]), config=LMConfig(), tokenizer=TokenizerConfig()))
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code, "nowhere"], check=True)
+
+
+def test_an_import_refuses_a_negative_deviation(published: Path, tmp_path: Path) -> None:
+    words = f"convert import --from {published} --out {tmp_path}/run --new-rows-std -1"
+    assert main(words.split()) == 2
 
 
 def edit(folder: Path, **fields: Any) -> None:
