@@ -26,6 +26,12 @@ tensors), :mod:`~emu35.checkpoint.hf_config` maps the architecture, and
 :mod:`~emu35.checkpoint.safetensor_files` writes and reads the shards.
 :mod:`~emu35.checkpoint.source` opens either form for generation and evaluation.
 
+A *start* (``stage.init_from``) may be either form, or a Qwen3 folder as published.
+:mod:`~emu35.checkpoint.published` compares what it says of itself with the run, without torch, so
+that the launching host can; :mod:`~emu35.checkpoint.start` compares the tensors too, and
+:func:`~emu35.checkpoint.source.load_into` fills the chunks of every rank, which reads its own parts
+of the safetensors alone. :mod:`~emu35.checkpoint.qwen3` draws the vocabulary rows that Qwen3 lacks.
+
 Nothing here unpickles: checkpoints are loaded by weights-only readers, releases are safetensors,
 and every path read from a manifest or an index is checked to stay inside its folder.
 """

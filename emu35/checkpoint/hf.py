@@ -50,7 +50,7 @@ VOCABULARY_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
 QKV, FC1 = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
 
 _LAYERS = "decoder.layers."
-_ROWS = 8192
+_ROWS = 4096
 """Vocabulary rows read at a time: with a large vocabulary, a rank's rows of one matrix are a good
 part of all that it holds."""
 

@@ -136,21 +136,22 @@ def row_means(base: PartReader, *, names: tuple[str, ...], rows: int) -> dict[st
         CheckpointError: a matrix cannot be read.
     """
     blocks = [(name, start) for name in names for start in range(0, rows, _SUMMED_ROWS)]
+    own = blocks[rank() :: world_size()]
 
-    def sums() -> dict[tuple[str, int], torch.Tensor]:
-        return {
-            (name, start): base.part(
-                name, dim=0, start=start, stop=min(start + _SUMMED_ROWS, rows)
-            ).sum(dim=0, dtype=torch.float64)
-            for name, start in blocks[rank() :: world_size()]
-        }
+    def sums() -> torch.Tensor:
+        found = torch.empty(len(own), columns, dtype=torch.float64)
+        # One buffer for all blocks: freshly allocated ones are scattered over the heap, and what
+        # they leave there adds up to the size of the matrix.
+        buffer = torch.empty(_SUMMED_ROWS, columns, dtype=torch.float64)
+        for index, (name, start) in enumerate(own):
+            stop = min(start + _SUMMED_ROWS, rows)
+            part = buffer[: stop - start].copy_(base.part(name, dim=0, start=start, stop=stop))
+            torch.sum(part, dim=0, out=found[index])
+        return found
 
-    own = on_all_ranks(sums, blame=lambda why: f"cannot average the text rows: {why}")
-    every = {block: total for part in gather(own) for block, total in part.items()}
-    return {
-        name: torch.stack([every[block] for block in blocks if block[0] == name])
-        .sum(0)
-        .div(rows)
-        .float()
-        for name in names
-    }
+    columns = base.shape(names[0])[1]
+    every = gather(on_all_ranks(sums, blame=lambda why: f"cannot average the text rows: {why}"))
+    totals = {name: torch.zeros(columns, dtype=torch.float64) for name in names}
+    for index, (name, _) in enumerate(blocks):
+        totals[name] += every[index % world_size()][index // world_size()]
+    return {name: total.div(rows).float() for name, total in totals.items()}

@@ -14,6 +14,8 @@ from tiny_models import tiny_lm
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from emu35.checkpoint import sharded
+from emu35.checkpoint.hf import to_hf
+from emu35.checkpoint.source import fill
 from emu35.config import EngineConfig, LayerSpec
 from emu35.errors import LaunchError
 from emu35.model import spec
@@ -21,6 +23,7 @@ from emu35.model.build import build_model
 from emu35.model.context import AttentionContext
 from emu35.model.init import initialize
 from emu35.model.mask import AttentionMask
+from emu35.model.names import weights_by_name
 from emu35.model.norm import RMSNorm, rms_norm
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import single_process_mesh
@@ -92,6 +95,18 @@ def test_each_loads_the_checkpoint_of_the_other(saved: LayerSpec, tmp_path: Path
     assert not [name for name in kept if "extra_state" in name or "layer_norm" in name]
     sharded.load_weights(tmp_path, chunks=[reader])
     assert torch.equal(hidden_of(writer), hidden_of(reader))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_release_fills_them() -> None:
+    local, fused = build(LayerSpec.local, seed=1), build(LayerSpec.te, seed=2)
+    release = to_hf(dict(local.named_parameters()), config=MODEL, vocabulary_size=101)
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.fill_(torch.nan)
+    fill(fused, state=release)
+    assert torch.equal(hidden_of(local), hidden_of(fused))
+    assert weights_by_name(fused).keys() == dict(local.named_parameters()).keys()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU cannot do")
