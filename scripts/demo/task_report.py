@@ -32,8 +32,9 @@ class TaskSection:
             "<h2>Fine-tuning: instructions followed</h2><p>Share of held-out prompts answered "
             "right: every picture of the answer has the right number of objects, each in its "
             "colour and place; a question is answered in exactly the expected words. "
-            "<i>Pretraining alone</i> is asked in the plain form that it was trained on, the others "
-            "in the prompts of the release. <i>Adapters alone</i>: LoRA, all pretrained weights frozen.</p>"
+            "<i>Pretraining alone</i> is asked in the plain form that it was trained on, the "
+            "others in the prompts of the release. <i>Adapters alone</i>: LoRA, all pretrained "
+            "weights frozen.</p>"
             f"{self._table()}{''.join(self._examples(task) for task in TASKS)}"
         )
 
