@@ -1,6 +1,7 @@
 """The demo's raw material besides scenes: real photographs with captions, and plain text."""
 
 import importlib.util
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,34 @@ def write_text(path: Path, *, lines: int, seed: int) -> None:
             rng.shuffle(sentences)
             joiner = " " if sentences[0].isascii() else ""
             stream.write(joiner.join(sentences[: rng.randint(2, 4)]) + "\n")
+
+
+def write_dialogues(path: Path, *, count: int, seed: int) -> None:
+    """Write ``count`` task records of plain questions and answers, without pictures.
+
+    A model of this size cannot tell apart tokens that it has never seen: their rows move as one.
+    Adapters on a frozen base could then not learn to end a turn, so pretraining shows how turns
+    are written.
+    """
+    rng = random.Random(f"{seed}-dialogues")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as stream:
+        for _ in range(count):
+            turns = [
+                {"prompt": prompt, "answer": answer}
+                for prompt, answer in rng.sample(list(_exchanges(rng)), rng.randint(1, 3))
+            ]
+            stream.write(json.dumps({"task": "chat", "turns": turns}) + "\n")
+
+
+def _exchanges(rng: random.Random) -> Iterator[tuple[str, str]]:
+    a, b = rng.randint(1, 6), rng.randint(1, 6)
+    yield f"What is {NUMBERS[a]} and {NUMBERS[b]}?", f"{NUMBERS[a + b].capitalize()}."
+    known = rng.choice(list(SIDES))
+    yield f"How many sides has a {known}?", f"{NUMBERS[SIDES[known]].capitalize()}."
+    first, second = rng.sample(list(Colour), 2)
+    yield f"Say {first}, then {second}.", f"{first}, {second}"
+    yield f"Which is more, {NUMBERS[a]} or {NUMBERS[b]}?", f"{NUMBERS[max(a, b)].capitalize()}."
 
 
 NUMBERS = [

@@ -108,7 +108,7 @@ class Demo:
     def corpus(self) -> None:
         """Scenes as tars, clips as JSON lines, photographs as a folder, text as lines, and the
         prompts to test with."""
-        from corpus import write_photos
+        from corpus import write_dialogues, write_photos
         from corpus import write_text as write_lines
         from emu35.data.scenes.clips import write_clips
         from emu35.data.scenes.corpus import sample_prompts, write_scenes
@@ -130,13 +130,16 @@ class Demo:
             self.corpora / "clips", count=budget.clips, seed=SEED, resolution=budget.resolution
         )
         photos = write_photos(self.corpora / "photos", crops=budget.crops_per_photo, seed=SEED)
+        write_dialogues(
+            self.corpora / "text" / "dialogues.jsonl", count=budget.text_lines, seed=SEED
+        )
         write_lines(self.corpora / "text" / "plain.txt", lines=budget.text_lines, seed=SEED)
         prompts = sample_prompts(count=budget.prompts, seed=SEED)
         write_text(self.prompts, "".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
         say(
             f"  {budget.train_scenes} scenes to train on and {budget.val_scenes} held out, "
-            f"{budget.clips} clips, {photos} photographs, {budget.text_lines} lines of text, "
-            f"{budget.prompts} prompts"
+            f"{budget.clips} clips, {photos} photographs, {budget.text_lines} lines of text and as "
+            f"many dialogues, {budget.prompts} prompts"
         )
 
     def tokenizer(self) -> None:
@@ -159,6 +162,7 @@ class Demo:
         self._ingest("scenes", scenes / "train-00000.tar", "--order", "both")
         self._ingest("clips", self.corpora / "clips" / "clips.jsonl")
         self._ingest("photos", self.corpora / "photos", "--order", "both")
+        self._ingest("dialogues", self.corpora / "text" / "dialogues.jsonl")
         self._ingest("text", self.corpora / "text" / "plain.txt", "--text-unit", "lines")
         self._ingest("validation", scenes / "val-00000.tar", "--order", "both")
 
@@ -197,6 +201,7 @@ class Demo:
                     ("photos_t2i", "photos/caption_first"),
                     ("photos_i2t", "photos/image_first"),
                     ("text", "text"),
+                    ("dialogues", "dialogues"),
                 )
             ),
             f"data.validation.t2i.path={_shown(self.shards / 'validation/caption_first')}",
