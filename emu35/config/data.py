@@ -17,14 +17,6 @@ class Modality(StrEnum):
     visual = "visual"
 
 
-class Packing(StrEnum):
-    """When documents are put together into rows: ``online`` (paper section 3.2, stage 1) while
-    training, or ``offline`` (stage 2 and fine-tuning) once for all, padded to the full row."""
-
-    online = "online"
-    offline = "offline"
-
-
 class Overlong(StrEnum):
     """A document longer than a row: ``cut`` it at parts, never inside a picture; ``drop`` it, with
     its source and how many said at the start; or ``refuse`` to start."""
@@ -32,6 +24,14 @@ class Overlong(StrEnum):
     cut = "cut"
     drop = "drop"
     refuse = "refuse"
+
+
+class Packing(StrEnum):
+    """When documents are put together into rows: ``online`` (paper section 3.2, stage 1) while
+    training, or ``offline`` (stage 2 and fine-tuning) once for all, padded to the full row."""
+
+    online = "online"
+    offline = "offline"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,6 +48,7 @@ class DataConfig:
 class SourceConfig:
     """A folder of token shards and its share of the mixture, by tokens.
 
+    ``packing`` is that of the section (``data.packing``) unless it is given here.
     ``area`` is how large its pictures are to be when they are ingested, in the words of
     :func:`emu35.config.area.parse_area`; ``emu35 data ingest --recipe`` reads it, training does
     not.
@@ -55,6 +56,7 @@ class SourceConfig:
 
     path: str
     ratio: float = 1.0
+    packing: Packing | None = None
     area: str | None = None
 
 

@@ -90,7 +90,8 @@ class TokenLoader:
                     message=message,
                 )
                 self._sources.append(entry)
-                planned.append(plan_source(entry, ratio=config.ratio))
+                packing = config.packing or data.packing
+                planned.append(plan_source(entry, ratio=config.ratio, packing=packing))
         check_vision(self.sources)
         self._planner = Planner(
             sources=planned,
@@ -98,15 +99,14 @@ class TokenLoader:
             open_bins=data.open_bins,
             shuffle_window=data.shuffle_window,
             seed=seed,
-            packing=data.packing,
             overlong=data.overlong,
         )
-        if data.packing is Packing.offline:
-            for entry, rows in zip(self._sources, self._planner.packed, strict=True):
-                message(
-                    f"source {entry.source.name!r}: {len(entry.items)} pieces packed offline into "
-                    f"{len(rows)} rows of {data.sequence_length} tokens, {rows.fill:.2%} full"
-                )
+        for number, rows in self._planner.packed.items():
+            entry = self._sources[number]
+            message(
+                f"source {entry.source.name!r}: {len(entry.items)} pieces packed offline into "
+                f"{len(rows)} rows of {data.sequence_length} tokens, {rows.fill:.2%} full"
+            )
         self._state = self._planner.state_dict()
         self._prefetcher = self._new_prefetcher()
 
@@ -264,7 +264,9 @@ def open_source(
     return SourceItems(source=source, items=items)
 
 
-def plan_source(entry: SourceItems, *, ratio: float) -> PlannedSource:
+def plan_source(
+    entry: SourceItems, *, ratio: float, packing: Packing = Packing.online
+) -> PlannedSource:
     """What the planner needs to know of a source."""
     return PlannedSource(
         name=entry.source.name,
@@ -272,4 +274,5 @@ def plan_source(entry: SourceItems, *, ratio: float) -> PlannedSource:
         length=entry.items.length,
         per_shard=entry.items.per_shard,
         fingerprint=entry.source.fingerprint,
+        packing=packing,
     )

@@ -4,8 +4,8 @@
 or worker number takes part, so a run may change its data-parallel size between two steps. The
 state is the cursor itself: position of each source, tokens drawn from each, and the open bins.
 
-Online, items of all sources meet in the open bins. Offline, each source is packed once, what is
-shuffled and drawn are its rows, and a row holds documents of one source only; there are no bins.
+Items of sources that are packed online meet in the open bins. A source that is packed offline is
+packed once; what is shuffled and drawn are its rows, which hold its own documents only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,14 @@ from emu35.errors import DataError
 Ints = npt.NDArray[np.int64]
 
 _STATE_VERSION = 1
-_EARLIER = {"packing": Packing.online.value, "overlong": Overlong.cut.value}
-"""What states without these settings were made with."""
+_EARLIER = {"overlong": Overlong.cut.value}
+"""What states without these settings were made with; every source of such a state was packed
+online."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedSource:
-    """What the plan knows of a source: its share, and the lengths of its items.
+    """What the plan knows of a source: its share, the lengths of its items, and how it is packed.
 
     ``length`` is [N] in shard order, ``per_shard`` counts the items of each shard.
     """
@@ -40,6 +41,7 @@ class PlannedSource:
     length: Ints
     per_shard: Ints
     fingerprint: str
+    packing: Packing = Packing.online
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +103,6 @@ class Planner:
         open_bins: int,
         shuffle_window: int,
         seed: int,
-        packing: Packing = Packing.online,
         overlong: Overlong = Overlong.cut,
     ) -> None:
         names = [source.name for source in sources]
@@ -111,46 +112,39 @@ class Planner:
         self._identity: dict[str, Any] = {
             "seed": seed,
             "sequence_length": sequence_length,
+            "open_bins": open_bins,
             "shuffle_window": shuffle_window,
-            "packing": packing.value,
             "overlong": overlong.value,
         }
-        if packing is Packing.online:
-            self._identity["open_bins"] = open_bins
-        self.packed: list[PackedRows] = [
-            PackedRows(
+        self.packed: dict[int, PackedRows] = {
+            number: PackedRows(
                 lengths=source.length, capacity=sequence_length, key=f"{seed}/{source.name}/rows"
             )
-            for source in sources
-            if packing is Packing.offline
-        ]
+            for number, source in enumerate(sources)
+            if source.packing is Packing.offline
+        }
         self._cursors = [
-            _Cursor(
-                length=length, per_shard=counts, window=shuffle_window, seed=seed, name=source.name
-            )
-            for source, (length, counts) in zip(
-                sources, self._drawn_from(window=shuffle_window), strict=True
-            )
+            self._cursor(number, window=shuffle_window, seed=seed) for number in range(len(sources))
         ]
         self._mixture = Mixture(ratios=[source.ratio for source in sources])
         self._bins = BestFit(capacity=sequence_length, limit=open_bins)
         self.samples = 0
 
-    def _drawn_from(self, *, window: int) -> list[tuple[Ints, Ints]]:
-        """Of each source the lengths of what is drawn, and how many of them lie together."""
-        if not self.packed:
-            return [(source.length, source.per_shard) for source in self._sources]
-        # Rows lie nowhere; blocks as large as the window change places from epoch to epoch.
-        return [
-            (rows.length, np.diff(np.append(np.arange(0, len(rows), window), len(rows))))
-            for rows in self.packed
-        ]
+    def _cursor(self, number: int, *, window: int, seed: int) -> _Cursor:
+        source, rows = self._sources[number], self.packed.get(number)
+        length, per_shard = source.length, source.per_shard
+        if rows is not None:
+            # Rows lie nowhere; blocks as large as the window change places from epoch to epoch.
+            length = rows.length
+            per_shard = np.diff(np.append(np.arange(0, len(rows), window), len(rows)))
+        return _Cursor(
+            length=length, per_shard=per_shard, window=window, seed=seed, name=source.name
+        )
 
     def take(self, count: int) -> list[Sample]:
         """The next ``count`` samples of the stream."""
         first = self.samples
-        next_row = self._next_packed if self.packed else self._next_online
-        rows = [next_row() for _ in range(count)]
+        rows = [self._next_row() for _ in range(count)]
         self.samples += count
         return [Sample(number=first + i, items=items) for i, items in enumerate(rows)]
 
@@ -161,16 +155,14 @@ class Planner:
         self._mixture.add(source, tokens=length)
         return source, number, length
 
-    def _next_packed(self) -> list[Item]:
-        source, row, _ = self._draw()
-        return [Item(source, item) for item in self.packed[source].items(row)]
-
-    def _next_online(self) -> list[Item]:
+    def _next_row(self) -> list[Item]:
         while True:
             row = self._bins.pop_full()
             if row is None:
-                source, item, length = self._draw()
-                row = self._bins.add(Item(source, item), length=length)
+                source, number, length = self._draw()
+                if source in self.packed:
+                    return [Item(source, item) for item in self.packed[source].items(number)]
+                row = self._bins.add(Item(source, number), length=length)
             if row is not None:
                 return row
 
@@ -186,6 +178,7 @@ class Planner:
                     "ratio": source.ratio,
                     "items": len(source.length),
                     "fingerprint": source.fingerprint,
+                    "packing": source.packing.value,
                     "epoch": cursor.epoch,
                     "position": cursor.position,
                     "drawn": drawn,
@@ -246,6 +239,11 @@ class Planner:
                 changes.append(
                     f"shards of source {source.name!r} changed ({entry['items']} pieces then, "
                     f"{len(source.length)} now)"
+                )
+            packing = entry.get("packing", Packing.online.value)
+            if packing != source.packing.value:
+                changes.append(
+                    f"packing of source {source.name!r} was {packing} and is {source.packing}"
                 )
             if entry["ratio"] != source.ratio:
                 changes.append(

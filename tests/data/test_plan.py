@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,12 +39,11 @@ def planner_of(
     overlong: Overlong = Overlong.cut,
 ) -> Planner:
     return Planner(
-        sources=sources,
+        sources=[replace(source, packing=packing) for source in sources],
         sequence_length=row,
         open_bins=4,
         shuffle_window=16,
         seed=seed,
-        packing=packing,
         overlong=overlong,
     )
 
@@ -239,8 +239,9 @@ def test_a_state_of_other_data_is_refused_naming_all_that_changed() -> None:
 def test_a_state_of_another_packing_or_length_policy_is_refused() -> None:
     source = planned("a", [5, 6, 7])
     state = planner_of([source]).state_dict()
+    offline = planner_of([source], packing=Packing.offline)
     for changed, words in (
-        (planner_of([source], packing=Packing.offline), "packing was online and is offline"),
+        (offline, "packing of source 'a' was online and is offline"),
         (planner_of([source], overlong=Overlong.drop), "overlong was cut and is drop"),
     ):
         with pytest.raises(DataError, match=words):
@@ -251,7 +252,39 @@ def test_a_state_from_before_these_settings_existed_continues() -> None:
     planner = planner_of([planned("a", [5, 6, 7])])
     planner.take(2)
     state = planner.state_dict()
-    old = {name: value for name, value in state.items() if name not in ("packing", "overlong")}
+    old = {name: value for name, value in state.items() if name != "overlong"}
+    del old["sources"]["a"]["packing"]
     again = planner_of([planned("a", [5, 6, 7])])
     again.load_state_dict(old)
     assert again.take(5) == planner.take(5)
+
+
+@settings(deadline=None)
+@given(one=lengths_lists, two=lengths_lists, seed=st.integers(0, 3), cut=st.integers(0, 40))
+def test_a_source_packed_offline_beside_one_packed_online(
+    one: list[int], two: list[int], seed: int, cut: int
+) -> None:
+    """Each keeps its own way: rows of the first are whole rows of that packing, nothing of the
+    second is lost, and a state in between goes on identically."""
+
+    def fresh() -> Planner:
+        sources = [replace(planned("a", one), packing=Packing.offline), planned("b", two)]
+        return Planner(
+            sources=sources, sequence_length=ROW, open_bins=4, shuffle_window=16, seed=seed
+        )
+
+    planner = fresh()
+    samples = planner.take(cut)
+    state = json.loads(json.dumps(planner.state_dict()))
+    again = fresh()
+    again.load_state_dict(state)
+    following = planner.take(20)
+    assert again.take(20) == following
+
+    rows = planner.packed[0]
+    whole = {tuple(rows.items(number)) for number in range(len(rows))}
+    for sample in [*samples, *following]:
+        assert sum((one, two)[item.source][item.item] for item in sample.items) <= ROW
+        assert len({item.source == 0 for item in sample.items}) == 1
+        if sample.items[0].source == 0:
+            assert tuple(item.item for item in sample.items) in whole
