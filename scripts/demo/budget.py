@@ -43,7 +43,7 @@ _TINY_MODEL = (
 )
 
 BUDGETS = {
-    # Aims at fifteen minutes on two cores, of which pretraining takes the most.
+    # Aims at seventeen minutes on two cores, of which pretraining takes the most.
     "default": Budget(
         resolution=64,
         train_scenes=6000,
