@@ -20,7 +20,8 @@ PROMISED = [
     "shape_chance",
     "release_logits_equal",
 ]
-STEPS = ["corpus", "tokenizer", "ingest", "pretrain", "generate", "release", "report"]
+STEPS = ["corpus", "tokenizer", "ingest", "pretrain", "generate", "tasks", "sft", "lora"]
+STEPS += ["answer", "release", "report"]
 
 
 def start(out: Path, *arguments: str, repository: Path, cwd: Path) -> "subprocess.Popen[str]":
@@ -79,7 +80,16 @@ def test_every_step_in_two_attempts(tmp_path: Path, repository: Path) -> None:
     times = [summary[f"seconds_{step}"] for step in STEPS]
     assert summary["seconds"] == pytest.approx(sum(times), abs=0.5)
 
+    for model in ("pretrain", "sft", "lora"):
+        assert 0 <= summary[f"tasks_{model}"] <= 1
+    asked = json.loads((out / "tasks.json").read_text())
+    assert {prompt["task"] for prompt in asked["prompts"]} == {"t2i", "x2i", "story", "chat"}
+    assert {len(found["answers"]) for found in asked["models"].values()} == {4}
+    adapters = (out / "lora" / "config.yaml").read_text()
+    assert "adapter: lora" in adapters
+
     page = (out / "report.html").read_text()
+    assert "adapters alone" in page
     assert page.count("data:image/png;base64,") >= 2
     assert "<polyline" in page
     assert "http://" not in page
@@ -131,9 +141,11 @@ def test_the_summary_says_what_the_verification_found(
     scores = {"colour": 0.5, "shape": 0.5, "place": 0.5, "size": 0.5, "count": 0.5}
     summary = summarize(
         {"accuracy": scores, "chance": scores, "prompts": []},
+        tasks={"models": {"pretrain": {"accuracy": {"mean": 0.25}}}},
         verification={"logits_equal": equal, "max_difference": 0.0 if equal else 0.25},
         seconds={"corpus": 1.0},
         budget="tiny",
     )
     assert list(summary)[: len(PROMISED)] == PROMISED
     assert summary["release_logits_equal"] is equal
+    assert summary["tasks_pretrain"] == 0.25

@@ -259,7 +259,7 @@ def _joined(parts: list[RawPart]) -> list[RawPart]:
     """Texts without the space around them, empty ones left out, neighbours joined by a line."""
     joined: list[RawPart] = []
     for part in parts:
-        if isinstance(part, RawImage):
+        if not isinstance(part, RawText):
             joined.append(part)
         elif text := part.text.strip():
             last = joined[-1] if joined else None

@@ -90,10 +90,9 @@ def edit(rng: random.Random, *, split: Split) -> SceneTask:
 
 def story(rng: random.Random, *, split: Split) -> SceneTask:
     """``story``: an object, then the same one in another colour or at another place."""
-    changed = None
-    while changed is None:
+    first = sample_scene(rng, split=split, count_weights=(1.0,))
+    while (changed := change(first, rng=rng, split=split)) is None:
         first = sample_scene(rng, split=split, count_weights=(1.0,))
-        changed = change(first, rng=rng, split=split)
     happens, second = changed
     kind = "recolour" if first.objects[0].place is second.objects[0].place else "move"
     return SceneTask(

@@ -390,6 +390,7 @@ def test_a_response_cut_open_ends_with_its_document() -> None:
         label_valid=valid_BS,
         positions=torch.zeros_like(tokens_BS),
         document_start=start_BS,
+        label_source=torch.zeros_like(tokens_BS, dtype=torch.int16),
         sample_ids=[0, 1],
     )
     weights = response_weights(LossWeights(text=1.0), vocabulary=v)(batch)

@@ -11,7 +11,7 @@ import pytest
 
 from emu35.data.readers.benchmarks import Layout
 from emu35.data.readers.discover import TextUnit, find_inputs
-from emu35.data.readers.records import RawImage, RawPart, RawRecord, Reject
+from emu35.data.readers.records import RawImage, RawPart, RawRecord, RawText, Reject
 from emu35.errors import DataError
 
 
@@ -44,6 +44,7 @@ def shown(record: RawRecord | Reject, *, folder: Path) -> list[str]:
         if isinstance(part, RawImage):
             assert isinstance(part.data, Path)
             return f"[{part.data.relative_to(folder).as_posix()}]"
+        assert isinstance(part, RawText)
         return part.text
 
     assert isinstance(record, RawRecord), record
