@@ -141,7 +141,10 @@ def test_the_summary_says_what_the_verification_found(
     scores = {"colour": 0.5, "shape": 0.5, "place": 0.5, "size": 0.5, "count": 0.5}
     summary = summarize(
         {"accuracy": scores, "chance": scores, "prompts": []},
-        tasks={"models": {"pretrain": {"accuracy": {"mean": 0.25}}}},
+        tasks={
+            "models": {"pretrain": {"accuracy": {"mean": 0.25}}},
+            "chance": {"mean": 0.125},
+        },
         verification={"logits_equal": equal, "max_difference": 0.0 if equal else 0.25},
         seconds={"corpus": 1.0},
         budget="tiny",

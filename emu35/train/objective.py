@@ -159,9 +159,9 @@ class LossReport:
     def metrics(self, *, sources: Sequence[str] = ()) -> dict[str, float]:
         """``loss`` and, for each modality that occurred, its mean cross-entropy in nats.
 
-        For each of ``sources`` (names, in order) that occurred also ``loss/NAME``, its mean with
-        the label weights of the loss, and ``share/NAME``, its share of these weights: the losses
-        of the sources, weighted by their shares, add up to ``loss``.
+        For each of ``sources`` (names, in order) also ``share/NAME``, its share of the label
+        weights, 0 where none of its labels counted, and otherwise ``loss/NAME``, its mean with the
+        label weights: the losses of the sources, weighted by their shares, add up to ``loss``.
         """
         metrics = {"loss": self.weighted}
         if self.text_tokens:
@@ -171,9 +171,9 @@ class LossReport:
         for name, weighted, weight in zip(
             sources, self.source_weighted, self.source_weight, strict=True
         ):
+            metrics[f"share/{name}"] = weight
             if weight > 0:
                 metrics[f"loss/{name}"] = weighted / weight
-                metrics[f"share/{name}"] = weight
         return metrics
 
 

@@ -84,6 +84,9 @@ class LMTask:
         batch_mask: which keys the rows of a batch see.
         start_weights: puts other weights than the initial ones into ``chunks``; called when the
             run begins, not when it resumes.
+
+    Raises:
+        DataError: a validation set has no label that counts.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class LMTask:
         self.loader, self.validation, self.token_weights = loader, validation, token_weights
         self.chunks, self.start_weights, self.batch_mask = chunks, start_weights, batch_mask
         self.sources = sources if len(sources) > 1 else ()
+        self._require_labels()
         self.wrapped, self.optimizer = wrap_and_optimize(
             chunks,
             optim=config.optim,
@@ -116,6 +120,16 @@ class LMTask:
         )
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = partial(_finalize_gradients, clock=self.clock)
+
+    def _require_labels(self) -> None:
+        """Raises: DataError for a validation set without a label that counts, before it is due."""
+        for name, held_out in self.validation.items():
+            counts = any(
+                bool((held_out.token_weights(batch) > 0).any()) for batch in held_out.documents
+            )
+            found = torch.tensor(float(counts), device=self.mesh.device)
+            if not sum_over(found, self.mesh.dp_group).item():
+                raise DataError(_explain_no_validation(name))
 
     def start(self) -> None:
         """The weights that ``stage.init_from`` names, if it names any."""
@@ -179,11 +193,7 @@ class LMTask:
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
         """Mean cross-entropy (nats a token) over its own modality, of every validation set that
-        has its turn after ``step``.
-
-        Raises:
-            DataError: a set has no label that counts.
-        """
+        has its turn after ``step``."""
         metrics: dict[str, float] = {}
         for chunk in self.wrapped:
             chunk.gather_parameters()
@@ -198,8 +208,6 @@ class LMTask:
                 )
                 total += self._run(micro_batches, forward_only=True).weighted * weight
                 total_weight += weight
-            if total_weight == 0.0:
-                raise DataError(_explain_no_validation(name))
             metrics[f"{name}/loss"] = total / total_weight
         for chunk in self.wrapped:
             chunk.train()

@@ -43,6 +43,7 @@ def summarize(
         "size_accuracy": got["size"],
         "count_accuracy": got["count"],
         **{f"tasks_{model}": found["accuracy"]["mean"] for model, found in tasks["models"].items()},
+        "tasks_chance": tasks["chance"]["mean"],
         "prompts": len(evaluation["prompts"]),
         "budget": budget,
         "version_emu35": __version__,

@@ -32,19 +32,25 @@ class TaskSection:
             "<h2>Fine-tuning: instructions followed</h2><p>Share of held-out prompts answered "
             "right: every picture of the answer has the right number of objects, each in its "
             "colour and place; a question is answered in exactly the expected words. "
-            "<i>Pretraining alone</i> is asked in the plain form that it was trained on, the "
-            "others in the prompts of the release. <i>Adapters alone</i>: LoRA, all pretrained "
-            "weights frozen.</p>"
+            "<i>Pretraining alone</i> is asked in the plain form that it was trained on; it was "
+            "never taught to edit, to tell or to answer, only to draw. The others are asked in the "
+            "prompts of the release. <i>Adapters alone</i>: LoRA, all pretrained weights frozen. "
+            "<i>Chance</i>: the pictures held against other prompts, and the best single answer to "
+            "each kind of question. <i>True pictures</i>: what was asked for, encoded and decoded "
+            "by the image tokenizer.</p>"
             f"{self._table()}{''.join(self._examples(task) for task in TASKS)}"
         )
 
     def _table(self) -> str:
-        head = "".join(f"<th>{escape(name)}</th>" for name in MODELS.values())
+        columns = {
+            "chance": self.tasks["chance"],
+            **{name: self.tasks["models"][model]["accuracy"] for model, name in MODELS.items()},
+            "true pictures": self.tasks["ceiling"],
+        }
+        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
         rows = "".join(
             f"<tr><td>{escape(title)}</td>"
-            + "".join(
-                f"<td>{self.tasks['models'][model]['accuracy'][task]:.0%}</td>" for model in MODELS
-            )
+            + "".join(f"<td>{shares[task]:.0%}</td>" for shares in columns.values())
             + "</tr>"
             for task, title in {**TASKS, "mean": "mean"}.items()
         )

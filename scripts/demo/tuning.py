@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bounds import ceiling, chance
 from budget import Budget
 from emu35.config import IBQConfig
 from emu35.config.io import read_config
@@ -98,7 +99,15 @@ class Tuning:
                 f"{task} {value:.0%}" for task, value in models[name]["accuracy"].items()
             )
             say(f"  {MODELS[name]}: {figures}")
-        write_json(self.out / "tasks.json", {"prompts": prompts, "models": models})
+        drawn = [
+            [_pixels(self.out / "answers" / "sft" / name) for name in answer["pictures"]]
+            for answer in models["sft"]["answers"]
+        ]
+        bounds = {
+            "chance": chance(prompts, pictures=drawn),
+            "ceiling": ceiling(prompts, vision=self.vision, resolution=self.budget.resolution),
+        }
+        write_json(self.out / "tasks.json", {"prompts": prompts, "models": models, **bounds})
 
     def _shards(self, task: str) -> Path:
         return self.out / "shards" / "tasks" / task

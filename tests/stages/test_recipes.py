@@ -31,7 +31,7 @@ PARENTS = {
     "pretrain_s2": "pretrain_s1",
     "sft_s1": "pretrain_s2",
     "sft_s2": "sft_s1",
-    "sft_lora": "pretrain_s2",
+    "sft_lora": "sft_s2",
 }
 """Experiment -> what it starts from, as its file says."""
 
