@@ -245,6 +245,24 @@ def test_an_interactive_exploration_is_not_told_what_is_yet_to_be_asked(folder: 
     }
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"task": "t2i", "prompt": "x", "prompt": "y", "image": "a.jpg"}',
+        '{"task": "t2i", "task": "t2i", "prompt": "x", "image": "a.jpg"}',
+        '{"task": "t2i", "prompt": "x", "image": "a.jpg", "thought": "x", "thought": null}',
+        '{"task": "story", "prompt": "x", "steps": [{"text": "a", "text": "b"}]}',
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(folder: Path, line: str) -> None:
+    """JSON readers keep the last of the two and say nothing."""
+    reject = reject_of(folder, line)
+    assert reject.reason is Reason.bad_task
+    assert re.match("'(prompt|task|thought|text)' stands twice in one object", reject.detail)
+    (text,) = read(folder, '{"text": "x", "meta": {"a": 1, "a": 2}}')
+    assert isinstance(text, RawRecord), "other keys of other lines are left unread"
+
+
 def test_messages_stay_short_whatever_they_show(folder: Path) -> None:
     deep: Any = "x" * 10**5
     for _ in range(100):
