@@ -125,8 +125,6 @@ class Ask:
                 f"{given} reference images are too many; a dialogue takes at most "
                 f"{MAX_REFERENCES}, all turns together"
             )
-        if self.task is Task.x2i and not given and not self.earlier:
-            yield "task x2i starts from reference images; give at least one, or use t2i"
 
     def _wrong_grid(self) -> Iterator[str]:
         if self.ratio is not None and self.ratio not in ASPECT_RATIOS:

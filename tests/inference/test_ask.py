@@ -88,6 +88,15 @@ def test_several_references_come_first_and_the_last_one_gives_the_size() -> None
     assert made.grammar.size == GridSize(height=4, width=2)
 
 
+def test_any_to_image_may_be_asked_without_references() -> None:
+    """It is trained so as well, and the official template has a form of its own for it."""
+    made = request(ask(Task.x2i))
+    assert made.prompt == build_prompt(Task.x2i, "a red cat", tokenizer=TOKENIZER).conditional
+    assert "x2i task. USER: a red cat ASSISTANT: " in TOKENIZER.decode(made.prompt)
+    assert (made.guidance, made.max_images) == (TASKS[Task.x2i].guidance, 1)
+    assert made.grammar.size is None
+
+
 def test_the_size_is_the_wished_one_then_that_of_the_latest_picture() -> None:
     drawn = (*b"look", *image_tokens(TALL, TOKENIZER), V.ess, V.eos)
     only_text = Turn(question="and?", answer=(*b"fine", V.ess))
@@ -152,7 +161,6 @@ def test_an_answer_fits_the_positions_that_the_prompt_leaves() -> None:
     ("changes", "message"),
     [
         ({"question": " \n"}, "the prompt is empty"),
-        ({"task": Task.x2i}, "at least one"),
         ({"images": (RED,) * (MAX_REFERENCES + 1)}, f"takes at most {MAX_REFERENCES}"),
         (
             {

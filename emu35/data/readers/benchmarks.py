@@ -23,8 +23,9 @@ Picture paths start at the folder of the file. What the publications do and is t
 
 Texts that meet, such as a question and an answer that begins with text, are joined by a line break.
 Everything else is a reject that names the item: an unknown type, a missing key, an item without
-ground truth, a picture that is not there, more places for pictures than pictures. Keys that are not
-named here (categories, scene graphs, scores) are left unread.
+question or ground truth (also one of blank texts alone), a picture that is not there, more places
+for pictures than pictures. Keys that are not named here (categories, scene graphs, scores) are left
+unread.
 """
 
 import json
@@ -57,17 +58,17 @@ class Layout(StrEnum):
 
 def read_isg_bench(path: Path) -> Iterator[RawRecord | Reject]:
     """The items of ISG-Bench."""
-    return _read(path, id_key="id", parts=_isg_parts)
+    return _read(path, id_key="id", sides=_isg_sides)
 
 
 def read_opening(path: Path) -> Iterator[RawRecord | Reject]:
     """The items of OpenING."""
-    return _read(path, id_key="total_uid", parts=_opening_parts)
+    return _read(path, id_key="total_uid", sides=_opening_sides)
 
 
 def read_mmie(path: Path) -> Iterator[RawRecord | Reject]:
     """The items of MMIE."""
-    return _read(path, id_key="id", parts=_mmie_parts)
+    return _read(path, id_key="id", sides=_mmie_sides)
 
 
 BENCHMARKS: dict[Layout, Callable[[Path], Iterator[RawRecord | Reject]]] = {
@@ -77,6 +78,9 @@ BENCHMARKS: dict[Layout, Callable[[Path], Iterator[RawRecord | Reject]]] = {
 }
 
 Fields = dict[str, Any]
+Sides = Callable[[Fields, Path], dict[str, list[RawPart]]]
+"""From an item and the folder of its pictures: key -> parts, of the question and of the truth."""
+
 _BEGIN = re.compile(r"\s*<BEGIN>\s*")
 _PLACE = "<image>"
 
@@ -98,19 +102,15 @@ class _Line:
     offset: int
 
 
-def _read(
-    path: Path, *, id_key: str, parts: Callable[[Fields, Path], list[RawPart]]
-) -> Iterator[RawRecord | Reject]:
+def _read(path: Path, *, id_key: str, sides: Sides) -> Iterator[RawRecord | Reject]:
     for line in _items(path):
         if isinstance(line, Reject):
             yield line
         else:
-            yield _document(line, file=path, id_key=id_key, parts=parts)
+            yield _document(line, file=path, id_key=id_key, sides=sides)
 
 
-def _document(
-    line: _Line, *, file: Path, id_key: str, parts: Callable[[Fields, Path], list[RawPart]]
-) -> RawRecord | Reject:
+def _document(line: _Line, *, file: Path, id_key: str, sides: Sides) -> RawRecord | Reject:
     id = f"{file.name}:{line.number}"
     value: Any = line.value
     try:
@@ -119,7 +119,7 @@ def _document(
         item = cast(Fields, value)
         if isinstance(item.get(id_key), str | int):
             id = f"{id} {item[id_key]}"
-        found = _joined(parts(item, file.parent))
+        found = _whole(sides(item, file.parent))
     except _WrongForm as error:
         detail = str(error)
         return Reject(id=id, reason=Reason.bad_record, detail=detail, offset=line.offset)
@@ -157,13 +157,15 @@ def _items(path: Path) -> Iterator[_Line | Reject]:
         yield _Line(number=number, value=value, offset=offset)
 
 
-def _isg_parts(item: Fields, folder: Path) -> list[RawPart]:
+def _isg_sides(item: Fields, folder: Path) -> dict[str, list[RawPart]]:
     """Raises: _WrongForm, _MissingPicture."""
-    return [
-        _isg_part(entry, folder=folder, where=f"{key}[{index}]")
+    return {
+        key: [
+            _isg_part(entry, folder=folder, where=f"{key}[{index}]")
+            for index, entry in enumerate(_entries(item, key=key))
+        ]
         for key in ("Query", "Golden")
-        for index, entry in enumerate(_entries(item, key=key))
-    ]
+    }
 
 
 def _isg_part(entry: Fields, *, folder: Path, where: str) -> RawPart:
@@ -178,30 +180,32 @@ def _isg_part(entry: Fields, *, folder: Path, where: str) -> RawPart:
     raise _WrongForm(f"{where} has type {kind!r}; it must be 'text' or 'image'")
 
 
-def _opening_parts(item: Fields, folder: Path) -> list[RawPart]:
+def _opening_sides(item: Fields, folder: Path) -> dict[str, list[RawPart]]:
     """Raises: _WrongForm, _MissingPicture."""
     turns = _entries(item, key="conversations")
     if [list(turn) for turn in turns] != [["input"], ["output"]]:
         found = [sorted(turn) for turn in turns]
         raise _WrongForm(f"'conversations' has {found}; it must be an input and then an output")
-    return [
-        part
+    return {
+        key: _texts_and_pictures(turn, key=key, folder=folder)
         for turn, key in zip(turns, ("input", "output"), strict=True)
-        for index, entry in enumerate(_entries(turn, key=key))
-        for part in _text_and_picture(entry, folder=folder, where=f"{key}[{index}]")
-    ]
+    }
 
 
-def _mmie_parts(item: Fields, folder: Path) -> list[RawPart]:
+def _mmie_sides(item: Fields, folder: Path) -> dict[str, list[RawPart]]:
     """Raises: _WrongForm, _MissingPicture."""
     answer = "gt_answer"
     if not _has_content(item.get(answer)) and item.get("model") == "gt":
         answer = "answer"
     if isinstance(item.get(answer), str):
         item = {**item, answer: [{"text": item[answer]}]}
+    return {key: _texts_and_pictures(item, key=key, folder=folder) for key in ("question", answer)}
+
+
+def _texts_and_pictures(item: Fields, *, key: str, folder: Path) -> list[RawPart]:
+    """Raises: _WrongForm, _MissingPicture."""
     return [
         part
-        for key in ("question", answer)
         for index, entry in enumerate(_entries(item, key=key))
         for part in _text_and_picture(entry, folder=folder, where=f"{key}[{index}]")
     ]
@@ -210,20 +214,19 @@ def _mmie_parts(item: Fields, folder: Path) -> list[RawPart]:
 def _has_content(value: Any) -> bool:
     if not isinstance(value, list):
         return bool(value)
-    entries = cast(list[Any], value)
-    return any(isinstance(entry, dict) and any(cast(Fields, entry).values()) for entry in entries)
+    entries = [cast(Fields, e) for e in cast(list[Any], value) if isinstance(e, dict)]
+    values = [value for entry in entries for value in entry.values()]
+    return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
 def _entries(item: Fields, *, key: str) -> list[Fields]:
-    """The objects in the list ``item[key]``. Raises: _WrongForm if it is none, or has nothing."""
+    """The objects in the list ``item[key]``. Raises: _WrongForm if it is none."""
     value = item.get(key)
     if not isinstance(value, list):
         raise _WrongForm(f"it has no list under {key!r}")
     entries = cast(list[Any], value)
     if not all(isinstance(entry, dict) for entry in entries):
         raise _WrongForm(f"{key!r} holds something that is no object")
-    if not _has_content(entries):
-        raise _WrongForm(f"{key!r} is empty")
     return cast(list[Fields], entries)
 
 
@@ -236,10 +239,11 @@ def _text_and_picture(entry: Fields, *, folder: Path, where: str) -> list[RawPar
     if not isinstance(text, str | None) or not isinstance(image, str | None):
         raise _WrongForm(f"{where}: 'text' and 'image' must each be a string or null")
     before, *after = _BEGIN.sub(" ", text or "").split(_PLACE)
+    if len(after) > bool(image):
+        held = "one picture" if image else "no picture"
+        raise _WrongForm(f"{where} has {len(after)} places {_PLACE} for {held}")
     if not image:
-        return [RawText(" ".join([before, *after]))]
-    if len(after) > 1:
-        raise _WrongForm(f"{where} has {len(after)} places {_PLACE} for one picture")
+        return [RawText(before)]
     picture = _picture(image, folder=folder, where=where)
     return [RawText(before), picture, *(RawText(rest) for rest in after)]
 
@@ -253,6 +257,14 @@ def _picture(name: str, *, folder: Path, where: str) -> RawImage:
         if is_readable(found):
             return RawImage(found)
     raise _MissingPicture(f"{where}: {name}")
+
+
+def _whole(sides: dict[str, list[RawPart]]) -> list[RawPart]:
+    """The parts of both sides. Raises: _WrongForm if a side shows and says nothing."""
+    for key, parts in sides.items():
+        if not _joined(parts):
+            raise _WrongForm(f"{key!r} is empty")
+    return _joined([part for parts in sides.values() for part in parts])
 
 
 def _joined(parts: list[RawPart]) -> list[RawPart]:

@@ -8,10 +8,11 @@
 ``"id"`` is optional. A relative picture path starts at the folder of the file. Other keys are left
 unread, unless they look like pictures in another form (``images``, ``image_url``): such a line is a
 reject, since without its pictures it would be another document. Task records are read strictly: a
-key that is not of the schema makes a reject.
+key that is not of the schema makes a reject, and so does one that an object has twice.
 """
 
 import json
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -50,8 +51,17 @@ def read_jsonl(path: Path, *, starts: Starts = Starts.random) -> Iterator[RawRec
 def _read_line(
     line: bytes, *, id: str, folder: Path, starts: Starts, offset: int
 ) -> RawRecord | Reject:
+    twice: list[str] = []
+
+    def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice.extend(key for key in fields if keys.count(key) > 1)
+        return fields
+
     try:
-        value: Any = json.loads(line.decode("utf-8-sig"))
+        value: Any = json.loads(line.decode("utf-8-sig"), object_pairs_hook=whole)
     except UnicodeDecodeError as error:
         return Reject(id=id, reason=Reason.bad_encoding, detail=str(error), offset=offset)
     except (ValueError, RecursionError) as error:
@@ -63,6 +73,12 @@ def _read_line(
     if isinstance(given, str | int):
         id = f"{id} {given}"
     if record.get("task") is not None:
+        if twice:
+            detail = (
+                f"{reprlib.repr(twice[0])} stands twice in one object, which would hide one of its "
+                "values; leave one out"
+            )
+            return Reject(id=id, reason=Reason.bad_task, detail=detail, offset=offset)
         return _read_task(record, id=id, folder=folder, starts=starts, offset=offset)
     try:
         return _read_record(record, id=id, folder=folder, offset=offset)

@@ -9,7 +9,8 @@ A document is a dialogue in the form of :mod:`emu35.tokens.template`, each answe
 
 Texts of two steps with no picture between them are parted by an empty line, since nothing else
 would show where a step ends. World explorations and embodied manipulations become several
-documents, see :func:`task_documents`.
+documents, see :func:`task_documents`. A global thought is left out of those whose first answer is
+not all that it plans.
 """
 
 import hashlib
@@ -49,7 +50,8 @@ def task_documents(record: TaskRecord, *, id: str, starts: Starts) -> dict[str, 
       show the first step's picture with the question and answer from the second step on. The free
       kinds answer with all steps at once. In the interactive kinds every step is a turn, asked for
       by its instruction; the first turn is asked by the record's prompt, and from an image by the
-      prompt, a line break and the instruction.
+      prompt, a line break and the instruction. A global chain of thought plans the whole walk, so
+      it stays with the free kinds: in an interactive one it would tell what is yet to be asked.
     * embodied manipulation: the whole, and by ``starts`` those that begin at a later step
       (``#from_step_2``) with the keyframe of the step before in place of the references. A global
       chain of thought, which plans from the beginning, stays with the whole.
@@ -94,7 +96,7 @@ def _explored(whole: TaskTurn, *, kind: ExploreKind) -> Sequence[TaskTurn]:
     head, *later = whole.steps
     prompt = f"{whole.prompt}{_THEN}{head.instruction}" if kind.from_image else whole.prompt
     return [
-        replace(whole, prompt=prompt, steps=(head,)),
+        replace(whole, prompt=prompt, steps=(head,), thought=None),
         *(
             TaskTurn(prompt=step.instruction or "", images=(), thought=None, steps=(step,))
             for step in later

@@ -129,7 +129,8 @@ _STEP = (
 INSTRUCTION = Field(
     name="instruction",
     holds=Holds.text,
-    meaning="what the user asks to get this step; interactive kinds need it from the second on",
+    meaning="what asks for the step; interactive kinds need it, except in the first step, where "
+    "no kind uses it",
     required=False,
 )
 
@@ -206,7 +207,8 @@ TASK_FORMS: Mapping[Task, TaskForm] = MappingProxyType(
             },
         ),
         Task.explore: TaskForm(
-            meaning="world exploration; a record becomes a document of each kind",
+            meaning="world exploration; a record becomes a document of each kind, and its global "
+            "thought is left out of the interactive ones",
             asked=(_PROMPT,),
             answered=(_steps(least=2),),
             step=(

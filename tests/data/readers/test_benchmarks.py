@@ -159,7 +159,7 @@ def test_mmie(tmp_path: Path, as_lines: bool) -> None:
     items = [
         mmie_item("MSR_1", gt_answer=answered, model="some_model", answer="wrong"),
         mmie_item("SA_2", answer=answered[:1]),
-        mmie_item("PBL_3", answer="B"),
+        mmie_item("PBL_3", answer="B", gt_answer=[{"text": " ", "image": None}]),
     ]
     path = tmp_path / "data.json"
     if as_lines:
@@ -191,6 +191,8 @@ def test_anything_else_is_a_reject_that_names_the_item(tmp_path: Path) -> None:
         {"id": "4", "Query": text, "Golden": [block("image", "b.png")]},
         {"id": "5", "Query": text, "Golden": ["x"]},
         ["6"],
+        {"id": "7", "Query": text, "Golden": [block("text", "")]},
+        {"id": "8", "Query": [block("text", " \n")], "Golden": text},
     )
     isg.write_bytes(isg.read_bytes() + b"{broken\n")
     expected = [
@@ -200,12 +202,15 @@ def test_anything_else_is_a_reject_that_names_the_item(tmp_path: Path) -> None:
         "isg.jsonl:4 4: missing or unreadable file: Golden[0]: b.png",
         "isg.jsonl:5 5: not a record of a known form: 'Golden' holds something that is no object",
         "isg.jsonl:6: not a record of a known form: not an object",
-        "isg.jsonl:7: not valid JSON: Expecting property name enclosed in double quotes",
+        "isg.jsonl:7 7: not a record of a known form: 'Golden' is empty",
+        "isg.jsonl:8 8: not a record of a known form: 'Query' is empty",
+        "isg.jsonl:9: not valid JSON: Expecting property name enclosed in double quotes",
     ]
     found = details(read(isg, layout=Layout.isg_bench))
     for line, beginning in zip(found, expected, strict=True):
         assert line.startswith(beginning)
     entry = {"image": "a.png", "text": "<image> and <image>"}
+    asked = [{"image": None, "text": "<BEGIN> How?"}]
     turned = opening_item("9", question=[entry], answer=[entry])
     turned["conversations"].reverse()
     opening = write_lines(
@@ -213,14 +218,24 @@ def test_anything_else_is_a_reject_that_names_the_item(tmp_path: Path) -> None:
         opening_item("7", question=[entry], answer=[entry]),
         opening_item("8", question=[{"image": ["a.png"], "text": "x"}], answer=[entry]),
         turned,
+        opening_item("10", question=[{"image": None, "text": "see <image> here"}], answer=[entry]),
+        opening_item("11", question=asked, answer=[{"image": None, "text": "<BEGIN> "}]),
     )
-    places, kinds, order = details(read(opening, layout=Layout.opening))
+    places, kinds, order, none, blank = details(read(opening, layout=Layout.opening))
     assert "input[0] has 2 places <image> for one picture" in places
     assert "input[0]: 'text' and 'image' must each be a string or null" in kinds
     assert "it must be an input and then an output" in order
-    mmie = write_lines(tmp_path / "mmie.json", mmie_item("SA_1", question=[]), mmie_item("SA_2"))
+    assert "input[0] has 1 places <image> for no picture" in none
+    assert blank.endswith(": 'output' is empty")
+    mmie = write_lines(
+        tmp_path / "mmie.json",
+        mmie_item("SA_1", question=[]),
+        mmie_item("SA_2"),
+        mmie_item("SA_3", answer=" "),
+    )
     assert [line.split(": ")[-1] for line in details(read(mmie, layout=Layout.mmie))] == [
         "'question' is empty",
+        "'answer' is empty",
         "'answer' is empty",
     ]
 

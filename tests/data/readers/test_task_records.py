@@ -234,6 +234,35 @@ def test_a_start_is_drawn_by_the_id_of_the_record(folder: Path) -> None:
     assert len({starts[1] for starts in first}) > 3
 
 
+def test_an_interactive_exploration_is_not_told_what_is_yet_to_be_asked(folder: Path) -> None:
+    (found,) = read(folder, {**EXPLORE, "thought": "First the gate, then the yard."})
+    told = {kind: "then the yard" in repr(parts) for kind, parts in documents(found).items()}
+    assert told == {
+        "text_interactive": False,
+        "image_interactive": False,
+        "text_free": True,
+        "image_free": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"task": "t2i", "prompt": "x", "prompt": "y", "image": "a.jpg"}',
+        '{"task": "t2i", "task": "t2i", "prompt": "x", "image": "a.jpg"}',
+        '{"task": "t2i", "prompt": "x", "image": "a.jpg", "thought": "x", "thought": null}',
+        '{"task": "story", "prompt": "x", "steps": [{"text": "a", "text": "b"}]}',
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(folder: Path, line: str) -> None:
+    """JSON readers keep the last of the two and say nothing."""
+    reject = reject_of(folder, line)
+    assert reject.reason is Reason.bad_task
+    assert re.match("'(prompt|task|thought|text)' stands twice in one object", reject.detail)
+    (text,) = read(folder, '{"text": "x", "meta": {"a": 1, "a": 2}}')
+    assert isinstance(text, RawRecord), "other keys of other lines are left unread"
+
+
 def test_messages_stay_short_whatever_they_show(folder: Path) -> None:
     deep: Any = "x" * 10**5
     for _ in range(100):
@@ -392,7 +421,7 @@ def asked_in(record: dict[str, Any], *, document: str) -> list[Asked]:
             return [(record["prompt"], seen, record, told)]
         prompt = f"{record['prompt']}\n{told[0]['instruction']}" if seen else record["prompt"]
         later = [(step["instruction"], [], bare, [step]) for step in told[1:]]
-        return [(prompt, seen, record, told[:1]), *later]
+        return [(prompt, seen, bare, told[:1]), *later]
     return [
         (
             turn["prompt"],

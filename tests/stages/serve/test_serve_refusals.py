@@ -119,7 +119,6 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (CHAT, asked("  "), 400, "prompt is empty"),
     (CHAT, asked("x", task="t2i", size="40x40"), 400, "the size needs 1647"),
     (CHAT, asked("x", task="t2i", max_images=3), 400, "max_images=3, but task t2i is one image"),
-    (CHAT, asked("x", task="x2i"), 400, "starts from reference images"),
     (CHAT, asked([{"type": "sound", "sound": "x"}]), 400, "messages[0].content[0]"),
     (CHAT, asked([part("https://example.org/x.png")]), 400, "fetches nothing from the network"),
     (CHAT, asked([part("file:///etc/passwd")]), 400, "is no picture"),
