@@ -27,6 +27,7 @@ from emu35.checkpoint.manifest import (
 )
 from emu35.checkpoint.saving import REPLACED, TEMPORARY, Saving, Write, unwritten
 from emu35.config import CheckpointConfig
+from emu35.config.io import complete_identity
 from emu35.errors import CheckpointError
 from emu35.parallel.collectives import is_main, rank, world_size
 
@@ -156,7 +157,8 @@ class CheckpointManager:
         )
 
     def latest(self, step: int | None = None) -> Checkpoint | None:
-        """The newest valid checkpoint of this very configuration, or that of ``step``.
+        """The newest valid checkpoint of this very configuration, or that of ``step``. Fields that
+        the configuration did not have when it was written count as their defaults.
 
         Raises:
             CheckpointError: checkpoints exist but none is usable, or the newest usable one belongs
@@ -165,7 +167,8 @@ class CheckpointManager:
         found = find_checkpoint(self.root, step=step, message=self._tell, skipped=self._damaged)
         if found is None:
             return None
-        changes = list(differences(self.identity, found.identity))
+        saved = complete_identity(found.identity, wanted=self.identity)
+        changes = list(differences(self.identity, saved))
         if changes:
             listed = "\n".join(f"  - {change}" for change in changes)
             raise CheckpointError(

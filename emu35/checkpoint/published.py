@@ -11,8 +11,9 @@ from pathlib import Path
 
 from emu35.checkpoint.hf_config import CONFIG_JSON, QWEN3, parse_config, read_json, read_size
 from emu35.checkpoint.safetensor_index import check_shards
-from emu35.config import LMConfig, TokenizerConfig, TokenizerKind
+from emu35.config import LayerSpec, LMConfig, RunConfig, TokenizerConfig, TokenizerKind
 from emu35.config.io import CONFIG_FILE, read_config
+from emu35.config.stage import adapters_of
 from emu35.errors import CheckpointError, Emu35Error
 from emu35.tokens.vocabulary import N_TEXT, vocabulary_of
 
@@ -28,7 +29,8 @@ SHAPING_FIELDS = (
 stages (dropout, context length)."""
 
 COMPUTING_FIELDS = ("rope_theta", "rms_norm_eps")
-"""Fields that change what the same weights compute: allowed to differ, but worth a word."""
+"""Fields that change what the same weights compute. A run may give them other values than the run
+it starts from; those of a release or of Qwen3 are facts about its weights."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -59,19 +61,43 @@ def read_published(path: Path) -> Published:
     )
 
 
-def start_problems(path: Path, *, config: LMConfig, tokenizer: TokenizerConfig) -> Iterator[str]:
-    """Why a run of ``config`` and ``tokenizer`` cannot start from ``path``, as far as can be told
-    without torch: another model or vocabulary, or shards of weights that are missing or cut short.
+def start_problems(path: Path, *, run: RunConfig) -> Iterator[str]:
+    """Why ``run``, of a language model, cannot start from ``path``, as far as can be told without
+    torch: another model or vocabulary, shards of weights that are missing or cut short, or adapters
+    that could not be trained or read.
     """
+    assert isinstance(run.model, LMConfig)
     try:
         if (path / CONFIG_FILE).is_file():
-            require_same_run(path, config=config, tokenizer=tokenizer)
+            require_same_run(path, config=run.model, tokenizer=run.tokenizer)
         else:
             published = read_published(path)
-            require_same_published(published, config=config, tokenizer=tokenizer)
+            require_same_published(published, config=run.model, tokenizer=run.tokenizer)
             check_shards(path)
+        require_adapters_fit(path, run=run)
     except Emu35Error as error:
         yield str(error) if str(error).startswith("stage.") else f"stage.init_from: {error}"
+
+
+def require_adapters_fit(path: Path, *, run: RunConfig) -> None:
+    """Check that ``run`` can train its adapters on what ``path`` holds, and read those in there.
+
+    Raises:
+        CheckpointError: it cannot, with what to do instead.
+        ConfigError, ReleaseError: the description in ``path`` cannot be read.
+    """
+    if (path / CONFIG_FILE).is_file():
+        if adapters_of(read_config(path).stage) and run.engine.layers is LayerSpec.te:
+            raise CheckpointError(
+                f"stage.init_from={path} trained adapters, which engine.layers=te cannot read; "
+                "use engine.layers=local, or export that run first and start from the release"
+            )
+    elif adapters_of(run.stage) and read_published(path).qwen3:
+        raise CheckpointError(
+            f"stage.init_from={path} is a Qwen3 model, which does not know the ids of pictures, "
+            "and stage.adapter=lora would leave their rows as drawn; train all weights first "
+            "(stage.adapter=none), or start from a run or release that knows the vocabulary"
+        )
 
 
 def require_same_run(path: Path, *, config: LMConfig, tokenizer: TokenizerConfig) -> None:
@@ -96,10 +122,11 @@ def require_same_run(path: Path, *, config: LMConfig, tokenizer: TokenizerConfig
 def require_same_published(
     found: Published, *, config: LMConfig, tokenizer: TokenizerConfig
 ) -> None:
-    """Check that a release or a Qwen3 folder holds this model.
+    """Check that a release or a Qwen3 folder holds this model, which computes the same with it.
 
     Raises:
-        CheckpointError: another architecture or vocabulary, naming every difference.
+        CheckpointError: another architecture or vocabulary, naming every difference; or another
+            setting of those that the weights were trained with.
     """
     different = _different(found.config, config)
     size = vocabulary_of(tokenizer).size
@@ -111,6 +138,16 @@ def require_same_published(
             f"(kind={tokenizer.kind.value}, codebook_size={tokenizer.codebook_size}) has {size} ids"
         )
     _refuse(found.path, different)
+    if differences := computing_differences(found.config, config):
+        remedy = " ".join(
+            f"model.{name}={getattr(found.config, name)!r}"
+            for name in COMPUTING_FIELDS
+            if getattr(found.config, name) != getattr(config, name)
+        )
+        raise CheckpointError(
+            f"stage.init_from={found.path} would compute something else here: "
+            f"{'; '.join(differences)}; set {remedy}"
+        )
 
 
 def qwen3_problems(found: Published, *, tokenizer: TokenizerConfig) -> Iterator[str]:

@@ -3,7 +3,9 @@
 Both share the architecture and the 151,643 mergeable ids of the text table (Emu3.5 starts from a
 Qwen3 model, paper section 3.2). Beyond those ids the vocabularies differ: Qwen3 continues with its
 own chat tokens and padding rows, Emu3.5 with 211 specials and the visual codes. So the first
-151,643 rows are taken over and the others drawn anew.
+151,643 rows are taken over and the others drawn anew. The next three ids, 151,643 to 151,645, are
+the same strings in both (``<|endoftext|>``, ``<|im_start|>``, ``<|im_end|>``) and are redrawn all
+the same, by choice: the first is PAD here, and the template of Emu3.5 uses neither of the others.
 
 A new row starts from the mean of the text rows plus noise. Rows of noise alone would give every new
 id a logit near zero, which is far above that of most text ids, since trained output rows push

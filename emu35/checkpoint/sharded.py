@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from emu35.checkpoint.agree import on_all_ranks
@@ -21,7 +22,7 @@ from emu35.checkpoint.staged import StateWrite
 from emu35.checkpoint.unpickle import refuse_code
 from emu35.config import LoRAConfig
 from emu35.errors import CheckpointError
-from emu35.model.lora import attach_adapters, merge_adapters, without_adapters
+from emu35.model.lora import adapters_to_merge, without_adapters
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
 from emu35.parallel.collectives import is_main
@@ -92,7 +93,11 @@ def load(folder: Path, *, chunks: list[Emu35Model], optimizer: MegatronOptimizer
 
 
 def load_weights(
-    folder: Path, *, chunks: list[Emu35Model], adapters: LoRAConfig | None = None
+    folder: Path,
+    *,
+    chunks: list[Emu35Model],
+    adapters: LoRAConfig | None = None,
+    stored: torch.dtype = torch.float32,
 ) -> None:
     """Restore weights alone, in any layout. Adapters that ``chunks`` have themselves stay as they
     are.
@@ -100,7 +105,9 @@ def load_weights(
     Args:
         folder: of a checkpoint.
         chunks: this rank's model.
-        adapters: those that the checkpoint holds beside the weights; they are merged into them.
+        adapters: those that the checkpoint holds beside the weights; they are merged into them,
+            in fp32 and rounded once.
+        stored: type of the adapters and weights in the checkpoint, or a wider one.
 
     Raises:
         CheckpointError: if the folder does not fit this model.
@@ -110,11 +117,9 @@ def load_weights(
         for chunk in chunks:
             aside.enter_context(without_adapters(chunk))
             if adapters is not None:
-                attach_adapters(chunk, config=adapters)
+                aside.enter_context(adapters_to_merge(chunk, config=adapters, stored=stored))
         state = _read(folder, _sharded_state(chunks, optimizer=None))
         _load_chunks(state, chunks=chunks)
-        for chunk in chunks:
-            merge_adapters(chunk)
 
 
 def _sharded_state(

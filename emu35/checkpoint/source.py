@@ -227,7 +227,12 @@ def load_into(chunks: list[Emu35Model], *, described: Described) -> None:
 
     if described.checkpoint is not None:
         refuse_code(described.checkpoint.path)
-        load_weights(described.checkpoint.path, chunks=chunks, adapters=described.adapters)
+        load_weights(
+            described.checkpoint.path,
+            chunks=chunks,
+            adapters=described.adapters,
+            stored=DTYPES[described.precision],
+        )
         # Where more ranks make more padding, the files have no rows for it.
         for chunk in chunks:
             zero_padding(

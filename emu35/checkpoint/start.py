@@ -58,7 +58,8 @@ def describe_start(
 
     Raises:
         CheckpointError: nothing to start from, no usable checkpoint, one that would run code, or
-            another architecture or vocabulary, naming every difference.
+            another architecture or vocabulary, naming every difference; for a release or Qwen3
+            also another model.rope_theta or model.rms_norm_eps.
         ReleaseError: a release or a Qwen3 folder that is damaged or contradicts itself.
     """
     if (path / CONFIG_FILE).is_file():
@@ -66,7 +67,10 @@ def describe_start(
         found = describe(path, message=message)
         assert found.checkpoint is not None
         refuse_code(found.checkpoint.path)
-        message(f"weights of step {found.step} of the run {path}")
+        merged = ", its adapters merged into them" if found.adapters else ""
+        message(f"weights of step {found.step} of the run {path}{merged}")
+        if differences := computing_differences(found.config, config):
+            message(f"the same weights compute something else here: {'; '.join(differences)}")
     elif (path / CONFIG_JSON).is_file():
         published = read_published(path)
         require_same_published(published, config=config, tokenizer=tokenizer)
@@ -81,8 +85,6 @@ def describe_start(
             f"stage.init_from={path} is neither a run folder ({CONFIG_FILE}) nor a release or a "
             f"Qwen3 folder ({CONFIG_JSON})"
         )
-    if differences := computing_differences(found.config, config):
-        message(f"the same weights compute something else here: {'; '.join(differences)}")
     return found
 
 

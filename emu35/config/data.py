@@ -28,7 +28,8 @@ class Overlong(StrEnum):
 
 class Packing(StrEnum):
     """When documents are put together into rows: ``online`` (paper section 3.2, stage 1) while
-    training, or ``offline`` (stage 2 and fine-tuning) once for all, padded to the full row."""
+    training, or ``offline`` once for all, padded to the full row. Stage 2 packs its interleaved
+    data offline, fine-tuning everything."""
 
     online = "online"
     offline = "offline"

@@ -128,9 +128,38 @@ def run_identity(config: RunConfig) -> dict[str, Plain]:
     return {key: value for key, value in flatten(to_plain(config)).items() if not may_change(key)}
 
 
+def complete_identity(
+    saved: Mapping[str, Plain], *, wanted: Mapping[str, Plain]
+) -> dict[str, Plain]:
+    """``saved``, a :func:`run_identity` written when the schema had fewer fields, with the defaults
+    of those fields of ``wanted`` that it lacks. A field that did not exist decided nothing, and its
+    default is what the run did without it. Unchanged where ``saved`` does not fit the schema.
+    """
+    lacking = wanted.keys() - saved.keys()
+    if not lacking:
+        return dict(saved)
+    misfits: Misfits = {}
+    tree = with_defaults(_nest(saved))
+    config = build(resolve(tree, misfits=misfits), misfits=misfits)
+    defaults = run_identity(config) if config else {}
+    return {**saved, **{key: defaults[key] for key in lacking & defaults.keys()}}
+
+
 def flatten(tree: Mapping[str, Plain], *, prefix: str = "") -> dict[str, Plain]:
     """Nested mappings as one mapping with dotted keys; lists stay whole."""
     return dict(_leaves(tree, prefix))
+
+
+def _nest(flat: Mapping[str, Plain]) -> dict[str, Plain]:
+    """The inverse of :func:`flatten`."""
+    tree: dict[str, Plain] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return tree
 
 
 def _leaves(tree: Mapping[str, Plain], prefix: str) -> Iterator[tuple[str, Plain]]:

@@ -102,7 +102,7 @@ def _adapters(config: RunConfig) -> Iterator[str]:
     if config.stage.init_from is None:
         yield (
             "stage.adapter=lora adds to frozen weights, but stage.init_from names none, so they "
-            "would be random; name a run, a release or a Qwen3 folder there"
+            "would be random; name a run or a release there"
         )
     if config.engine.layers is LayerSpec.te:
         yield (

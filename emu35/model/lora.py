@@ -242,10 +242,37 @@ def attach_adapters(model: Emu35Model, *, config: LoRAConfig) -> None:
         linear.adapter = kind(linear, config=config)  # type: ignore[assignment]
 
 
+@contextmanager
+def adapters_to_merge(
+    model: Emu35Model, *, config: LoRAConfig, stored: torch.dtype
+) -> Iterator[None]:
+    """Adapters of ``config`` in ``model`` (a chunk) for as long as the context lasts, to be filled
+    together with their weights; merged at its end. Until then the weights beside them have the type
+    ``stored`` where that is wider than their own, so that nothing is rounded before it is added.
+
+    Raises:
+        ConfigError: as :func:`attach_adapters`.
+    """
+    narrow: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    for linear in _targets(model, config=config).values():
+        weight: Any = linear.weight
+        if (wide := torch.promote_types(weight.dtype, stored)) != weight.dtype:
+            narrow.append((weight, weight.data))
+            weight.data = weight.data.to(wide)
+    try:
+        attach_adapters(model, config=config)
+        yield
+        merge_adapters(model)
+    finally:
+        for weight, place in narrow:  # not a new tensor: it may lie in a buffer of all parameters
+            weight.data = place.copy_(weight.data)
+
+
 @torch.no_grad()
 def merge_adapters(model: Emu35Model) -> None:
-    """Add every adapter to its weight, W + scale B A, computed in fp32 and rounded once, and remove
-    it. Needs no exchange: a rank's parts of B and A make its part of their product."""
+    """Add every adapter to its weight, W + scale B A, computed in fp32 from the three as they are
+    here and rounded once to the weight's type, and remove it. Needs no exchange: a rank's parts of
+    B and A make its part of their product."""
     for linear in adapted_linears(model).values():
         adapter = linear.adapter
         assert adapter is not None

@@ -73,7 +73,7 @@ def _start(config: RunConfig) -> Iterator[str]:
     elif isinstance(config.model, LMConfig):
         if (origin / CONFIG_FILE).is_file() and not any((origin / "checkpoints").glob("step_*")):
             yield f"stage.init_from={origin} holds no checkpoint yet; train that run first"
-        yield from start_problems(origin, config=config.model, tokenizer=config.tokenizer)
+        yield from start_problems(origin, run=config)
 
 
 def _folder(key: str, path: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from emu35.checkpoint.agree import gather
+from emu35.checkpoint.published import require_adapters_fit
 from emu35.checkpoint.source import load_into
 from emu35.checkpoint.start import describe_start
 from emu35.config import LMConfig, LMStageConfig, LoRAConfig, RunConfig, TokenDataConfig
@@ -116,6 +117,7 @@ def _start_from(chunks: list[Emu35Model], *, config: RunConfig) -> None:
         seed=config.seed,
         message=print if is_main() else _say_nothing,
     )
+    require_adapters_fit(found.path, run=config)
     load_into(chunks, described=found)
 
 

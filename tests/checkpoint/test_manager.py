@@ -11,7 +11,16 @@ import pytest
 from emu35.checkpoint.durable import is_inside
 from emu35.checkpoint.manager import CheckpointManager, find_checkpoint, list_steps
 from emu35.checkpoint.manifest import MANIFEST, identity_hash
-from emu35.config import CheckpointConfig
+from emu35.config import (
+    CheckpointConfig,
+    Overlong,
+    Packing,
+    RunConfig,
+    SourceConfig,
+    TokenDataConfig,
+    ValidationConfig,
+)
+from emu35.config.io import run_identity
 from emu35.errors import CheckpointError
 
 IDENTITY = {"seed": 1, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}}
@@ -207,6 +216,58 @@ def test_another_configuration_is_refused_leaf_by_leaf(tmp_path: Path) -> None:
     assert "name: 'absent' in the checkpoint, 'x' here" in text
     assert "seed" not in text
     assert "betas" not in text
+
+
+LATER = ("adapter", "lora", "new_rows", "packing", "overlong", "every")
+
+
+def recipe(**changes: Any) -> RunConfig:
+    data = TokenDataConfig(
+        sources={"web": SourceConfig(path="shards/web", ratio=0.5)},
+        validation={"text": ValidationConfig(path="shards/held-out")},
+        **changes,
+    )
+    return RunConfig(data=data)
+
+
+def save_without_later_fields(root: Path, *, config: RunConfig) -> None:
+    """As a version did that had none of the fields ``LATER``."""
+    identity = {
+        key: value
+        for key, value in run_identity(config).items()
+        if not set(key.split(".")) & set(LATER)
+    }
+    assert len(run_identity(config)) - len(identity) >= len(LATER)
+    made = CheckpointManager(root=root, config=CheckpointConfig(), identity=identity)
+    save_steps(made, 100)
+
+
+def resume(root: Path, *, config: RunConfig) -> int:
+    identity = run_identity(config)
+    found = CheckpointManager(root=root, config=CheckpointConfig(), identity=identity).latest()
+    assert found is not None
+    return found.step
+
+
+def test_a_checkpoint_older_than_a_field_continues_with_its_default(tmp_path: Path) -> None:
+    save_without_later_fields(tmp_path, config=recipe())
+    assert resume(tmp_path, config=recipe()) == 100
+
+
+def test_a_checkpoint_older_than_a_field_refuses_another_value(tmp_path: Path) -> None:
+    save_without_later_fields(tmp_path, config=recipe())
+    other = recipe(overlong=Overlong.drop)
+    assert isinstance(other.data, TokenDataConfig)
+    other.data.sources["web"].packing = Packing.offline
+    other.data.validation["text"].every = 3
+    with pytest.raises(CheckpointError) as caught:
+        resume(tmp_path, config=other)
+    listed = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert listed == [
+        "  - data.overlong: 'cut' in the checkpoint, 'drop' here",
+        "  - data.sources.web.packing: None in the checkpoint, 'offline' here",
+        "  - data.validation.text.every: 1 in the checkpoint, 3 here",
+    ]
 
 
 def test_leftovers_of_killed_saves_are_removed_at_the_next_start(tmp_path: Path) -> None:

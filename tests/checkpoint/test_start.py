@@ -22,6 +22,9 @@ from emu35.checkpoint.source import Described, load_into
 from emu35.checkpoint.start import describe_start
 from emu35.cli import main
 from emu35.config import (
+    Adapter,
+    EngineConfig,
+    LayerSpec,
     LMConfig,
     PretrainConfig,
     RunConfig,
@@ -172,25 +175,68 @@ def test_a_release_of_ours_starts_a_run(release: Path) -> None:
 
 def test_it_says_what_was_taken_and_drawn(published: Path) -> None:
     lines: list[str] = []
-    other = replace(MODEL, rope_theta=1e4, hidden_dropout=0.1)
+    other = replace(MODEL, hidden_dropout=0.1)
     describe(published, config=other, message=lines.append)
     assert lines == [
         f"weights of the Qwen3 model {published}: 14 tensors",
         "vocabulary 151,936 -> 151,955: 151,643 text rows taken over, 312 rows drawn from the mean "
         "of the text rows + N(0, 0.02) with seed 7 (211 specials, 101 visual codes; the embedding "
         "of PAD is zero), 293 Qwen rows dropped",
-        "the same weights compute something else here: model.rope_theta is 1e+06 there and 10000 "
+    ]
+
+
+def test_published_weights_keep_the_settings_they_were_trained_with(
+    published: Path, release: Path, tmp_path: Path
+) -> None:
+    other = replace(MODEL, rope_theta=1e4, rms_norm_eps=1e-5)
+    told = (
+        r"model\.rope_theta is 1e\+06 there and 10000 here; model\.rms_norm_eps is 1e-06 there "
+        r"and 1e-05 here; set model\.rope_theta=1000000\.0 model\.rms_norm_eps=1e-06"
+    )
+    for origin in (published, release):
+        with pytest.raises(ConfigError, match=told):
+            preflight(origin, tmp_path=tmp_path, model=other)
+        with pytest.raises(CheckpointError, match=told):
+            describe(origin, config=other)
+
+
+def test_a_run_may_be_continued_with_other_settings(published: Path, tmp_path: Path) -> None:
+    options = ImportOptions(source=published, out=tmp_path / "parent", tokenizer=TOKENIZER)
+    import_(options, message=lambda text: None)
+    other = replace(MODEL, rope_theta=1e7)
+    preflight(tmp_path / "parent", tmp_path=tmp_path, model=other)
+    lines: list[str] = []
+    describe(tmp_path / "parent", config=other, message=lines.append)
+    assert lines == [
+        f"weights of step 0 of the run {tmp_path / 'parent'}",
+        "the same weights compute something else here: model.rope_theta is 1e+06 there and 1e+07 "
         "here",
     ]
+
+
+def test_adapters_do_not_start_from_qwen3(published: Path, release: Path, tmp_path: Path) -> None:
+    preflight(release, tmp_path=tmp_path, adapter=Adapter.lora)
+    with pytest.raises(ConfigError, match=r"is a Qwen3 model.*train all weights first.*or release"):
+        preflight(published, tmp_path=tmp_path, adapter=Adapter.lora)
+
+
+def test_fused_layers_do_not_start_from_adapters(release: Path, tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    (parent / "checkpoints" / "step_00000001").mkdir(parents=True)
+    stage = PretrainConfig(init_from=str(release), adapter=Adapter.lora)
+    write_config(RunConfig(model=MODEL, tokenizer=TOKENIZER, stage=stage), parent)
+    preflight(parent, tmp_path=tmp_path)
+    with pytest.raises(ConfigError, match=r"trained adapters.*use engine\.layers=local, or export"):
+        preflight(parent, tmp_path=tmp_path, engine=EngineConfig(layers=LayerSpec.te))
 
 
 def test_the_launching_host_needs_no_torch() -> None:
     code = """
 import sys
 from emu35.checkpoint.published import start_problems
-from emu35.config import LMConfig, TokenizerConfig
+from emu35.config import RunConfig
 from pathlib import Path
-assert list(start_problems(Path(sys.argv[1]), config=LMConfig(), tokenizer=TokenizerConfig()))
+assert list(start_problems(Path(sys.argv[1]), run=RunConfig()))
 sys.exit("torch" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code, "nowhere"], check=True)
@@ -230,7 +276,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def preflight(origin: Path, *, tmp_path: Path, **changes: Any) -> None:
+def preflight(
+    origin: Path, *, tmp_path: Path, adapter: Adapter = Adapter.none, **changes: Any
+) -> None:
     """What the launching host checks."""
     shards = tmp_path / "shards"
     shards.mkdir(exist_ok=True)
@@ -238,7 +286,7 @@ def preflight(origin: Path, *, tmp_path: Path, **changes: Any) -> None:
     config = RunConfig(
         run_dir=str(tmp_path / "run"),
         data=TokenDataConfig(sources={"text": SourceConfig(path=str(shards))}),
-        stage=PretrainConfig(init_from=str(origin)),
+        stage=PretrainConfig(init_from=str(origin), adapter=adapter),
         **(fields | changes),
     )
     check_inputs(config)

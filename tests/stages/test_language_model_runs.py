@@ -32,6 +32,7 @@ from emu35.model import mcore_config
 from emu35.run import worker
 from emu35.run.preflight import check_inputs
 from emu35.stages import pretrain, sft
+from emu35.tokens.vocabulary import vocabulary_of
 
 STEPS, STOP = 6, 3
 
@@ -103,6 +104,18 @@ def test_resume_with_dropout_is_bitwise(tmp_path: Path, shards: Path) -> None:
     plain = tmp_path / "plain"
     train(plain, shards=shards)
     assert rows(plain)[0]["loss"] != rows(whole)[0]["loss"]
+
+
+def test_the_embedding_of_padding_stays_zero(tmp_path: Path, shards: Path) -> None:
+    made = config(tmp_path, shards=shards)
+    made.optim.weight_decay = 0.5
+    made.log.every = 1
+    pretrain.run(made, run_dir=tmp_path)
+    assert all(row["tokens"] < 4 * 128 for row in rows(tmp_path)), "every step saw padding"
+    embedding_VH = state(tmp_path, step=STEPS)["embedding.word_embeddings.weight"]
+    pad = vocabulary_of(made.tokenizer).pad
+    assert not embedding_VH[pad].any()
+    assert embedding_VH[:pad].any(dim=1).all()
 
 
 def test_a_state_written_in_the_background_is_that_of_its_step(

@@ -244,6 +244,15 @@ def test_merging_in_bf16_rounds_once(base: Path) -> None:
         assert ((parameter.double() - exact).abs() <= exact.abs() * 2**-8).all()
 
 
+def test_a_run_opened_in_bf16_is_its_merged_weights_rounded(adapted: Path) -> None:
+    """Which are not the sum of what was rounded before."""
+    wide = dict(open_source(adapted, message=silent).model.named_parameters())
+    narrow = open_source(adapted, precision=Precision.bf16, message=silent).model
+    for name, parameter in narrow.named_parameters():
+        assert parameter.dtype is torch.bfloat16
+        assert torch.equal(parameter, wide[name].bfloat16()), name
+
+
 @pytest.mark.parametrize(
     ("values", "layers", "told"),
     [
