@@ -159,23 +159,32 @@ def test_a_recipe_says_how_its_sources_are_ingested_and_what_is_given_wins(
     (photos / "t.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps(chat)}\n")
     words = ["data", "ingest", "photos/t.jsonl", "--configs", "mine", "--recipe", "photos"]
 
-    def identity(out: str, *more: str) -> dict[str, object]:
+    def identity(out: str, *more: str, says: str) -> dict[str, object]:
         assert main([*words, *more]) == 0
-        assert capsys.readouterr().out.startswith("recipe photos, ")
+        assert capsys.readouterr().out.splitlines()[0] == f"recipe photos, {says}"
         return json.loads((tmp_path / out / ".ingest" / "manifest.json").read_text())["identity"]
 
-    taken = identity("shards/train", "--source", "text")
+    said = "sources.text: out shards/train, area 32x32..64x64, tokenizer bytes, sequence length 128"
+    taken = identity("shards/train", "--source", "text", says=said)
     assert (taken["source"], taken["codebook_size"], taken["tokenizer"]) == ("text", 64, "bytes")
     assert (taken["area"], taken["sequence_length"]) == ("1024..4096", 128)
     meta = Source(name="text", path=tmp_path / "shards" / "train").metas[0]
     assert meta.vision == taken["vision"] is not None
 
-    held_out = identity("shards/held_out", "--source", "held_out")
+    said = (
+        "validation.held_out: out shards/held_out, area 512x512, tokenizer bytes, "
+        "sequence length 128"
+    )
+    held_out = identity("shards/held_out", "--source", "held_out", says=said)
     assert held_out["area"] == 512 * 512, "where the experiment has no say, as without a recipe"
-    other = identity("shards/validation", "--source", "validation.text")
+    said = (
+        "validation.text: out shards/validation, area ..32x32, tokenizer bytes, sequence length 128"
+    )
+    other = identity("shards/validation", "--source", "validation.text", says=said)
     assert (other["source"], other["area"]) == ("text", "1..1024")
     given = ["--out", "own", "--area", "48x48", "--sequence-length", "200"]
-    own = identity("own", "--source", "text", *given)
+    said = "sources.text: out own, area 48x48, tokenizer bytes, sequence length 200"
+    own = identity("own", "--source", "text", *given, says=said)
     assert (own["area"], own["sequence_length"], own["codebook_size"]) == (48 * 48, 200, 64)
 
     for more, message in [

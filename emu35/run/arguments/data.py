@@ -159,19 +159,26 @@ def _ingest(arguments: argparse.Namespace) -> int:
     out: Path | None = arguments.out or recipe.out
     if out is None:
         raise ConfigError("--out is not given; name the folder for the shards, or a --recipe")
-    length: int | None = arguments.sequence_length
+    area: str = arguments.area or recipe.area or AREA
+    given: int | None = arguments.sequence_length
+    length = recipe.sequence_length if given is None else given
+    if recipe.title is not None:
+        print(
+            f"{recipe.title}: out {out}, area {area}, tokenizer {recipe.tokenizer.kind.value}, "
+            f"sequence length {length}"
+        )
     ingest(
         IngestOptions(
             inputs=arguments.inputs,
             out=out,
             source=recipe.source or arguments.source or out.absolute().name,
             tokenizer=recipe.tokenizer,
-            area=parse_area(arguments.area or recipe.area or AREA),
+            area=parse_area(area),
             order=PairOrder(arguments.order),
             text_unit=TextUnit(arguments.text_unit),
             starts=Starts(arguments.starts),
             layout=Layout(arguments.layout) if arguments.layout else None,
-            sequence_length=recipe.sequence_length if length is None else length,
+            sequence_length=length,
             shard_bytes=arguments.shard_bytes,
             images_per_call=arguments.images_per_call,
             threads=arguments.threads,

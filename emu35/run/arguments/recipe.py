@@ -13,7 +13,8 @@ from emu35.errors import ConfigError
 class Recipe:
     """Options of an ingestion that need not be given; those that are None have no say.
 
-    ``source`` is the name of the shards, ``out`` their folder, ``area`` as in ``--area``.
+    ``source`` is the name of the shards, ``out`` their folder, ``area`` as in ``--area``; ``title``
+    names experiment and source, where the options come from one.
     """
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -21,10 +22,11 @@ class Recipe:
     out: Path | None = None
     area: str | None = None
     sequence_length: int = 0
+    title: str | None = None
 
 
 def read_recipe(experiment: str, *, source: str | None, configs: Path | None) -> Recipe:
-    """How ``experiment`` wants its ``source`` ingested; says so in a line.
+    """How ``experiment`` wants its ``source`` ingested.
 
     ``source`` is the name of a source or, where there is none of that name, of a validation set;
     ``sources.NAME`` and ``validation.NAME`` tell two of one name apart. ``configs`` is a folder of
@@ -45,19 +47,14 @@ def read_recipe(experiment: str, *, source: str | None, configs: Path | None) ->
         )
     kind, name = _find(data, source, experiment=experiment)
     section = data.sources[name] if kind == "sources" else data.validation[name]
-    recipe = Recipe(
+    return Recipe(
         tokenizer=config.tokenizer,
         source=name,
         out=Path(section.path),
         area=section.area,
         sequence_length=data.sequence_length,
+        title=f"recipe {experiment}, {kind}.{name}",
     )
-    print(
-        f"recipe {experiment}, {kind}.{name}: out {section.path}, "
-        f"area {section.area or 'not said'}, tokenizer {config.tokenizer.kind.value}, "
-        f"sequence length {data.sequence_length}"
-    )
-    return recipe
 
 
 def _find(data: TokenDataConfig, source: str | None, *, experiment: str) -> tuple[str, str]:
