@@ -85,6 +85,8 @@ def shrink(config: RunConfig, *, data: Path) -> list[str]:
         "stage.steps=2",
         f"stage.global_batch_size={2 * ranks // (tp * cp * pp)}",
         f"data.sequence_length={section.sequence_length // 64}",
+        # Four rows are made in all: sixteen open ones would still be filling.
+        "data.open_bins=1",
         *(f"data.sources.{name}.path={folder_of(name, data=data)}" for name in section.sources),
         *(
             f"data.validation.{name}.path={folder_of(name, data=data)}"
