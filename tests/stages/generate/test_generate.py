@@ -191,7 +191,6 @@ def test_a_broken_reference_is_named(run: Path, tmp_path: Path) -> None:
         ({"prompts": ["good", "  "]}, "prompt 1: the prompt is empty"),
         ({"size": None, "ratio": "7:5"}, "'7:5' is unknown; use one of 4:3"),
         ({"ratio": "1:1"}, "give one of them"),
-        ({"task": Task.x2i}, "at least one"),
         ({"images": [Path("nowhere.png")]}, "nowhere.png does not exist"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
