@@ -49,20 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def fruit_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short sentences as token shards, to train tiny models on; read only."""
-    from emu35.data.ingest.options import IngestOptions
-    from emu35.data.readers.discover import TextUnit
-    from emu35.stages.data import ingest
+    """Forty short sentences as token shards; read only."""
+    from fruit import write_fruit
 
-    folder = tmp_path_factory.mktemp("fruit")
-    lines = (f"{i} apples and {i * i} pears are {i + i * i} pieces of fruit" for i in range(40))
-    (folder / "fruit.txt").write_text("\n".join(lines) + "\n")
-    ingest(
-        IngestOptions(
-            inputs=[folder / "fruit.txt"],
-            out=folder / "shards",
-            source="fruit",
-            text_unit=TextUnit.lines,
-        )
-    )
-    return folder / "shards"
+    return write_fruit(tmp_path_factory.mktemp("fruit"))

@@ -146,19 +146,23 @@ class RowLowRank(LowRank):
             return F.dropout(x_SBI, self.dropout)
 
 
-class ColumnLinear(ColumnParallelLinear):
-    """mcore's, with a place for an adapter."""
+class AdaptedLinear(torch.nn.Module):
+    """Goes before one of mcore's linear maps, which it gives a place for an adapter."""
 
-    adapter: ColumnLowRank | None
+    beside: type[LowRank]
+    """The adapter that fits the map."""
+    adapter: LowRank | None
     target: LoRATarget | None = None
+    weight: torch.nn.Parameter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_module("adapter", None)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """mcore's output, with the adapter's addition if there is one, and mcore's bias."""
         output, bias = super().forward(input_, *args, **kwargs)
         if self.adapter is not None:
             output = self.adapter(input_, base_SBO=output)
@@ -167,47 +171,31 @@ class ColumnLinear(ColumnParallelLinear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return state | _adapter_state(self, prefix, sharded_offsets, metadata)
+        """mcore's entries; the adapter's are its own, as mcore takes every matrix but the weight
+        for unsplit."""
+        state = super().sharded_state_dict(  # type: ignore[misc]
+            prefix, sharded_offsets, metadata
+        )
+        if self.adapter is None:
+            return state
+        return state | self.adapter.sharded_state_dict(
+            f"{prefix}adapter.",
+            sharded_offsets,
+            metadata,
+            halves=self.target is LoRATarget.linear_fc1,
+        )
 
 
-class RowLinear(RowParallelLinear):
+class ColumnLinear(AdaptedLinear, ColumnParallelLinear):  # type: ignore[misc]
     """mcore's, with a place for an adapter."""
 
-    adapter: RowLowRank | None
-    target: LoRATarget | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_module("adapter", None)
-
-    def forward(  # type: ignore[override]
-        self, input_: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output, bias = super().forward(input_)
-        if self.adapter is not None:
-            output = self.adapter(input_, base_SBO=output)
-        return output, bias
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
-    ) -> dict[str, Any]:
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return state | _adapter_state(self, prefix, sharded_offsets, metadata)
+    beside = ColumnLowRank
 
 
-def _adapter_state(
-    linear: ColumnLinear | RowLinear, prefix: str, sharded_offsets: Any, metadata: Any
-) -> dict[str, Any]:
-    """In place of mcore's entries, which take every matrix but the weight for unsplit."""
-    if linear.adapter is None:
-        return {}
-    return linear.adapter.sharded_state_dict(
-        f"{prefix}adapter.",
-        sharded_offsets,
-        metadata,
-        halves=linear.target is LoRATarget.linear_fc1,
-    )
+class RowLinear(AdaptedLinear, RowParallelLinear):  # type: ignore[misc]
+    """mcore's, with a place for an adapter."""
+
+    beside = RowLowRank
 
 
 def train_adapters(model: Emu35Model, *, config: LoRAConfig, seed: int) -> None:
@@ -228,7 +216,7 @@ def attach_adapters(model: Emu35Model, *, config: LoRAConfig) -> None:
         ConfigError: the layers are transformer-engine's, which have no place for one.
     """
     for name, linear in _targets(model, config=config).items():
-        if not isinstance(linear, ColumnLinear | RowLinear):
+        if not isinstance(linear, AdaptedLinear):
             raise ConfigError(
                 [
                     f"{name} is a layer of transformer-engine, which has no place for an adapter; "
@@ -238,8 +226,7 @@ def attach_adapters(model: Emu35Model, *, config: LoRAConfig) -> None:
             )
         assert linear.adapter is None, name
         linear.target = LoRATarget(name.rsplit(".", 1)[-1])
-        kind = ColumnLowRank if isinstance(linear, ColumnLinear) else RowLowRank
-        linear.adapter = kind(linear, config=config)  # type: ignore[assignment]
+        linear.adapter = linear.beside(linear, config=config)
 
 
 @contextmanager
@@ -276,7 +263,6 @@ def merge_adapters(model: Emu35Model) -> None:
     for linear in adapted_linears(model).values():
         adapter = linear.adapter
         assert adapter is not None
-        assert linear.weight is not None
         addition = (adapter.b.float() @ adapter.a.float()).mul_(adapter.scale)
         linear.weight.copy_(addition.add_(linear.weight))
         linear.adapter = None
@@ -293,15 +279,15 @@ def without_adapters(model: Emu35Model) -> Iterator[None]:
         yield
     finally:
         for name, linear in linears.items():
-            linear.adapter = kept[name]  # type: ignore[assignment]
+            linear.adapter = kept[name]
 
 
-def adapted_linears(model: Emu35Model) -> dict[str, ColumnLinear | RowLinear]:
+def adapted_linears(model: Emu35Model) -> dict[str, AdaptedLinear]:
     """The linear maps that have an adapter, by name."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, ColumnLinear | RowLinear) and module.adapter is not None
+        if isinstance(module, AdaptedLinear) and module.adapter is not None
     }
 
 

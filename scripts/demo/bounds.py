@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from emu35.data.scenes.describe import Scene
 from emu35.data.scenes.render import render
 from emu35.data.scenes.task_score import score_answer
 from emu35.vision.codec import ImageCodec, load_codec
-from emu35.vision.resize import to_image, to_pixels
+from through import through
 
 Prompts = Sequence[Mapping[str, Any]]
 Pictures = Sequence[Sequence[NDArray[np.uint8]]]
@@ -48,7 +47,7 @@ def ceiling(prompts: Prompts, *, vision: Path, resolution: int) -> dict[str, flo
         right: list[bool] = []
         for expect in (prompts[index]["expect"] for index in indices):
             scenes = [Scene.from_json(scene) for scene in expect.get("scenes", [])]
-            shown = [_through(codec, scene, resolution=resolution) for scene in scenes]
+            shown = [_decoded(codec, scene, resolution=resolution) for scene in scenes]
             text = str(expect.get("answer", ""))
             right.append(score_answer(expect, text=text, pictures=shown).right)
         shares[task] = sum(right) / len(right)
@@ -62,12 +61,9 @@ def _constant(prompts: Prompts) -> float:
     return sum(answers.most_common(1)[0][1] for answers in by_kind.values()) / len(prompts)
 
 
-def _through(codec: ImageCodec, scene: Scene, *, resolution: int) -> NDArray[np.uint8]:
-    pixels_3HW = to_pixels(
-        render(scene, resolution=resolution), area=resolution**2, factor=codec.factor
-    )
-    codes_BHW = codec.encode(torch.from_numpy(pixels_3HW)[None])
-    return np.asarray(to_image(codec.decode(codes_BHW)[0].numpy()))
+def _decoded(codec: ImageCodec, scene: Scene, *, resolution: int) -> NDArray[np.uint8]:
+    picture = render(scene, resolution=resolution)
+    return np.asarray(through(codec, picture, resolution=resolution)[1])
 
 
 def _by_task(prompts: Prompts) -> dict[str, list[int]]:

@@ -6,17 +6,14 @@ below; what a step runs is printed as the ``emu35`` command that a person could 
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from budget import BUDGETS, Budget
-from emu35.config import IBQConfig
-from emu35.config.io import read_config
 from emu35.errors import Emu35Error
-from steps import Runner, Step, Stopped, duration, say, write_json, write_text
+from steps import Runner, Step, Stopped, duration, say, shown, write_json, write_text
 from tuning import Tuning
 
 SEED = 7
@@ -96,13 +93,6 @@ class Demo:
     def verification(self) -> Path:
         return self.out / "verification.json"
 
-    @property
-    def tokenizer_config(self) -> IBQConfig:
-        """That of the image tokenizer's run; what follows takes its numbers from there."""
-        model = read_config(self.tokenizer_run).model
-        assert isinstance(model, IBQConfig)
-        return model
-
     # ------------------------------------------------------------------ steps
 
     def corpus(self) -> None:
@@ -149,9 +139,9 @@ class Demo:
         self.runner.emu35(
             "run",
             "experiment=demo/ibq",
-            f"run_dir={_shown(self.tokenizer_run)}",
-            f"data.paths=[{','.join(map(_shown, paths))}]",
-            f"data.validation_paths=[{_shown(scenes / 'val-00000.tar')}]",
+            f"run_dir={shown(self.tokenizer_run)}",
+            f"data.paths=[{','.join(map(shown, paths))}]",
+            f"data.validation_paths=[{shown(scenes / 'val-00000.tar')}]",
             f"data.resolution={self.budget.resolution}",
             *self.budget.tokenizer_overrides,
         )
@@ -170,15 +160,15 @@ class Demo:
         self.runner.emu35(
             "data",
             "ingest",
-            _shown(path),
+            shown(path),
             "--out",
-            _shown(self.shards / source),
+            shown(self.shards / source),
             "--source",
             source,
             "--vision",
-            _shown(self.vision),
+            shown(self.vision),
             "--codebook-size",
-            str(self.tokenizer_config.n_embed),
+            str(self.tuning.tokenizer_config.n_embed),
             "--area",
             str(self.budget.resolution**2),
             *options,
@@ -189,11 +179,11 @@ class Demo:
         self.runner.emu35(
             "run",
             "experiment=demo/pretrain",
-            f"run_dir={_shown(self.pretrain_run)}",
-            f"tokenizer.vision={_shown(self.vision)}",
-            f"tokenizer.codebook_size={self.tokenizer_config.n_embed}",
+            f"run_dir={shown(self.pretrain_run)}",
+            f"tokenizer.vision={shown(self.vision)}",
+            f"tokenizer.codebook_size={self.tuning.tokenizer_config.n_embed}",
             *(
-                f"data.sources.{name}.path={_shown(self.shards / folder)}"
+                f"data.sources.{name}.path={shown(self.shards / folder)}"
                 for name, folder in (
                     ("scenes_t2i", "scenes/caption_first"),
                     ("scenes_i2t", "scenes/image_first"),
@@ -204,8 +194,8 @@ class Demo:
                     ("dialogues", "dialogues"),
                 )
             ),
-            f"data.validation.t2i.path={_shown(self.shards / 'validation/caption_first')}",
-            f"data.validation.i2t.path={_shown(self.shards / 'validation/image_first')}",
+            f"data.validation.t2i.path={shown(self.shards / 'validation/caption_first')}",
+            f"data.validation.i2t.path={shown(self.shards / 'validation/image_first')}",
             *self.budget.pretrain_overrides,
         )
 
@@ -213,17 +203,17 @@ class Demo:
         """One picture for each held-out caption, read back by the verifier."""
         from evaluate import evaluate, find_pictures, read_lines
 
-        side = self.budget.resolution // self.tokenizer_config.factor
+        side = self.budget.resolution // self.tuning.tokenizer_config.factor
         self.runner.emu35(
             "generate",
             "--run",
-            _shown(self.pretrain_run),
+            shown(self.pretrain_run),
             "--task",
             "t2i",
             "--prompts-file",
-            _shown(self.prompts),
+            shown(self.prompts),
             "--out",
-            _shown(self.generated),
+            shown(self.generated),
             "--size",
             f"{side}x{side}",
             *self.budget.generate_options,
@@ -246,13 +236,13 @@ class Demo:
         if self.release_folder.exists():
             # Ours, from an attempt that was stopped between the two commands.
             shutil.rmtree(self.release_folder)
-        run, release = _shown(self.sft_run), _shown(self.release_folder)
+        run, release = shown(self.sft_run), shown(self.release_folder)
         self.runner.emu35("convert", "export", "--run", run, "--out", release)
         self._verify()
 
     def _verify(self) -> None:
         """What was compared and how far it differs, kept for the summary once all checks passed."""
-        run, release = _shown(self.sft_run), _shown(self.release_folder)
+        run, release = shown(self.sft_run), shown(self.release_folder)
         found = self.runner.emu35_json(
             "convert", "verify", "--release", release, "--against", run, "--json"
         )
@@ -304,11 +294,6 @@ def _tell_progress(what: str, *, done: int, total: int) -> None:
         say(f"  {what} {done}/{total}")
 
 
-def _shown(path: Path) -> str:
-    """Relative to where the demo was started, so that printed commands can be typed as they are."""
-    return os.path.relpath(path)
-
-
 def _refuse(reason: str) -> int:
     print(f"demo: {reason}", file=sys.stderr)
     return 2
@@ -352,7 +337,7 @@ def _go(out: Path, *, budget_name: str, until: str | None) -> int:
     if differing := runner.claim(settings):
         what = "budget" if "budget" in differing else " and ".join(differing)
         return _refuse(
-            f"{_shown(out)} holds a demo with another {what}; "
+            f"{shown(out)} holds a demo with another {what}; "
             "choose another folder or remove that one"
         )
     demo = Demo(out=out, budget=budget, budget_name=budget_name, runner=runner)
@@ -363,7 +348,7 @@ def _go(out: Path, *, budget_name: str, until: str | None) -> int:
         say(
             f"\ndone in {duration(summary['seconds'])}: colour {summary['colour_accuracy']:.0%}, "
             f"shape {summary['shape_accuracy']:.0%}; tasks {summary['tasks_pretrain']:.0%} before "
-            f"fine-tuning, {summary['tasks_sft']:.0%} after\nopen {_shown(out / 'report.html')}"
+            f"fine-tuning, {summary['tasks_sft']:.0%} after\nopen {shown(out / 'report.html')}"
         )
     return 0
 

@@ -187,6 +187,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def shown(path: Path) -> str:
+    """Relative to where the demo was started, so that printed commands can be typed as they are."""
+    return os.path.relpath(path)
+
+
 def duration(seconds: float) -> str:
     """``4.2 s`` or ``3 min 05 s``."""
     if seconds < 60:

@@ -56,20 +56,14 @@ def reconstructions(
     *, codec_folder: Path, scenes: Path, photos: Path, resolution: int
 ) -> list[Reconstruction]:
     """Held-out scenes and photographs, encoded and decoded."""
-    import torch
-
     from emu35.vision.codec import load_codec
-    from emu35.vision.resize import to_image, to_pixels
+    from through import through
 
     codec = load_codec(codec_folder)
     shown: list[Reconstruction] = []
     for name, image in (*_scenes(scenes), *_photos(photos)):
-        pixels_3HW = to_pixels(image, area=resolution**2, factor=codec.factor)
-        codes_BHW = codec.encode(torch.from_numpy(pixels_3HW)[None])
-        decoded_3HW = codec.decode(codes_BHW)[0].numpy()
-        shown.append(
-            Reconstruction(name=name, original=to_image(pixels_3HW), decoded=to_image(decoded_3HW))
-        )
+        original, decoded = through(codec, image, resolution=resolution)
+        shown.append(Reconstruction(name=name, original=original, decoded=decoded))
     return shown
 
 

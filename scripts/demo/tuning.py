@@ -2,7 +2,6 @@
 before and after."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from emu35.config.io import read_config
 from emu35.data.scenes.task_score import AnswerScore, score_answer
 from emu35.data.scenes.tasks import write_task, write_task_prompts
 from evaluate import read_lines
-from steps import Runner, say, write_json, write_text
+from steps import Runner, say, shown, write_json, write_text
 
 MODELS = {"pretrain": "pretraining alone", "sft": "fine-tuning", "lora": "adapters alone"}
 """Name of a run in the demo's folder -> what the report calls it."""
@@ -58,15 +57,15 @@ class Tuning:
             self.runner.emu35(
                 "data",
                 "ingest",
-                _shown(path),
+                shown(path),
                 "--recipe",
                 "demo/sft",
                 "--source",
                 task,
                 "--out",
-                _shown(self._shards(task)),
+                shown(self._shards(task)),
                 "--vision",
-                _shown(self.vision),
+                shown(self.vision),
                 "--codebook-size",
                 str(self.tokenizer_config.n_embed),
             )
@@ -116,12 +115,12 @@ class Tuning:
         self.runner.emu35(
             "run",
             f"experiment={experiment}",
-            f"run_dir={_shown(self.out / name)}",
-            f"stage.init_from={_shown(self.out / 'pretrain')}",
-            f"tokenizer.vision={_shown(self.vision)}",
+            f"run_dir={shown(self.out / name)}",
+            f"stage.init_from={shown(self.out / 'pretrain')}",
+            f"tokenizer.vision={shown(self.vision)}",
             f"tokenizer.codebook_size={self.tokenizer_config.n_embed}",
             *(
-                f"data.sources.{task}.path={_shown(self._shards(task))}"
+                f"data.sources.{task}.path={shown(self._shards(task))}"
                 for task in self.budget.task_records
             ),
             *overrides,
@@ -132,13 +131,13 @@ class Tuning:
         self.runner.emu35(
             "generate",
             "--run",
-            _shown(self.out / name),
+            shown(self.out / name),
             "--prompts-file",
-            _shown(self.heldout),
+            shown(self.heldout),
             "--image-area",
             str(self.budget.resolution**2),
             "--out",
-            _shown(self.out / "answers" / name),
+            shown(self.out / "answers" / name),
             *self.budget.answer_options,
         )
 
@@ -180,8 +179,3 @@ def _accuracy(
 def _pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def _shown(path: Path) -> str:
-    """Relative to where the demo was started, so that printed commands can be typed as they are."""
-    return os.path.relpath(path)

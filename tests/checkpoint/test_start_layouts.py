@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fruit import write_fruit
 from start_worker import LAYOUTS, MODEL, TOKENS_S, start, text_logits
 from tiny_qwen3 import TEXT_ROWS, TOKENIZER, make_qwen3, model_of
 from torchrun_ranks import run_ranks
@@ -21,11 +22,8 @@ from emu35.config import (
 )
 from emu35.config.data import SourceConfig
 from emu35.config.io import write_config
-from emu35.data.ingest.options import IngestOptions
-from emu35.data.readers.discover import TextUnit
 from emu35.model.names import weights_by_name
 from emu35.stages import pretrain
-from emu35.stages.data import ingest
 from emu35.stages.release import ExportOptions, export
 
 WORKER = Path(__file__).parent / "start_worker.py"
@@ -58,19 +56,7 @@ def test_one_process_gives_the_logits_of_transformers(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory, table: Path) -> Path:
     """Sentences under the released text table."""
-    folder = tmp_path_factory.mktemp("sentences")
-    lines = (f"{i} apples and {i * i} pears are {i + i * i} pieces of fruit" for i in range(40))
-    (folder / "fruit.txt").write_text("\n".join(lines) + "\n")
-    ingest(
-        IngestOptions(
-            inputs=[folder / "fruit.txt"],
-            out=folder / "shards",
-            source="fruit",
-            text_unit=TextUnit.lines,
-            tokenizer=TOKENIZER,
-        )
-    )
-    return folder / "shards"
+    return write_fruit(tmp_path_factory.mktemp("sentences"), tokenizer=TOKENIZER)
 
 
 def configure(

@@ -130,40 +130,17 @@ MORE_LAYOUTS = {
 }
 
 
-def check(
-    layout: dict,
-    *,
-    reference: dict,
-    oracle: dict[str, Any],
-    trained: Path,
-    pools: dict[int, RankPool],
-    folder: Path,
-) -> None:
-    spec = dict(layout)
-    pool = pools[spec.pop("ranks")]
-    assert_same(pool.train(lora=LORA, spans=True, **spec), reference)
-    found = pool.train(
-        lora=LORA,
-        optim=GRADIENT,
-        load=str(trained),
-        steps=1,
-        validate=False,
-        save=str(folder),
-        **spec,
-    )
-    assert found["metrics"][0]["loss"] == pytest.approx(oracle["loss"], rel=1e-5)
-    state, gradients = tensors(folder), oracle["gradients"]
-    # The optimizer holds the adapters and nothing else.
-    assert {n for n in state if n.startswith(MOMENT)} == {MOMENT + n for n in gradients}
-    for name, expected in gradients.items():
-        gradient = state[MOMENT + name].double()
-        assert expected.abs().max() > 0, name
-        error = (gradient - expected).norm() / expected.norm()
-        assert error < 1e-4, (name, float(error))
-
-
 @pytest.mark.multiproc
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *(pytest.param(layout, id=name) for name, layout in LAYOUTS.items()),
+        *(
+            pytest.param(layout, id=name, marks=pytest.mark.slow)
+            for name, layout in MORE_LAYOUTS.items()
+        ),
+    ],
+)
 def test_every_adapter_gets_the_gradient_of_the_merged_matrix(
     layout: dict,
     reference: dict,
@@ -173,23 +150,27 @@ def test_every_adapter_gets_the_gradient_of_the_merged_matrix(
     tmp_path: Path,
 ) -> None:
     """And five steps from the beginning are those of one process."""
-    folder = tmp_path / "after"
-    check(layout, reference=reference, oracle=oracle, trained=trained, pools=pools, folder=folder)
-
-
-@pytest.mark.slow
-@pytest.mark.multiproc
-@pytest.mark.parametrize("layout", MORE_LAYOUTS.values(), ids=MORE_LAYOUTS)
-def test_more_layouts_train_adapters_alike(
-    layout: dict,
-    reference: dict,
-    oracle: dict[str, Any],
-    trained: Path,
-    pools: dict[int, RankPool],
-    tmp_path: Path,
-) -> None:
-    folder = tmp_path / "after"
-    check(layout, reference=reference, oracle=oracle, trained=trained, pools=pools, folder=folder)
+    spec = dict(layout)
+    pool = pools[spec.pop("ranks")]
+    assert_same(pool.train(lora=LORA, spans=True, **spec), reference)
+    found = pool.train(
+        lora=LORA,
+        optim=GRADIENT,
+        load=str(trained),
+        steps=1,
+        validate=False,
+        save=str(tmp_path / "after"),
+        **spec,
+    )
+    assert found["metrics"][0]["loss"] == pytest.approx(oracle["loss"], rel=1e-5)
+    state, gradients = tensors(tmp_path / "after"), oracle["gradients"]
+    # The optimizer holds the adapters and nothing else.
+    assert {n for n in state if n.startswith(MOMENT)} == {MOMENT + n for n in gradients}
+    for name, expected in gradients.items():
+        gradient = state[MOMENT + name].double()
+        assert expected.abs().max() > 0, name
+        error = (gradient - expected).norm() / expected.norm()
+        assert error < 1e-4, (name, float(error))
 
 
 def test_the_first_step_is_that_of_the_base(reference: dict, pools: dict[int, RankPool]) -> None:

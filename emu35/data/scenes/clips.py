@@ -23,6 +23,7 @@ from emu35.data.scenes.describe import (
     split_of,
 )
 from emu35.data.scenes.render import render
+from emu35.files import write_atomically
 
 FRAMES = 3
 
@@ -84,5 +85,5 @@ def write_clips(
         if progress is not None:
             progress(number + 1)
     path = folder / "clips.jsonl"
-    path.write_text("".join(lines), encoding="utf-8")
+    write_atomically(path, content="".join(lines).encode())
     return path

@@ -28,6 +28,7 @@ from emu35.data.scenes.describe import (
     split_of,
 )
 from emu35.data.scenes.render import render
+from emu35.files import write_atomically
 
 FEW = (0.7, 0.3)
 """Shares of one and two objects in scenes that are asked about or edited."""
@@ -174,7 +175,7 @@ def write_task(
         if progress is not None:
             progress(number + 1)
     path = folder / f"{task}.jsonl"
-    path.write_text("".join(lines), encoding="utf-8")
+    write_atomically(path, content="".join(lines).encode())
     return path
 
 
