@@ -43,7 +43,7 @@ _TINY_MODEL = (
 )
 
 BUDGETS = {
-    # Aims at seventeen minutes on two cores, of which pretraining takes the most.
+    # Aims at eighteen minutes on two cores, of which pretraining takes the most.
     "default": Budget(
         resolution=64,
         train_scenes=6000,
@@ -60,7 +60,7 @@ BUDGETS = {
         sft_overrides=(),
         lora_overrides=(),
         answer_options=(
-            *("--guidance", "1", "--temperature", "0.4", "--text-temperature", "0.1"),
+            *("--guidance", "1", "--temperature", "0.1", "--text-temperature", "0.1"),
             *("--max-new-tokens", "256"),
         ),
     ),
