@@ -48,7 +48,7 @@ from emu35.model.lora import train_adapters
 from emu35.model.mask import AttentionMask
 from emu35.parallel.collectives import barrier, is_main
 from emu35.parallel.mesh import Mesh, init_mesh, leave
-from emu35.train.objective import causal_mask, weights_by_modality
+from emu35.train.objective import Term, mask_of, weights_by_modality
 from emu35.train.step import HeldOut, LMTask
 
 LENGTH, ROWS, VOCABULARY = 48, 8, 301
@@ -256,9 +256,9 @@ def make_task(spec: dict) -> LMTask:
                 token_weights=weights_by_modality(stage.loss_weights),
             )
         },
-        token_weights=weights_by_modality(stage.loss_weights),
+        terms=[Term(name="labels", token_weights=weights_by_modality(stage.loss_weights))],
         sources=SOURCES,
-        batch_mask=with_spans if spans else causal_mask,
+        batch_mask=with_spans if spans else mask_of,
     )
 
 

@@ -1,0 +1,129 @@
+"""Discrete diffusion adaptation (paper section 4.3): pretraining's assembly, with a noisy copy of
+every picture behind each row and two losses, on the clean documents and on the copies."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from emu35.config import PathKind, RunConfig
+from emu35.config.dida import DiDAConfig
+from emu35.data.batch import Batch
+from emu35.dida.corrupt import Corruption
+from emu35.dida.layout import NoisyCopies
+from emu35.dida.path import Path as ProbabilityPath
+from emu35.dida.path import build_path
+from emu35.errors import ConfigError
+from emu35.model.attention.support import MaskKind
+from emu35.parallel.mesh import Mesh
+from emu35.stages.pretrain import Objective, View, train_language_model
+from emu35.tokens.vocabulary import vocabulary_of
+from emu35.train.objective import (
+    Term,
+    TokenWeights,
+    Weigh,
+    response_weights,
+    weights_by_modality,
+)
+from emu35.train.trainer import FitResult
+from emu35.vision.codec import read_codebook
+
+VALIDATION_TIMES = (0.25, 0.5, 0.75)
+"""Times at which the copies of validation pictures are predicted: ``NAME_t25`` and so on."""
+
+
+def run(config: RunConfig, *, run_dir: Path) -> FitResult:
+    """Adapt as configured, or continue what ``run_dir`` holds.
+
+    Raises:
+        Emu35Error: for anything a user can mend; Interrupted after a signal, saved.
+    """
+    return train_language_model(
+        config, run_dir=run_dir, objective=partial(dida_objective, config=config)
+    )
+
+
+def dida_objective(mesh: Mesh, *, config: RunConfig) -> Objective:
+    """The clean documents' next tokens, and the codes of noisy copies.
+
+    Raises:
+        ConfigError, ReleaseError: the codebook that the path needs is missing or another one.
+    """
+    stage = config.stage
+    assert isinstance(stage, DiDAConfig)
+    vocabulary = vocabulary_of(config.tokenizer)
+    weigh: Weigh = (
+        partial(response_weights, vocabulary=vocabulary)
+        if stage.responses_only
+        else weights_by_modality
+    )
+    copies = NoisyCopies(
+        vocabulary=vocabulary, room=stage.noisy_length, per_document=stage.noisy_images
+    )
+    corruption = partial(
+        Corruption,
+        path=_path(config, mesh=mesh),
+        vocabulary=vocabulary,
+        device=mesh.device,
+        seed=config.seed,
+        shift=stage.time_shift,
+        reference_codes=stage.time_shift_codes,
+    )
+    views = {
+        f"_t{round(100 * time)}": View(
+            token_weights=noisy_weights, prepare=copies, finish=corruption(time=time)
+        )
+        for time in VALIDATION_TIMES
+    }
+    return Objective(
+        weigh=weigh,
+        terms=[
+            Term(
+                name="next_token",
+                token_weights=clean_weights(weigh(stage.loss_weights)),
+                share=stage.ar_weight,
+            ),
+            Term(name="noisy", token_weights=noisy_weights, share=stage.noisy_weight),
+        ],
+        masks=MaskKind.intervals,
+        prepare=copies,
+        finish=corruption(),
+        views={"": View(), **views},
+    )
+
+
+def noisy_weights(batch: Batch) -> torch.Tensor:
+    """1 for every code of a noisy copy that has a label, fp32 [B, S]."""
+    assert batch.noisy is not None
+    return ((batch.noisy >= 0) & batch.label_valid).float()
+
+
+def clean_weights(token_weights: TokenWeights) -> TokenWeights:
+    """``token_weights`` outside the noisy copies."""
+
+    def outside(batch: Batch) -> torch.Tensor:
+        assert batch.noisy is not None
+        return token_weights(batch) * (batch.noisy < 0)
+
+    return outside
+
+
+def _path(config: RunConfig, *, mesh: Mesh) -> ProbabilityPath:
+    assert isinstance(config.stage, DiDAConfig)
+    size, vision = config.tokenizer.codebook_size, config.tokenizer.vision
+    if config.stage.path.kind is PathKind.metric:
+        if vision is None:
+            raise ConfigError(
+                "stage.path.kind=metric measures distances in the codebook, but tokenizer.vision "
+                "names no image tokenizer; name one, or use mixture_uniform or absorbing"
+            )
+        codebook_KD = read_codebook(Path(vision).expanduser())
+        if len(codebook_KD) != size:
+            raise ConfigError(
+                f"tokenizer.vision={vision} has {len(codebook_KD)} codes, but "
+                f"tokenizer.codebook_size={size}; make them equal"
+            )
+    else:
+        codebook_KD = torch.empty(size, 0)
+    group = mesh.tp_group if mesh.tp_size > 1 else None
+    return build_path(config.stage.path, codebook_KD=codebook_KD.to(mesh.device), group=group)
