@@ -11,7 +11,6 @@ from emu35.config.dida import DiDAConfig
 from emu35.data.batch import Batch
 from emu35.dida.corrupt import Corruption
 from emu35.dida.layout import NoisyCopies
-from emu35.dida.path import Path as ProbabilityPath
 from emu35.dida.path import build_path
 from emu35.errors import ConfigError
 from emu35.model.attention.support import MaskKind
@@ -38,19 +37,23 @@ def run(config: RunConfig, *, run_dir: Path) -> FitResult:
     Raises:
         Emu35Error: for anything a user can mend; Interrupted after a signal, saved.
     """
+    codebook_KD = path_codebook(config)
     return train_language_model(
-        config, run_dir=run_dir, objective=partial(dida_objective, config=config)
+        config,
+        run_dir=run_dir,
+        objective=partial(dida_objective, config=config, codebook_KD=codebook_KD),
     )
 
 
-def dida_objective(mesh: Mesh, *, config: RunConfig) -> Objective:
-    """The clean documents' next tokens, and the codes of noisy copies.
-
-    Raises:
-        ConfigError, ReleaseError: the codebook that the path needs is missing or another one.
-    """
+def dida_objective(mesh: Mesh, *, config: RunConfig, codebook_KD: torch.Tensor) -> Objective:
+    """The clean documents' next tokens, and the codes of noisy copies."""
     stage = config.stage
     assert isinstance(stage, DiDAConfig)
+    path = build_path(
+        stage.path,
+        codebook_KD=codebook_KD.to(mesh.device),
+        group=mesh.tp_group if mesh.tp_size > 1 else None,
+    )
     vocabulary = vocabulary_of(config.tokenizer)
     weigh: Weigh = (
         partial(response_weights, vocabulary=vocabulary)
@@ -62,7 +65,7 @@ def dida_objective(mesh: Mesh, *, config: RunConfig) -> Objective:
     )
     corruption = partial(
         Corruption,
-        path=_path(config, mesh=mesh),
+        path=path,
         vocabulary=vocabulary,
         device=mesh.device,
         seed=config.seed,
@@ -108,22 +111,25 @@ def clean_weights(token_weights: TokenWeights) -> TokenWeights:
     return outside
 
 
-def _path(config: RunConfig, *, mesh: Mesh) -> ProbabilityPath:
+def path_codebook(config: RunConfig) -> torch.Tensor:
+    """The codebook [K, D] whose distances the path measures; [K, 0] for paths that measure none.
+
+    Raises:
+        ConfigError, ReleaseError: it is missing, or another one than the tokens are of.
+    """
     assert isinstance(config.stage, DiDAConfig)
     size, vision = config.tokenizer.codebook_size, config.tokenizer.vision
-    if config.stage.path.kind is PathKind.metric:
-        if vision is None:
-            raise ConfigError(
-                "stage.path.kind=metric measures distances in the codebook, but tokenizer.vision "
-                "names no image tokenizer; name one, or use mixture_uniform or absorbing"
-            )
-        codebook_KD = read_codebook(Path(vision).expanduser())
-        if len(codebook_KD) != size:
-            raise ConfigError(
-                f"tokenizer.vision={vision} has {len(codebook_KD)} codes, but "
-                f"tokenizer.codebook_size={size}; make them equal"
-            )
-    else:
-        codebook_KD = torch.empty(size, 0)
-    group = mesh.tp_group if mesh.tp_size > 1 else None
-    return build_path(config.stage.path, codebook_KD=codebook_KD.to(mesh.device), group=group)
+    if config.stage.path.kind is not PathKind.metric:
+        return torch.empty(size, 0)
+    if vision is None:
+        raise ConfigError(
+            "stage.path.kind=metric measures distances in the codebook, but tokenizer.vision names "
+            "no image tokenizer; name one, or use mixture_uniform or absorbing"
+        )
+    codebook_KD = read_codebook(Path(vision).expanduser())
+    if len(codebook_KD) != size:
+        raise ConfigError(
+            f"tokenizer.vision={vision} has {len(codebook_KD)} codes, but "
+            f"tokenizer.codebook_size={size}; make them equal"
+        )
+    return codebook_KD
