@@ -10,12 +10,14 @@ from emu35.config import PathKind, RunConfig
 from emu35.config.dida import DiDAConfig
 from emu35.data.batch import Batch
 from emu35.dida.corrupt import Corruption
+from emu35.dida.drop import PromptDrop
 from emu35.dida.layout import NoisyCopies
 from emu35.dida.path import build_path
 from emu35.errors import ConfigError
 from emu35.model.attention.support import MaskKind
 from emu35.parallel.mesh import Mesh
 from emu35.stages.pretrain import Objective, View, train_language_model
+from emu35.tokens.text import build_text_tokenizer
 from emu35.tokens.vocabulary import vocabulary_of
 from emu35.train.objective import (
     Term,
@@ -63,6 +65,11 @@ def dida_objective(mesh: Mesh, *, config: RunConfig, codebook_KD: torch.Tensor) 
     copies = NoisyCopies(
         vocabulary=vocabulary, room=stage.noisy_length, per_document=stage.noisy_images
     )
+    drop = PromptDrop(
+        tokenizer=build_text_tokenizer(config.tokenizer),
+        share=stage.prompt_drop,
+        seed=config.seed,
+    )
     corruption = partial(
         Corruption,
         path=path,
@@ -89,7 +96,7 @@ def dida_objective(mesh: Mesh, *, config: RunConfig, codebook_KD: torch.Tensor) 
             Term(name="noisy", token_weights=noisy_weights, share=stage.noisy_weight),
         ],
         masks=MaskKind.intervals,
-        prepare=copies,
+        prepare=lambda batch: copies(drop(batch)),
         finish=corruption(),
         views={"": View(), **views},
     )

@@ -1,5 +1,6 @@
 """What a token's loss is worth, and what is reported about it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -191,7 +192,8 @@ class LossReport:
         For each of ``terms`` (names, in order) that occurred ``loss_NAME``, its mean. For each of
         ``sources`` (names, in order) also ``share/NAME``, its share of the label weights, 0 where
         none of its labels counted, and otherwise ``loss/NAME``, its mean with the label weights:
-        the losses of the sources, weighted by their shares, add up to ``loss``.
+        the losses of the sources, weighted by their shares, add up to ``loss`` divided by the sum
+        of its terms' shares.
         """
         metrics = {"loss": self.weighted}
         if self.text_tokens:
@@ -202,10 +204,11 @@ class LossReport:
             for name, total, weight in zip(terms, self.term, self.term_weight, strict=True):
                 if weight > 0:
                     metrics[f"loss_{name}"] = total / weight
+        whole = math.fsum(self.source_weight) or 1.0
         for name, weighted, weight in zip(
             sources, self.source_weighted, self.source_weight, strict=True
         ):
-            metrics[f"share/{name}"] = weight
+            metrics[f"share/{name}"] = weight / whole
             if weight > 0:
                 metrics[f"loss/{name}"] = weighted / weight
         return metrics
