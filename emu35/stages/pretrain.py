@@ -25,11 +25,13 @@ from emu35.parallel.collectives import is_main
 from emu35.parallel.mesh import Mesh, init_mesh
 from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
 from emu35.train.objective import (
+    Tally,
     Term,
     TokenWeights,
     Weigh,
     as_it_is,
     counted_labels,
+    nothing,
     weights_by_modality,
 )
 from emu35.train.step import HeldOut, LMTask
@@ -56,6 +58,7 @@ class Objective:
         terms: of the training loss.
         masks: the attention that its batches need.
         prepare: what is done to a batch as it is read, and ``finish`` before the model sees it.
+        tally: what is counted and reported beside tokens.
         views: of every validation set, by what is appended to its name.
     """
 
@@ -64,6 +67,7 @@ class Objective:
     masks: MaskKind = MaskKind.packed_causal
     prepare: Prepare = as_it_is
     finish: Callable[[Batch], Batch] = as_it_is
+    tally: Tally = nothing
     views: Mapping[str, View] = field(default_factory=lambda: {"": View()})
 
 
@@ -141,6 +145,7 @@ def train_language_model(
             validation=validation,
             terms=learned.terms,
             finish=learned.finish,
+            tally=learned.tally,
             sources=[source.name for source in loader.sources],
             start_weights=partial(_start_from, config=config) if stage.init_from else None,
         )

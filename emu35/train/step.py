@@ -39,10 +39,12 @@ from emu35.train.objective import (
     BatchMask,
     LossReport,
     MicroBatch,
+    Tally,
     Term,
     TokenWeights,
     as_it_is,
     mask_of,
+    nothing,
 )
 from emu35.train.optim import learning_rate, set_learning_rate, update, wrap_and_optimize
 
@@ -88,6 +90,7 @@ class LMTask:
         batch_mask: which keys the rows of a batch see.
         finish: what is done to a training batch, on every rank of the model alike, before the
             model sees it.
+        tally: what is counted in a batch and reported, summed over the global batch.
         start_weights: puts other weights than the initial ones into ``chunks``; called when the
             run begins, not when it resumes.
 
@@ -107,6 +110,7 @@ class LMTask:
         sources: Sequence[str] = (),
         batch_mask: BatchMask = mask_of,
         finish: Callable[[Batch], Batch] = as_it_is,
+        tally: Tally = nothing,
         start_weights: Callable[[list[Emu35Model]], None] | None = None,
     ) -> None:
         assert isinstance(config.stage, LMStageConfig)
@@ -116,7 +120,7 @@ class LMTask:
         self.clock = StepClock(device=mesh.device, peers=mesh.pp_rank)
         self.loader, self.validation, self.terms = loader, validation, tuple(terms)
         self.chunks, self.start_weights = chunks, start_weights
-        self.batch_mask, self.finish = batch_mask, finish
+        self.batch_mask, self.finish, self.tally = batch_mask, finish, tally
         self.sources = sources if len(sources) > 1 else ()
         self._require_labels()
         self.wrapped, self.optimizer = wrap_and_optimize(
@@ -176,6 +180,7 @@ class LMTask:
             ),
             "lr": rate,
             "grad_norm": grad_norm,
+            **self._tallied(batches),
             **self._sizes(micro_batches),
         }
 
@@ -184,6 +189,15 @@ class LMTask:
         is broken, and then the worst counts."""
         loss, grad_norm = worst_over_ranks([loss, grad_norm])
         return self.guard.accepts(loss=loss, grad_norm=grad_norm)
+
+    def _tallied(self, batches: Sequence[Batch]) -> dict[str, float]:
+        counts = [self.tally(batch) for batch in batches]
+        names = list(counts[0])
+        if not names:
+            return {}
+        own = [[count[name] for name in names] for count in counts]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.mesh.device).sum(0)
+        return dict(zip(names, sum_over(sums, self.mesh.dp_group).tolist(), strict=True))
 
     def _sizes(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Document tokens of the global batch, and the model FLOPs they cost."""

@@ -318,6 +318,7 @@ def dida_task(config: RunConfig, *, mesh: Mesh, chunks: list[Emu35Model], size: 
         },
         terms=learned.terms,
         finish=learned.finish,
+        tally=learned.tally,
         sources=SOURCES,
     )
 
