@@ -81,7 +81,10 @@ def dida_objective(mesh: Mesh, *, config: RunConfig, codebook_KD: torch.Tensor) 
     )
     views = {
         f"_t{round(100 * time)}": View(
-            token_weights=noisy_weights, prepare=copies, finish=corruption(time=time)
+            token_weights=noisy_weights,
+            prepare=copies,
+            finish=corruption(time=time),
+            optional=True,
         )
         for time in VALIDATION_TIMES
     }

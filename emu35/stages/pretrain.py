@@ -24,6 +24,7 @@ from emu35.model.transformer import Emu35Model
 from emu35.parallel.collectives import is_main
 from emu35.parallel.mesh import Mesh, init_mesh
 from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
+from emu35.train.held_out import HeldOut
 from emu35.train.objective import (
     Tally,
     Term,
@@ -34,7 +35,7 @@ from emu35.train.objective import (
     nothing,
     weights_by_modality,
 )
-from emu35.train.step import HeldOut, LMTask
+from emu35.train.step import LMTask
 from emu35.train.trainer import FitResult, fit
 from emu35.vision.codec import weights_digest
 
@@ -42,11 +43,13 @@ from emu35.vision.codec import weights_digest
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
     """A way to look at validation documents: how their labels are weighed (None: as the stage
-    weighs responses or everything, by the set's modality), and what is done to their batches."""
+    weighs responses or everything, by the set's modality), and what is done to their batches. A set
+    that has no label in an ``optional`` view goes without it."""
 
     token_weights: TokenWeights | None = None
     prepare: Prepare = as_it_is
     finish: Callable[[Batch], Batch] = as_it_is
+    optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,6 +242,7 @@ def _validation(
             token_weights=view.token_weights or learned.weigh(counted_labels(section.modality)),
             every=section.every,
             finish=view.finish,
+            optional=view.optional,
         )
         for name, section in config.data.validation.items()
         for suffix, view in learned.views.items()

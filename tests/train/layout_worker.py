@@ -59,8 +59,9 @@ from emu35.parallel.collectives import barrier, is_main
 from emu35.parallel.mesh import Mesh, init_mesh, leave
 from emu35.stages.dida import dida_objective
 from emu35.tokens.vocabulary import vocabulary_of
+from emu35.train.held_out import HeldOut
 from emu35.train.objective import Term, mask_of, weights_by_modality
-from emu35.train.step import HeldOut, LMTask
+from emu35.train.step import LMTask
 
 LENGTH, ROWS, VOCABULARY = 48, 8, 301
 SOURCES = ("images", "stories", "text")
