@@ -336,7 +336,7 @@ class LMTask:
         """Rows of noisy copies, where adapters want to know them."""
         if not adapts_noisy_only(self.stage):
             return None
-        return torch.zeros_like(batch.label_valid) if batch.noisy is None else batch.noisy >= 0
+        return None if batch.noisy is None else batch.noisy >= 0
 
     def _loss(
         self, hidden_SBH: torch.Tensor, *, micro_batch: MicroBatch, sources: int

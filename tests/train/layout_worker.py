@@ -296,6 +296,7 @@ def make_task(spec: dict) -> LMTask:
 
 
 def dida_task(config: RunConfig, *, mesh: Mesh, chunks: list[Emu35Model], size: int) -> LMTask:
+    assert isinstance(config.stage, LMStageConfig)
     codebook_KD = torch.randn(CODES, 5, generator=torch.Generator().manual_seed(1))
     learned = dida_objective(mesh, config=config, codebook_KD=codebook_KD)
 
