@@ -22,6 +22,7 @@ class Corruption:
         path: the probability path, on ``device``.
         shift, reference_codes: see :func:`~emu35.dida.times.picture_shift`.
         time: the time of all pictures, for validation; None draws one for each.
+        purpose: whose noise it is; another purpose has other noise.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class Corruption:
     shift: float = 1.0
     reference_codes: int = 0
     time: float | None = None
+    purpose: str = "training"
 
     def __call__(self, batch: Batch) -> Batch:
         """``batch`` (on the CPU) with noisy codes in its copies; all else stays."""
@@ -46,7 +48,7 @@ class Corruption:
         states_N = self.path.draw(
             (batch.tokens[rows_N, columns_N] - first).to(self.device),
             times_N=times_N.to(self.device),
-            seeds_N=torch.full_like(rows_N, seed_for("dida/codes", seed=self.seed)).to(self.device),
+            seeds_N=torch.full_like(rows_N, self._seed("codes")).to(self.device),
             positions_N=(samples_N * width + columns_N).to(self.device),
         ).cpu()
         ids_N = states_N + first
@@ -55,6 +57,9 @@ class Corruption:
         tokens_BS = batch.tokens.clone()
         tokens_BS[rows_N, columns_N] = ids_N
         return replace(batch, tokens=tokens_BS)
+
+    def _seed(self, what: str) -> int:
+        return seed_for(f"dida/{self.purpose}/{what}", seed=self.seed)
 
     def _times(
         self, rows_N: torch.Tensor, *, samples_N: torch.Tensor, pictures_N: torch.Tensor
@@ -72,7 +77,7 @@ class Corruption:
             dtype=torch.float64,
         )
         noise_N1 = uniform(
-            torch.full_like(samples_N, seed_for("dida/times", seed=self.seed)),
+            torch.full_like(samples_N, self._seed("times")),
             positions_N=samples_N,
             ids_NM=pictures_N[:, None],
         )

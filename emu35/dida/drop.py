@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from emu35.data.batch import Batch
+from emu35.dida.layout import find_pictures
 from emu35.parallel.noise import seed_for, uniform
 from emu35.tokens.document import Image, Part, Special, Text
 from emu35.tokens.serialize import join_parts, modality_of, split_parts
@@ -16,9 +17,10 @@ from emu35.tokens.text import TextTokenizer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptDrop:
-    """Replaces a ``share`` of the documents that hold pictures by their unconditional form; which
-    ones is a function of ``seed``, the number of the row and the document's place in it. The
-    columns that this frees are padding."""
+    """Replaces a ``share`` of the documents that show a picture in an answer, or without turns
+    anywhere, by their unconditional form; which ones is a function of ``seed``, the number of the
+    row and the document's place in it. The columns that this frees are padding. Pieces of
+    documents that were cut stay as they are."""
 
     tokenizer: TextTokenizer
     share: float
@@ -61,12 +63,20 @@ class PromptDrop:
         )
         drawn = (noise[0] < self.share).tolist()
         spans = zip(begins.tolist(), counts.tolist(), strict=True)
-        eoi = self.tokenizer.vocabulary.eoi
         return [
             (begin, begin + count)
             for (begin, count), lost in zip(spans, drawn, strict=True)
-            if lost and bool((batch.tokens[row, begin : begin + count] == eoi).any())
+            if lost and self._shows(batch.tokens[row, begin : begin + count])
         ]
+
+    def _shows(self, tokens_S: torch.Tensor) -> bool:
+        """Whether a document is whole and shows a picture that may be asked for."""
+        vocabulary = self.tokenizer.vocabulary
+        if tokens_S[0] != vocabulary.bos or tokens_S[-1] != vocabulary.eos:
+            return False
+        turns = bool((tokens_S == vocabulary.bss).any())
+        start_S = torch.zeros_like(tokens_S)
+        return any(find_pictures(tokens_S, start_S, vocabulary, answers_only=turns))
 
     def _shorten(self, batch: Batch, *, row: int, begin: int, end: int) -> None:
         ids = unconditional_ids(batch.tokens[row, begin:end].tolist(), self.tokenizer)

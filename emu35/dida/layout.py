@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from emu35.data.batch import Batch
+from emu35.errors import DataError
+from emu35.parallel.noise import seed_for, uniform
 from emu35.tokens.serialize import Modality
 from emu35.tokens.vocabulary import Vocabulary
 
@@ -45,12 +47,17 @@ class NoisyCopies:
     Attributes:
         vocabulary: where IMG, EOI and the codes lie.
         room: columns behind the clean row.
-        per_document: most copies a document gets, its first pictures; 0 for all that fit.
+        per_document: most copies a document gets, of pictures drawn from it; 0 for all that fit.
+        answers_only: whether only pictures of responses, behind a BSS of their document and not
+            behind its ESS, get copies.
+        seed: of the draw, a function of it, the row's number and the picture's place.
     """
 
     vocabulary: Vocabulary
     room: int
     per_document: int = 0
+    answers_only: bool = False
+    seed: int = 0
 
     def __call__(self, batch: Batch) -> Batch:
         """``batch`` [B, C] with copies, [B, C + room]: ``intervals`` say what every row sees, and
@@ -60,26 +67,67 @@ class NoisyCopies:
         wide = _widened(batch, room=self.room, pad=self.vocabulary.pad)
         for row, tokens_S in enumerate(batch.tokens):
             column = width
-            pictures = list(find_pictures(tokens_S, batch.document_start[row], self.vocabulary))
-            for number, picture in enumerate(self._chosen(pictures)):
+            pictures = self._candidates(tokens_S, batch.document_start[row])
+            chosen = self._chosen(pictures, sample=batch.sample_ids[row])
+            for number, picture in enumerate(chosen):
                 self._copy(wide, row=row, column=column, picture=picture, number=number)
                 column += picture.length
         return wide
 
-    def _chosen(self, pictures: Sequence[Picture]) -> list[Picture]:
-        """The first pictures of each document, as far as the room goes."""
+    def tally(self, batch: Batch) -> dict[str, float]:
+        """Of a batch with copies: ``pictures`` that might have one and ``pictures_copied``.
+
+        Raises:
+            DataError: there are such pictures, and every one is longer than the whole room.
+        """
+        assert batch.noisy is not None
+        pictures: list[Picture] = []
+        copied = 0
+        for tokens_S, start_S, noisy_S in zip(
+            batch.tokens, batch.document_start, batch.noisy, strict=True
+        ):
+            clean_S = noisy_S < 0
+            pictures += self._candidates(tokens_S[clean_S], start_S[clean_S])
+            copied += int(noisy_S.max()) + 1
+        shortest = min((picture.length for picture in pictures), default=0)
+        if shortest > self.room:
+            raise DataError(
+                f"stage.noisy_length={self.room} has no room for any of the {len(pictures)} "
+                f"pictures of a batch; the smallest of them needs {shortest}"
+            )
+        return {"pictures": float(len(pictures)), "pictures_copied": float(copied)}
+
+    def _candidates(self, tokens_S: torch.Tensor, document_start_S: torch.Tensor) -> list[Picture]:
+        return list(
+            find_pictures(
+                tokens_S, document_start_S, self.vocabulary, answers_only=self.answers_only
+            )
+        )
+
+    def _chosen(self, pictures: Sequence[Picture], *, sample: int) -> list[Picture]:
+        """Those that get a copy, in their order, as far as the room goes."""
         chosen: list[Picture] = []
         room, copies = self.room, dict[int, int]()
-        for picture in pictures:
+        for picture in self._by_turn(pictures, sample=sample):
             had = copies.get(picture.document, 0)
-            if self.per_document and had >= self.per_document:
-                continue
-            if picture.length > room:
+            if picture.length > room or (self.per_document and had >= self.per_document):
                 continue
             copies[picture.document] = had + 1
             room -= picture.length
             chosen.append(picture)
-        return chosen
+        return sorted(chosen, key=lambda picture: picture.img)
+
+    def _by_turn(self, pictures: Sequence[Picture], *, sample: int) -> list[Picture]:
+        """In the order in which they may ask for room: as drawn where not all of a document's can
+        have it, else as they come."""
+        if not self.per_document or not pictures:
+            return list(pictures)
+        noise_1P = uniform(
+            torch.tensor([seed_for("dida/copies", seed=self.seed)]),
+            positions_N=torch.tensor([sample]),
+            ids_NM=torch.tensor([[picture.img for picture in pictures]]),
+        )
+        return [pictures[at] for at in noise_1P[0].argsort().tolist()]
 
     def _copy(self, wide: Batch, *, row: int, column: int, picture: Picture, number: int) -> None:
         assert wide.intervals is not None
@@ -97,30 +145,33 @@ class NoisyCopies:
         )
 
 
-def tally_copies(batch: Batch, *, vocabulary: Vocabulary) -> dict[str, float]:
-    """``pictures`` of a batch with copies and how many of them got one, ``pictures_copied``."""
-    assert batch.noisy is not None
-    rows = zip(batch.tokens, batch.document_start, batch.noisy, strict=True)
-    pictures = copied = 0
-    for tokens_S, start_S, noisy_S in rows:
-        clean_S = noisy_S < 0
-        pictures += len(list(find_pictures(tokens_S[clean_S], start_S[clean_S], vocabulary)))
-        copied += int(noisy_S.max()) + 1
-    return {"pictures": float(pictures), "pictures_copied": float(copied)}
-
-
 def find_pictures(
-    tokens_S: torch.Tensor, document_start_S: torch.Tensor, vocabulary: Vocabulary
+    tokens_S: torch.Tensor,
+    document_start_S: torch.Tensor,
+    vocabulary: Vocabulary,
+    *,
+    answers_only: bool = False,
 ) -> Iterator[Picture]:
-    """The whole pictures of a row, in order. One whose end is not in the row is none."""
-    marks = ((tokens_S == vocabulary.img) | (tokens_S == vocabulary.eoi)).nonzero().squeeze(1)
-    ids, starts = tokens_S[marks].tolist(), document_start_S[marks].tolist()
-    columns = marks.tolist()
-    for at in range(len(columns) - 1):
-        if ids[at] != vocabulary.img or ids[at + 1] != vocabulary.eoi:
+    """The whole pictures of a row, in order, or those of responses alone. One whose end is not in
+    the row is none."""
+    ids = torch.tensor([vocabulary.img, vocabulary.eoi, vocabulary.bss, vocabulary.ess])
+    marks = torch.isin(tokens_S, ids).nonzero().squeeze(1)
+    found = zip(
+        tokens_S[marks].tolist(), marks.tolist(), document_start_S[marks].tolist(), strict=True
+    )
+    img = document = -1  # the column of the newest IMG that may still end well, and its document
+    answering = -1  # the document that is inside a response
+    for id, column, start in found:
+        if id == vocabulary.img:
+            img, document = column, start
             continue
-        if starts[at] == starts[at + 1] and columns[at + 1] - columns[at] > 1:
-            yield Picture(img=columns[at], eoi=columns[at + 1], document=starts[at])
+        if id != vocabulary.eoi:
+            answering = start if id == vocabulary.bss else -1
+        elif (
+            0 <= img < column - 1 and document == start and (answering == start or not answers_only)
+        ):
+            yield Picture(img=img, eoi=column, document=start)
+        img = -1
 
 
 def _widened(batch: Batch, *, room: int, pad: int) -> Batch:

@@ -14,7 +14,8 @@ A *state* is a code, 0 to K - 1, or ``mask``, which is K. :meth:`Path.jump` move
 time to a later one so that their distribution follows the path: by the kinetic-optimal velocity for
 ``metric`` (URSA, arXiv 2510.24717; Shaul et al., arXiv 2412.03487), by the only possible jump, to
 x1, for the other two. Draws are Gumbel maxima of noise that depends on seed, position and code
-alone, so they are equal whatever is drawn together and however many ranks share the codebook.
+alone, so what is drawn together, and how many ranks share the codebook, matters no more than the
+last bit of a distance.
 """
 
 from abc import ABC, abstractmethod
@@ -28,7 +29,8 @@ from emu35.config.dida import PathConfig, PathKind
 from emu35.parallel.noise import gumbel, uniform
 
 SCORES = 1 << 22
-"""Scores (tokens x codes) held at once; fp64 noise of as many takes 32 MiB."""
+"""Scores (tokens x codes) computed at once. Their noise is made of several tensors of 64 bits as
+large, so this is a few hundred MiB at most."""
 
 
 class Path(ABC):
@@ -106,13 +108,6 @@ class MetricPath(Path):
         times_N = times_N.double()
         return (self._c * (times_N / (1 - times_N)) ** self._alpha).float()
 
-    def slope(self, times_N: torch.Tensor) -> torch.Tensor:
-        """d beta / dt, fp32 [N], at times in [0, 1); 0 at time 0, where nothing has begun."""
-        times_N = times_N.double()
-        slope_N = self._c * self._alpha * times_N ** (self._alpha - 1)
-        slope_N = slope_N / (1 - times_N) ** (self._alpha + 1)
-        return torch.where(times_N > 0, slope_N, 0.0).float()
-
     def distances(self, codes_N: torch.Tensor, *, to: range | None = None) -> torch.Tensor:
         """d(x, x1) in [0, 4], fp32 [N, len(to)], from each of ``codes_N`` to codes ``to`` (all)."""
         to = to or range(self.codebook_size)
@@ -170,18 +165,19 @@ class MetricPath(Path):
         positions_N: torch.Tensor,
     ) -> torch.Tensor:
         """As of :class:`Path`: towards nearer codes alone, at the rate
-        p_t(x | x1) beta'_t max(0, d(x_t, x1) - d(x, x1))."""
+        p_t(x | x1) beta'_t max(0, d(x_t, x1) - d(x, x1)). Of its factors beta' alone is integrated
+        over the step: it is infinite at time 0 where alpha < 1."""
         moved_N = codes_N.clone()
         ids_1K = torch.arange(self.codebook_size, device=codes_N.device)[None]
-        beta_N, slope_N = self.beta(times_N), self.slope(times_N)
+        beta_N = self.beta(times_N)
+        grown_N = self.beta(torch.where(next_N < 1, next_N, times_N)) - beta_N
         for part in _parts(len(codes_N), width=self.codebook_size):
             distance_CK = self.distances(codes_N[part])
             here_C1 = distance_CK.gather(1, states_N[part, None])
             rate_CK = torch.softmax(-beta_N[part, None] * distance_CK, 1)
-            rate_CK *= slope_N[part, None] * (here_C1 - distance_CK).clamp(min=0)
-            hazard_C = rate_CK.sum(1).double() * (next_N[part] - times_N[part]).double()
+            rate_CK *= grown_N[part, None] * (here_C1 - distance_CK).clamp(min=0)
             jumps_C = _happens(
-                -torch.expm1(-hazard_C),
+                -torch.expm1(-rate_CK.sum(1).double()),
                 seeds_N=seeds_N[part],
                 positions_N=positions_N[part],
                 number=self.codebook_size,

@@ -2,7 +2,7 @@
 
 Time runs from 0, noise, to 1, the picture. ``sigma`` is what is left of the noise; a shift s bends
 it to s sigma / (1 + (s - 1) sigma), which for s > 1 spends more time near the noise, as larger
-pictures need, whose codes tell more of each other.
+pictures need, whose codes tell more of each other, and for s < 1 less.
 """
 
 import math
@@ -14,8 +14,8 @@ LEAST_SIGMA = 1e-3
 
 
 def shifted(sigma: torch.Tensor, *, shift: torch.Tensor | float) -> torch.Tensor:
-    """Times 1 - s sigma / (1 + (s - 1) sigma), of any shape."""
-    return 1 - shift * sigma / (1 + (shift - 1) * sigma)
+    """Times 1 - s sigma / (1 + (s - 1) sigma), of any shape; exactly 0 where sigma is 1."""
+    return (1 - sigma) / (1 + (shift - 1) * sigma)
 
 
 def training_times(uniform_N: torch.Tensor, *, shifts_N: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from emu35.config.dida import DiDAConfig
 from emu35.data.batch import Batch
 from emu35.dida.corrupt import Corruption
 from emu35.dida.drop import PromptDrop
-from emu35.dida.layout import NoisyCopies, tally_copies
+from emu35.dida.layout import NoisyCopies
 from emu35.dida.path import build_path
 from emu35.errors import ConfigError
 from emu35.model.attention.support import MaskKind
@@ -63,7 +63,11 @@ def dida_objective(mesh: Mesh, *, config: RunConfig, codebook_KD: torch.Tensor) 
         else weights_by_modality
     )
     copies = NoisyCopies(
-        vocabulary=vocabulary, room=stage.noisy_length, per_document=stage.noisy_images
+        vocabulary=vocabulary,
+        room=stage.noisy_length,
+        per_document=stage.noisy_images,
+        answers_only=stage.responses_only,
+        seed=config.seed,
     )
     drop = PromptDrop(
         tokenizer=build_text_tokenizer(config.tokenizer),
@@ -83,7 +87,7 @@ def dida_objective(mesh: Mesh, *, config: RunConfig, codebook_KD: torch.Tensor) 
         f"_t{round(100 * time)}": View(
             token_weights=noisy_weights,
             prepare=copies,
-            finish=corruption(time=time),
+            finish=corruption(time=time, purpose="validation"),
             optional=True,
         )
         for time in VALIDATION_TIMES
@@ -96,12 +100,17 @@ def dida_objective(mesh: Mesh, *, config: RunConfig, codebook_KD: torch.Tensor) 
                 token_weights=clean_weights(weigh(stage.loss_weights)),
                 share=stage.ar_weight,
             ),
-            Term(name="noisy", token_weights=noisy_weights, share=stage.noisy_weight),
+            Term(
+                name="noisy",
+                token_weights=noisy_weights,
+                share=stage.noisy_weight,
+                required=False,
+            ),
         ],
         masks=MaskKind.intervals,
         prepare=lambda batch: copies(drop(batch)),
         finish=corruption(),
-        tally=partial(tally_copies, vocabulary=vocabulary),
+        tally=copies.tally,
         views={"": View(), **views},
     )
 
@@ -142,5 +151,10 @@ def path_codebook(config: RunConfig) -> torch.Tensor:
         raise ConfigError(
             f"tokenizer.vision={vision} has {len(codebook_KD)} codes, but "
             f"tokenizer.codebook_size={size}; make them equal"
+        )
+    if not bool(codebook_KD.isfinite().all()):
+        raise ConfigError(
+            f"tokenizer.vision={vision} has a codebook that holds NaN or infinity: it diverged; "
+            "use another image tokenizer"
         )
     return codebook_KD

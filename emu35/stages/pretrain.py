@@ -14,7 +14,7 @@ from emu35.config.stage import adapters_of, adapts_noisy_only
 from emu35.data.batch import Batch
 from emu35.data.loader import Message, Prepare, TokenLoader, ValidationSet
 from emu35.data.source import Source, check_vision
-from emu35.errors import DataError
+from emu35.errors import ConfigError, DataError
 from emu35.model.attention.support import MaskKind
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
@@ -227,6 +227,13 @@ def _validation(
     config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary, learned: Objective, message: Message
 ) -> dict[str, HeldOut]:
     assert isinstance(config.data, TokenDataConfig)
+    sections = config.data.validation
+    taken = {f"{name}{suffix}" for name in sections for suffix in learned.views if suffix}
+    if names := sorted(taken & sections.keys()):
+        raise ConfigError(
+            f"data.validation.{names[0]} has the name that stage={config.stage.kind} gives to a "
+            "view of another set; rename it"
+        )
     return {
         f"{name}{suffix}": HeldOut(
             documents=ValidationSet(
@@ -236,7 +243,7 @@ def _validation(
                 micro_batch_size=config.stage.micro_batch_size,
                 dp_rank=mesh.dp_rank,
                 dp_size=mesh.dp_size,
-                message=message,
+                message=_say_nothing if suffix else message,
                 prepare=view.prepare,
             ),
             token_weights=view.token_weights or learned.weigh(counted_labels(section.modality)),
@@ -244,6 +251,6 @@ def _validation(
             finish=view.finish,
             optional=view.optional,
         )
-        for name, section in config.data.validation.items()
+        for name, section in sections.items()
         for suffix, view in learned.views.items()
     }

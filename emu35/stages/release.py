@@ -126,7 +126,7 @@ def export(options: ExportOptions, *, message: Message = print) -> Path:
     if found.copy_adapters is not None:
         message(
             f"{options.run} adapts noisy copies alone: the release holds its weights, which decode "
-            "token by token, and not the adapters; generate from the run to decode in parallel"
+            "token by token, and not the adapters, which stay in the run"
         )
     model = load_model(found.base, precision=found.precision)
     vocabulary = vocabulary_of(found.tokenizer)

@@ -24,11 +24,13 @@ Weigh = Callable[[LossWeights], TokenWeights]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Term:
     """A part of the loss: ``share`` times the mean cross-entropy under ``token_weights``, over the
-    whole global batch. One that no label of a step has a weight in is 0 there."""
+    whole global batch. Where no label of a step has a weight in it, it is 0 in that step, or, if it
+    is ``required``, the step is refused."""
 
     name: str
     token_weights: TokenWeights
     share: float = 1.0
+    required: bool = True
 
 
 def weights_by_modality(weights: LossWeights) -> TokenWeights:
@@ -117,7 +119,8 @@ class MicroBatch:
     """What this rank computes of a batch: label weights by term of the loss, raw, and what they
     come to together once each is divided by its sum over the global batch; and the mask (on the
     CPU). Under context parallelism its tensors hold this rank's columns, those of ``split``;
-    ``tokens`` (padding left out) and ``visible_pairs`` of query and key count the whole batch."""
+    ``tokens`` of documents, those ``copied`` behind them, and ``visible_pairs`` of query and key
+    count the whole batch."""
 
     batch: Batch
     weights_TBS: torch.Tensor
@@ -126,6 +129,7 @@ class MicroBatch:
     split: SequenceSplit | None
     tokens: int
     visible_pairs: int
+    copied: int = 0
 
     def on(self, device: torch.device) -> "MicroBatch":
         """The same with its tensors on ``device``; the mask stays."""

@@ -128,13 +128,14 @@ class LMTask:
         the guard refuses updates nothing; its data count as read.
 
         Raises:
-            DataError: no token of the global batch has a weight.
+            DataError: no token of the global batch has a weight in a term that is required.
         """
         with self.clock.marked(Phase.data):
             batches = [self.finish(batch) for batch in self.loader.next_step()]
         micro_batches, weights = self._normalise(batches, terms=self.terms)
-        if not any(weights):
-            raise DataError(_explain_no_weight(step))
+        for term, weight in zip(self.terms, weights, strict=True):
+            if term.required and term.share > 0 and not weight:
+                raise DataError(_explain_no_weight(step, term=term.name))
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -173,14 +174,14 @@ class LMTask:
     def _sizes(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Document tokens of the global batch, and the model FLOPs they cost."""
         assert isinstance(self.config.model, LMConfig)
-        own = [[item.tokens, item.visible_pairs] for item in micro_batches]
+        own = [[item.tokens, item.copied, item.visible_pairs] for item in micro_batches]
         sums = torch.tensor(own, device=self.mesh.device).sum(0)
-        tokens, pairs = sum_over(sums, self.mesh.dp_group).tolist()
+        tokens, copied, pairs = sum_over(sums, self.mesh.dp_group).tolist()
         lora = adapters_of(self.stage)
         flops = step_flops(
             self.config.model,
             vocabulary_size=self.chunks[0].vocabulary_size,
-            tokens=tokens,
+            tokens=tokens + copied,
             visible_pairs=pairs,
             adapters=adapter_count(self.config.model, lora=lora) if lora else None,
         )
@@ -247,7 +248,8 @@ class LMTask:
         """The columns of ``batch`` that this rank works on. Dealt out here, once a micro-batch,
         and not in the forward that every virtual pipeline stage calls."""
         mask, split = self.batch_mask(batch), None
-        tokens = int((batch.document_start < batch.tokens.shape[1]).sum())
+        inside = batch.document_start < batch.tokens.shape[1]
+        copied = 0 if batch.noisy is None else int((batch.noisy >= 0).sum())
         pairs = int(mask.visible_keys().sum())
         if self.mesh.cp_size > 1:
             kind = self.config.parallel.cp_comm_type
@@ -261,7 +263,8 @@ class LMTask:
             normalised_BS=(weights_TBS * scales_T[:, None, None]).sum(0),
             mask=mask,
             split=split,
-            tokens=tokens,
+            tokens=int(inside.sum()) - copied,
+            copied=copied,
             visible_pairs=pairs,
         ).on(self.mesh.device)
 
@@ -356,12 +359,13 @@ class LMTask:
         return loss, no_tokens, {"sums": sums}
 
 
-def _explain_no_weight(step: int) -> str:
+def _explain_no_weight(step: int, *, term: str) -> str:
     return (
-        f"no token of step {step} has a loss weight, so there is nothing to learn from: either "
-        "stage.loss_weights gives 0 to every modality in these documents (raise one), or the stage "
-        "learns responses only, as stage=sft does, and none of these documents opens a response "
-        "(use documents that do, or stage=pretrain)"
+        f"no token of step {step} has a loss weight (of {term}), so there is nothing to learn "
+        "from: either stage.loss_weights gives 0 to every modality in these documents (raise "
+        "one), or the stage learns responses only, as stage=sft does, and none of these documents "
+        "opens a response (use documents that do, stage=pretrain, or for stage=dida "
+        "stage.responses_only=false)"
     )
 
 

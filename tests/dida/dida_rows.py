@@ -21,8 +21,8 @@ def picture(height: int, width: int, *, seed: int = 0) -> Image:
     return Image(codes_HW)
 
 
-def row(documents: Sequence[Sequence[str | Image]], *, columns: int, sample: int = 0) -> Batch:
-    """One row of documents of texts and pictures, padded to ``columns``."""
+def row(documents: Sequence[Sequence[str | Part]], *, columns: int, sample: int = 0) -> Batch:
+    """One row of documents of texts, pictures and specials, padded to ``columns``."""
     pad = VOCABULARY.pad
     tokens_S = torch.full((columns,), pad)
     labels_S = tokens_S.clone()

@@ -6,6 +6,7 @@ from dida_rows import TOKENIZER, VOCABULARY, picture, row
 
 from emu35.data.batch import Batch
 from emu35.dida.drop import PromptDrop, unconditional_ids
+from emu35.tokens.document import Special
 from emu35.tokens.serialize import image_tokens
 from emu35.tokens.template import Task, Turn, build_prompt
 
@@ -78,9 +79,27 @@ def test_a_share_of_the_documents_with_pictures_is_dropped_and_the_rest_stays() 
             assert positions == list(range(len(kept)))
     # Four standard deviations of 400 draws.
     assert abs(lost / 400 - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
-    assert torch.equal(drop(captions(7)).tokens, drop(captions(7)).tokens)
 
 
 def test_no_share_changes_nothing() -> None:
     batch = captions(1)
     assert PromptDrop(tokenizer=TOKENIZER, share=0.0, seed=3)(batch) is batch
+
+
+def test_documents_that_show_no_picture_of_their_own_keep_their_prompt() -> None:
+    """Questions on a picture, and pieces of documents that were cut."""
+    drop = PromptDrop(tokenizer=TOKENIZER, share=0.999, seed=3)
+    bss, ess = (VOCABULARY.special_string(id) for id in (VOCABULARY.bss, VOCABULARY.ess))
+    asked = [picture(1, 2), "what is it?", Special(bss), "a cat", Special(ess)]
+    batch = row([asked], columns=40)
+    assert torch.equal(drop(batch).tokens, batch.tokens)
+    prompt = "You are a helpful assistant for t2i task. USER: draw a cat ASSISTANT: "
+    drawn = row([[prompt, Special(bss), picture(1, 2), Special(ess)]], columns=100)
+    assert not torch.equal(drop(drawn).tokens, drawn.tokens)
+    tail = row([[picture(2, 3), "words"]], columns=40)
+    first = 6  # inside the picture, whose beginning another row has
+    for name in ("tokens", "labels", "label_modality", "label_valid", "positions"):
+        values = getattr(tail, name)
+        values[0, :-first] = values[0, first:].clone()
+    tail.document_start[0] = torch.where(tail.tokens[0] == VOCABULARY.pad, 40, 0)
+    assert torch.equal(drop(tail).tokens, tail.tokens)

@@ -124,7 +124,7 @@ def test_copies_are_learned_counted_and_validated_at_three_times(
     (last,) = [row for row in found if "val/seen/loss" in row]
     names = {name for name in last if name.startswith("val/")}
     losses = [last[f"val/seen_t{time}/loss"] for time in (25, 50, 75)]
-    assert losses == sorted(losses, reverse=True), "the less noise, the easier"
+    assert losses[0] > losses[1] > losses[2], "the less noise, the easier"
     assert losses[-1] < 1.5
     assert names == {
         "val/seen/loss",

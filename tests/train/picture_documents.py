@@ -10,7 +10,8 @@ from emu35.parallel.mesh import Mesh
 from emu35.tokens.serialize import Modality
 from emu35.tokens.vocabulary import Vocabulary
 
-CODES = 24
+CODES = 25
+"""No number of ranks divides it."""
 VOCABULARY = Vocabulary(n_text=256, codebook_size=CODES)
 ROWS = 8
 LENGTH, ROOM = 48, 32
