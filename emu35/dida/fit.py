@@ -61,7 +61,7 @@ class PathCurve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathFit:
-    """The path of the usual numbers beside that of the fitted ones, on ``codes`` different codes."""
+    """The path of the usual numbers beside that of the fitted ones, over ``codes`` codes."""
 
     usual: PathCurve
     fitted: PathCurve

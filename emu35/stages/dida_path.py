@@ -1,4 +1,4 @@
-"""``emu35 dida fit-path``: the numbers of the metric path for an image tokenizer, and their plot."""
+"""``emu35 dida fit-path``: the metric path's numbers for an image tokenizer, and their plot."""
 
 import json
 from collections.abc import Iterator

@@ -1,6 +1,7 @@
 """The fitted numbers make the distance fall evenly, and the curve is that of the path itself."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_the_fit_is_nearer_to_the_line_than_the_usual_numbers(
     assert fit.fitted.deviation < bound
     assert fit.fitted.deviation < fit.usual.deviation / 2
     for values in (fit.fitted.distance, [-share for share in fit.fitted.unchanged]):
-        assert all(late <= early for early, late in zip(values, values[1:], strict=False))
+        assert all(late <= early for early, late in pairwise(values))
 
 
 def test_no_numbers_nearby_do_better() -> None:
