@@ -8,7 +8,16 @@ own part of it. The bits are the SplitMix64 sequence (Steele, Lea and Flood 2014
 Suffixes: N draws, M numbers of a draw.
 """
 
+import hashlib
+
 import torch
+
+
+def seed_for(purpose: str, *, seed: int) -> int:
+    """A seed in [0, 2^62) for one ``purpose`` of a run's ``seed``: draws for different purposes
+    have nothing in common, whatever their positions and numbers."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 2
 
 
 def uniform(
