@@ -38,7 +38,7 @@ from emu35.model.build import build_chunks
 from emu35.model.init import initialize
 from emu35.parallel.mesh import Mesh, init_mesh
 from emu35.stages.dida import dida_objective
-from emu35.tokens.document import Document, Image, Text
+from emu35.tokens.document import Document, Image, Part, Text
 from emu35.tokens.serialize import TokenSequence, serialize
 from emu35.tokens.text import build_text_tokenizer
 from emu35.tokens.vocabulary import vocabulary_of
@@ -81,7 +81,7 @@ class RowShape:
 def document(side: int, *, seed: int) -> TokenSequence:
     """Text, picture, text, picture; equal for equal arguments."""
     rng = np.random.default_rng(seed)
-    parts = [
+    parts: list[Part] = [
         part
         for _ in range(2)
         for part in (
@@ -176,6 +176,7 @@ def training_step(backend: AttentionBackend, *, shape: RowShape, mesh: Mesh) -> 
         validation={},
         terms=learned.terms,
         finish=learned.finish,
+        tally=learned.tally,
     )
     return lambda: task.train_step(1)["loss"]
 
