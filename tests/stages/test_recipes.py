@@ -201,7 +201,10 @@ def write(folder: Path, documents: Sequence[list[Part]], *, tokenizer: TextToken
             writer.append(serialize(Document(parts), tokenizer), document_id=str(number))
 
 
-@pytest.mark.parametrize("name", PARENTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "dida")) for name in PARENTS],
+)
 def test_a_recipe_trains_two_steps_in_its_own_layout(recipes: Recipes, name: str) -> None:
     run = recipes.run(name)
     composed, ran = compose([f"experiment=emu35_34b/{name}"]), read_config(run)
