@@ -26,7 +26,7 @@ class PathKind(StrEnum):
 @dataclass(kw_only=True, slots=True)
 class PathConfig:
     """The corruption. ``c`` and ``alpha`` shape the metric path, beta_t = c (t / (1 - t))^alpha,
-    and want to be fitted to the codebook; the others have no numbers."""
+    and want to be fitted to the codebook (``emu35 dida fit-path``); the others have no numbers."""
 
     kind: PathKind = PathKind.metric
     c: float = 3.0
