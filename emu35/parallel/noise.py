@@ -30,6 +30,13 @@ def gumbel(
     return uniform_NM.log_().neg_().log_().neg_().float()
 
 
+def forked(seed: int, number: int) -> int:
+    """A seed of its own for purpose ``number`` of ``seed``: two draws at the same positions and ids
+    that must not share noise take two of them."""
+    start = _mix(torch.tensor(seed) + _FIRST)
+    return int(_mix(start + torch.tensor(number) * _GOLDEN))
+
+
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 
