@@ -98,9 +98,10 @@ def load_weights(
     chunks: list[Emu35Model],
     adapters: LoRAConfig | None = None,
     stored: torch.dtype = torch.float32,
+    own_adapters: bool = False,
 ) -> None:
     """Restore weights alone, in any layout. Adapters that ``chunks`` have themselves stay as they
-    are.
+    are, unless ``own_adapters``: then they are restored as well.
 
     Args:
         folder: of a checkpoint.
@@ -115,7 +116,8 @@ def load_weights(
     """
     with ExitStack() as aside:
         for chunk in chunks:
-            aside.enter_context(without_adapters(chunk))
+            if not own_adapters:
+                aside.enter_context(without_adapters(chunk))
             if adapters is not None:
                 aside.enter_context(adapters_to_merge(chunk, config=adapters, stored=stored))
         state = _read(folder, _sharded_state(chunks, optimizer=None))

@@ -35,6 +35,7 @@ from emu35.config import (
     LMConfig,
     LoRAConfig,
     ParallelConfig,
+    PathConfig,
     Precision,
     RunConfig,
     SFTConfig,
@@ -44,9 +45,10 @@ from emu35.config import (
 from emu35.config.dida import DiDAConfig
 from emu35.config.io import CONFIG_FILE, read_config
 from emu35.config.rules import split_problems
-from emu35.config.stage import adapters_of
+from emu35.config.stage import adapters_of, adapts_noisy_only
 from emu35.errors import CheckpointError, ConfigError, ReleaseError
 from emu35.model.build import build_model
+from emu35.model.lora import attach_adapters
 from emu35.model.names import weights_by_name
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import current_mesh, inference_mesh
@@ -69,8 +71,11 @@ class Described:
 
     ``checkpoint`` is set for a run; ``state``, the tensors under official names, for anything else;
     ``facts`` and ``weights`` for a release (``facts`` only for one of ours). ``adapters`` lie in
-    the run's checkpoint beside the weights; whoever opens it sees them merged. ``extra`` is what an
-    import kept of the release it came from.
+    the run's checkpoint beside the weights; whoever opens it sees them merged. ``noisy_adapters``
+    add to noisy copies of pictures alone: they cannot be merged, and only :func:`load_model` brings
+    them along. ``noise`` is the path from noise to pictures that the model was adapted to, None
+    where it cannot decode in parallel. ``extra`` is what an import kept of the release it came
+    from.
     """
 
     path: Path
@@ -84,6 +89,8 @@ class Described:
     extra: Mapping[str, Any]
     checkpoint: Checkpoint | None = None
     adapters: LoRAConfig | None = None
+    noisy_adapters: LoRAConfig | None = None
+    noise: PathConfig | None = None
     facts: ReleaseFacts | None = None
     weights: SafetensorFolder | None = None
     state: Mapping[str, torch.Tensor] | None = None
@@ -197,7 +204,9 @@ def load_model(
         parallel=parallel,
         precision=precision,
     )
-    load_into([model], described=described)
+    if described.noisy_adapters is not None:
+        attach_adapters(model, config=described.noisy_adapters, noisy_only=True)
+    load_into([model], described=described, with_adapters=described.noisy_adapters is not None)
     return model.eval().requires_grad_(False)
 
 
@@ -216,9 +225,12 @@ def _layout_problems(parallel: ParallelConfig, *, config: LMConfig) -> Iterator[
         yield from split_problems(parallel, model=config)
 
 
-def load_into(chunks: list[Emu35Model], *, described: Described) -> None:
+def load_into(
+    chunks: list[Emu35Model], *, described: Described, with_adapters: bool = False
+) -> None:
     """Fill models of the right architecture, or what this rank has of one in any layout, converting
-    to the type of their parameters. Collective.
+    to the type of their parameters. Collective. Adapters that ``chunks`` have themselves stay as
+    they are, unless they are filled ``with_adapters`` of the same shape.
 
     Raises:
         CheckpointError: on every rank, when the weights cannot be read or do not fit on one.
@@ -233,6 +245,7 @@ def load_into(chunks: list[Emu35Model], *, described: Described) -> None:
             chunks=chunks,
             adapters=described.adapters,
             stored=DTYPES[described.precision],
+            own_adapters=with_adapters,
         )
         # Where more ranks make more padding, the files have no rows for it.
         for chunk in chunks:
@@ -281,7 +294,7 @@ def _describe_run(path: Path, *, step: int | None, message: Message) -> Describe
         raise CheckpointError(f"{path / CHECKPOINTS} holds no checkpoint yet; train the run first")
     kept = checkpoint.extra.get(RELEASE) or {}
     template = PromptTemplate(kept["template"]) if "template" in kept else default_template(run)
-    vision = run.tokenizer.vision
+    vision, noisy_only = run.tokenizer.vision, adapts_noisy_only(run.stage)
     return Described(
         path=path,
         name=run.name,
@@ -293,7 +306,9 @@ def _describe_run(path: Path, *, step: int | None, message: Message) -> Describe
         step=checkpoint.step,
         extra=kept,
         checkpoint=checkpoint,
-        adapters=adapters_of(run.stage),
+        adapters=None if noisy_only else adapters_of(run.stage),
+        noisy_adapters=adapters_of(run.stage) if noisy_only else None,
+        noise=run.stage.path if isinstance(run.stage, DiDAConfig) else None,
     )
 
 
@@ -344,6 +359,7 @@ def _describe_release(path: Path) -> Described:
         precision=Precision.bf16 if bf16 else Precision.fp32,
         step=int(origin.get("step", 0)),
         extra={"image_area": area, "origin": origin},
+        noise=facts.noise if facts else None,
         facts=facts,
         weights=weights,
         state=weights,

@@ -24,6 +24,13 @@ def guidance_problems(guidance: float) -> list[str]:
     return [f"guidance={guidance} must lie in +-{MOST_GUIDANCE:g}; 1 turns it off"]
 
 
+class Decoder(StrEnum):
+    """How pictures are decoded: token by token, or all codes at once in a few steps."""
+
+    ar = "ar"
+    dida = "dida"
+
+
 MOST_STEPS = 1000
 """Of denoising: a picture's codes are fewer than that where more would help."""
 
@@ -55,6 +62,19 @@ class DenoiseOptions:
         if not 0 < self.shift <= 100:
             found.append(f"denoise shift={self.shift} must be positive and at most 100")
         return found
+
+
+def denoise_options(
+    decoder: Decoder, *, steps: int | None, sampler: Sampler | None
+) -> DenoiseOptions | None:
+    """What a request of ``decoder`` says; None of a number takes the default. The numbers of dida
+    mean nothing to ar."""
+    if decoder is Decoder.ar:
+        return None
+    default = DenoiseOptions()
+    return DenoiseOptions(
+        sampler=sampler or default.sampler, steps=default.steps if steps is None else steps
+    )
 
 
 class Finish(StrEnum):
