@@ -3,11 +3,13 @@
 from functools import cache
 
 import torch
-from tiny_engine import TOKENIZER, V, model, picture_request
+from tiny_engine import TOKENIZER, V, mixed_requests, model, picture_request
 
 from emu35.config.dida import PathConfig, PathKind
 from emu35.dida.path import build_path
+from emu35.dida.samplers import Sampler
 from emu35.inference.denoise import Denoiser
+from emu35.inference.denoiser import DenoiserSource
 from emu35.inference.engine import Engine
 from emu35.inference.request import DenoiseOptions, Generated, Request
 
@@ -32,6 +34,22 @@ _OPTIONS = ("steps", "sampler", "guidance_until", "shift")
 def denoise_engine(kind: PathKind = PathKind.metric, **numbers: int) -> Engine:
     values = {"max_requests": 8, "max_length": 400, **numbers}
     return Engine(model=model(), tokenizer=TOKENIZER, denoiser=denoiser(kind), **values)
+
+
+def denoise_source() -> DenoiserSource:
+    """A path that needs no codebook, as ranks are told of it."""
+    return DenoiserSource(
+        path=PathConfig(kind=PathKind.mixture_uniform), codes=V.codebook_size, folder=None
+    )
+
+
+def ranks_requests() -> list[Request]:
+    """Every sampler, with guidance and without, and token by token between them."""
+    ours = [
+        denoise_request("a cat", seed=seed, sampler=sampler, guidance=1.0 + 2 * (seed % 2))
+        for seed, sampler in enumerate(Sampler)
+    ]
+    return [*ours[:2], *mixed_requests()[:2], *ours[2:]]
 
 
 def denoise(

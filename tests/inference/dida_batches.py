@@ -1,7 +1,6 @@
 """A canvas as training lays it out: a noisy copy behind a packed row."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -21,10 +20,11 @@ def copy_logits(
     prefix: Sequence[int],
     canvas: Sequence[int],
     tokenizer: TextTokenizer,
-    adapted: bool = False,
+    adapted: bool | None = None,
 ) -> torch.Tensor:
     """Logits [L, V] of the noisy copy that shows ``canvas`` of a picture behind ``prefix``, whose
-    clean codes are all 0. ``adapted`` tells the model the copy's rows."""
+    clean codes are all 0. ``adapted``: whether adapters of noisy copies add to it, None where the
+    model has none."""
     vocabulary = tokenizer.vocabulary
     clean = [id if id == vocabulary.eol else vocabulary.visual_start for id in canvas[1:]]
     ids = [*prefix, vocabulary.img, *clean, vocabulary.eoi]
@@ -48,11 +48,10 @@ def copy_logits(
     assert len(rows_L) == len(canvas), "the picture is the last one of its row"
     tokens_BS = wide.tokens.clone()
     tokens_BS[0, rows_L] = torch.tensor(list(canvas))
-    wide = replace(wide, tokens=tokens_BS)
     context = AttentionContext(
         positions_BS=wide.positions,
         mask=AttentionMask.from_intervals(wide.intervals),
-        adapted_BS=wide.noisy >= 0 if adapted else None,
+        adapted_BS=None if adapted is None else (wide.noisy >= 0) & adapted,
     )
-    hidden_SBH = model(wide.tokens, context=context)
+    hidden_SBH = model(tokens_BS, context=context)
     return vocabulary_logits(model, hidden_NH=hidden_SBH[rows_L, 0])
