@@ -108,7 +108,7 @@ def read_facts(folder: Path) -> ReleaseFacts | None:
             tokenizer=tokenizer,
             template=PromptTemplate(content["prompt_template"]),
             parameters=int(content["parameters"]),
-            noise=_noise(content.get("noise")),
+            noise=read_noise(content.get("noise")),
             origin=dict(content["origin"]),
             versions={str(name): str(text) for name, text in content["versions"].items()},
             files=files,
@@ -123,7 +123,12 @@ def read_facts(folder: Path) -> ReleaseFacts | None:
     return facts
 
 
-def _noise(content: Mapping[str, Any] | None) -> PathConfig | None:
+def read_noise(content: Mapping[str, Any] | None) -> PathConfig | None:
+    """A path as ``asdict`` wrote it; None where none is kept.
+
+    Raises:
+        KeyError, TypeError, ValueError: it lacks a field or has a wrong one.
+    """
     if content is None:
         return None
     return PathConfig(

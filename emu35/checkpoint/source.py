@@ -27,6 +27,7 @@ from emu35.checkpoint.release_folder import (
     VISION_FOLDER,
     ReleaseFacts,
     read_facts,
+    read_noise,
 )
 from emu35.checkpoint.safetensor_files import SafetensorFolder
 from emu35.checkpoint.unpickle import refuse_code
@@ -308,7 +309,9 @@ def _describe_run(path: Path, *, step: int | None, message: Message) -> Describe
         checkpoint=checkpoint,
         adapters=None if noisy_only else adapters_of(run.stage),
         noisy_adapters=adapters_of(run.stage) if noisy_only else None,
-        noise=run.stage.path if isinstance(run.stage, DiDAConfig) else None,
+        noise=(
+            run.stage.path if isinstance(run.stage, DiDAConfig) else read_noise(kept.get("noise"))
+        ),
     )
 
 

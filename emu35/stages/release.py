@@ -7,7 +7,7 @@ Exporting, importing and exporting again gives the same bytes. The checks themse
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from emu35.checkpoint import sharded
@@ -222,7 +222,11 @@ def _release(options: ImportOptions, *, message: Message) -> _Origin:
         found=found,
         tokenizer=tokenizer,
         vision=options.vision or found.vision_folder,
-        kept={**found.extra, "template": (options.template or found.template).value},
+        kept={
+            **found.extra,
+            "template": (options.template or found.template).value,
+            **({"noise": asdict(found.noise)} if found.noise else {}),
+        },
     )
 
 

@@ -12,7 +12,7 @@ from emu35.dida.samplers import Sampler
 from emu35.errors import ConfigError
 from emu35.inference.request import Decoder
 from emu35.stages.generate.run import generate
-from emu35.stages.release import ExportOptions, export
+from emu35.stages.release import ExportOptions, ImportOptions, export, import_
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,9 @@ def test_a_run_and_its_release_decode_in_parallel_alike(adapted: Path, tmp_path:
     }
     again = generate(options(release, tmp_path / "again", **asked))
     assert [answer.ids for answer in again.answers] == [answer.ids for answer in result.answers]
+    imported = import_(ImportOptions(source=release, out=tmp_path / "imported"))
+    back = generate(options(imported, tmp_path / "back", **asked))
+    assert [answer.ids for answer in back.answers] == [answer.ids for answer in result.answers]
     plain = generate(options(release, tmp_path / "plain"))
     assert [answer.ids for answer in plain.answers] != [answer.ids for answer in again.answers]
 
