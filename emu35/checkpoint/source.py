@@ -49,7 +49,6 @@ from emu35.config.rules import split_problems
 from emu35.config.stage import adapters_of, adapts_noisy_only
 from emu35.errors import CheckpointError, ConfigError, ReleaseError
 from emu35.model.build import build_model
-from emu35.model.lora import attach_adapters
 from emu35.model.names import weights_by_name
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import current_mesh, inference_mesh
@@ -72,11 +71,11 @@ class Described:
 
     ``checkpoint`` is set for a run; ``state``, the tensors under official names, for anything else;
     ``facts`` and ``weights`` for a release (``facts`` only for one of ours). ``adapters`` lie in
-    the run's checkpoint beside the weights; whoever opens it sees them merged. ``noisy_adapters``
-    add to noisy copies of pictures alone: they cannot be merged, and only :func:`load_model` brings
-    them along. ``noise`` is the path from noise to pictures that the model was adapted to, None
-    where it cannot decode in parallel. ``extra`` is what an import kept of the release it came
-    from.
+    the run's checkpoint beside the weights; whoever opens it sees them merged. ``copy_adapters``
+    are those of noisy copies, which nothing is merged with: a model to generate with keeps them
+    beside its weights, and who starts from the run or exports it gets the weights alone. ``noise``
+    is the path from noise to pictures that the model was adapted to, None where it cannot decode in
+    parallel. ``extra`` is what an import kept of the release it came from.
     """
 
     path: Path
@@ -90,7 +89,7 @@ class Described:
     extra: Mapping[str, Any]
     checkpoint: Checkpoint | None = None
     adapters: LoRAConfig | None = None
-    noisy_adapters: LoRAConfig | None = None
+    copy_adapters: LoRAConfig | None = None
     noise: PathConfig | None = None
     facts: ReleaseFacts | None = None
     weights: SafetensorFolder | None = None
@@ -100,6 +99,11 @@ class Described:
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
         return vocabulary_of(self.tokenizer).size
+
+    @property
+    def base(self) -> "Described":
+        """The same without adapters of noisy copies."""
+        return replace(self, copy_adapters=None)
 
     @property
     def tokenizer_ids(self) -> tuple[str, int]:
@@ -205,9 +209,7 @@ def load_model(
         parallel=parallel,
         precision=precision,
     )
-    if described.noisy_adapters is not None:
-        attach_adapters(model, config=described.noisy_adapters, noisy_only=True)
-    load_into([model], described=described, with_adapters=described.noisy_adapters is not None)
+    load_into([model], described=described, copies=True)
     return model.eval().requires_grad_(False)
 
 
@@ -226,12 +228,10 @@ def _layout_problems(parallel: ParallelConfig, *, config: LMConfig) -> Iterator[
         yield from split_problems(parallel, model=config)
 
 
-def load_into(
-    chunks: list[Emu35Model], *, described: Described, with_adapters: bool = False
-) -> None:
+def load_into(chunks: list[Emu35Model], *, described: Described, copies: bool = False) -> None:
     """Fill models of the right architecture, or what this rank has of one in any layout, converting
-    to the type of their parameters. Collective. Adapters that ``chunks`` have themselves stay as
-    they are, unless they are filled ``with_adapters`` of the same shape.
+    to the type of their parameters; with ``copies`` they get the adapters of noisy copies as well,
+    where there are any. Collective.
 
     Raises:
         CheckpointError: on every rank, when the weights cannot be read or do not fit on one.
@@ -245,8 +245,8 @@ def load_into(
             described.checkpoint.path,
             chunks=chunks,
             adapters=described.adapters,
+            copy_adapters=described.copy_adapters if copies else None,
             stored=DTYPES[described.precision],
-            own_adapters=with_adapters,
         )
         # Where more ranks make more padding, the files have no rows for it.
         for chunk in chunks:
@@ -295,7 +295,7 @@ def _describe_run(path: Path, *, step: int | None, message: Message) -> Describe
         raise CheckpointError(f"{path / CHECKPOINTS} holds no checkpoint yet; train the run first")
     kept = checkpoint.extra.get(RELEASE) or {}
     template = PromptTemplate(kept["template"]) if "template" in kept else default_template(run)
-    vision, noisy_only = run.tokenizer.vision, adapts_noisy_only(run.stage)
+    vision = run.tokenizer.vision
     return Described(
         path=path,
         name=run.name,
@@ -307,8 +307,8 @@ def _describe_run(path: Path, *, step: int | None, message: Message) -> Describe
         step=checkpoint.step,
         extra=kept,
         checkpoint=checkpoint,
-        adapters=None if noisy_only else adapters_of(run.stage),
-        noisy_adapters=adapters_of(run.stage) if noisy_only else None,
+        adapters=None if adapts_noisy_only(run.stage) else adapters_of(run.stage),
+        copy_adapters=adapters_of(run.stage) if adapts_noisy_only(run.stage) else None,
         noise=(
             run.stage.path if isinstance(run.stage, DiDAConfig) else read_noise(kept.get("noise"))
         ),

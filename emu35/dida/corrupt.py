@@ -7,7 +7,7 @@ import torch
 from emu35.data.batch import Batch
 from emu35.dida.path import Path
 from emu35.dida.times import picture_shift, training_times
-from emu35.parallel.noise import uniform
+from emu35.parallel.noise import seed_for, uniform
 from emu35.tokens.vocabulary import Vocabulary
 
 
@@ -46,7 +46,7 @@ class Corruption:
         states_N = self.path.draw(
             (batch.tokens[rows_N, columns_N] - first).to(self.device),
             times_N=times_N.to(self.device),
-            seeds_N=torch.full_like(rows_N, self.seed).to(self.device),
+            seeds_N=torch.full_like(rows_N, seed_for("dida/codes", seed=self.seed)).to(self.device),
             positions_N=(samples_N * width + columns_N).to(self.device),
         ).cpu()
         ids_N = states_N + first
@@ -71,9 +71,8 @@ class Corruption:
             ],
             dtype=torch.float64,
         )
-        # A seed apart from that of the codes, whose positions these may coincide with.
         noise_N1 = uniform(
-            torch.full_like(samples_N, ~self.seed),
+            torch.full_like(samples_N, seed_for("dida/times", seed=self.seed)),
             positions_N=samples_N,
             ids_NM=pictures_N[:, None],
         )

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from emu35.data.batch import Batch
-from emu35.parallel.noise import uniform
+from emu35.parallel.noise import seed_for, uniform
 from emu35.tokens.document import Image, Part, Special, Text
 from emu35.tokens.serialize import join_parts, modality_of, split_parts
 from emu35.tokens.template import Task, question_parts
@@ -55,7 +55,9 @@ class PromptDrop:
         if not len(begins):
             return []
         noise = uniform(
-            torch.tensor([~self.seed]), positions_N=torch.tensor([sample]), ids_NM=begins[None]
+            torch.tensor([seed_for("dida/prompts", seed=self.seed)]),
+            positions_N=torch.tensor([sample]),
+            ids_NM=begins[None],
         )
         drawn = (noise[0] < self.share).tolist()
         spans = zip(begins.tolist(), counts.tolist(), strict=True)

@@ -14,7 +14,7 @@ predicts the first code. Row ends are given, hence clean in the copy and never a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +38,7 @@ class Picture:
         return self.eoi - self.img
 
 
-@dataclass(kw_only=True, slots=True)
-class CopyCount:
-    """Pictures that got a copy, and those for which a row had no room."""
-
-    copied: int = 0
-    left_out: int = 0
-
-
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NoisyCopies:
     """Makes batches with copies; a :class:`~emu35.data.loader.TokenLoader` may apply it.
 
@@ -54,13 +46,11 @@ class NoisyCopies:
         vocabulary: where IMG, EOI and the codes lie.
         room: columns behind the clean row.
         per_document: most copies a document gets, its first pictures; 0 for all that fit.
-        count: what became of all pictures so far.
     """
 
     vocabulary: Vocabulary
     room: int
     per_document: int = 0
-    count: CopyCount = field(default_factory=CopyCount)
 
     def __call__(self, batch: Batch) -> Batch:
         """``batch`` [B, C] with copies, [B, C + room]: ``intervals`` say what every row sees, and
@@ -85,12 +75,10 @@ class NoisyCopies:
             if self.per_document and had >= self.per_document:
                 continue
             if picture.length > room:
-                self.count.left_out += 1
                 continue
             copies[picture.document] = had + 1
             room -= picture.length
             chosen.append(picture)
-        self.count.copied += len(chosen)
         return chosen
 
     def _copy(self, wide: Batch, *, row: int, column: int, picture: Picture, number: int) -> None:
@@ -107,6 +95,18 @@ class NoisyCopies:
         wide.intervals[row, copy] = torch.tensor(
             [picture.document, picture.img, copy.start, copy.stop]
         )
+
+
+def tally_copies(batch: Batch, *, vocabulary: Vocabulary) -> dict[str, float]:
+    """``pictures`` of a batch with copies and how many of them got one, ``pictures_copied``."""
+    assert batch.noisy is not None
+    rows = zip(batch.tokens, batch.document_start, batch.noisy, strict=True)
+    pictures = copied = 0
+    for tokens_S, start_S, noisy_S in rows:
+        clean_S = noisy_S < 0
+        pictures += len(list(find_pictures(tokens_S[clean_S], start_S[clean_S], vocabulary)))
+        copied += int(noisy_S.max()) + 1
+    return {"pictures": float(pictures), "pictures_copied": float(copied)}
 
 
 def find_pictures(

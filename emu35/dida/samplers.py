@@ -35,7 +35,7 @@ from enum import StrEnum
 import torch
 
 from emu35.dida.path import Path
-from emu35.parallel.noise import forked, gumbel, uniform
+from emu35.parallel.noise import gumbel, seed_for, uniform
 
 BOUND = 1.0
 """Nats that the joint entropy of the codes that entropy_bound accepts together may at most be above
@@ -96,13 +96,13 @@ def begin(path: Path, *, seed: int, positions_N: torch.Tensor) -> torch.Tensor:
     the codes among all that are drawn with ``seed``."""
     if path.mask is not None:
         return torch.full_like(positions_N, path.mask)
-    noise_N = _uniform(forked(seed, _BEGIN), positions_N=positions_N)
+    noise_N = _uniform(seed_for("canvas", seed=seed), positions_N=positions_N)
     return (noise_N * path.codebook_size).long()
 
 
 def draw_seed(seed: int, *, step: Step) -> int:
     """The seed of the draws of x1 in ``step``, apart from all others of ``seed``."""
-    return forked(seed, _PURPOSES * step.number + _PREDICT)
+    return seed_for(f"x1 of step {step.number}", seed=seed)
 
 
 def entropy(scores_NK: torch.Tensor) -> torch.Tensor:
@@ -139,8 +139,8 @@ def advance(
             taken_N=~accepted_N,
         )
     move = _Move(
-        seed=forked(seed, _PURPOSES * step.number + _MOVE),
-        choice=forked(seed, _PURPOSES * step.number + _CHOOSE),
+        seed=seed_for(f"moves of step {step.number}", seed=seed),
+        choice=seed_for(f"choice of step {step.number}", seed=seed),
         positions_N=positions_N,
         step=step,
     )
@@ -171,10 +171,6 @@ def advance(
         accepted_N=kept_N | accepts_N,
         taken_N=accepts_N,
     )
-
-
-_PREDICT, _MOVE, _CHOOSE, _PURPOSES = 0, 1, 2, 3
-_BEGIN = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

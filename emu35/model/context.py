@@ -25,7 +25,7 @@ class AttentionContext(PackedSeqParams):
     With a ``split``, positions are those of this rank's rows and ``mask`` is its ``local_mask``. A
     mask may stay on the CPU: each backend moves what it derives from it. ``adapted_BS`` marks the
     rows that adapters of noisy copies add to, bool [B, S] (this rank's columns, all of them under
-    sequence parallelism); without such adapters it means nothing.
+    sequence parallelism; None: no row); without such adapters it means nothing.
     """
 
     qkv_format: str = "sbhd"

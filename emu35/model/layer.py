@@ -1,8 +1,6 @@
 """The transformer layer: mcore's, which passes on to its adapters what the context says of rows."""
 
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 from emu35.model.context import AttentionContext
 from emu35.model.lora import AdaptedLinear
@@ -21,11 +19,13 @@ class Layer(TransformerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As of mcore's layer."""
         context = kwargs.get("packed_seq_params")
-        if isinstance(context, AttentionContext) and context.adapted_BS is not None:
-            self._tell(context.adapted_BS.t()[..., None])
+        assert isinstance(context, AttentionContext), "the model is called with an AttentionContext"
+        rows_BS = context.adapted_BS
+        for linear in self._linears():
+            linear.rows_SB1 = None if rows_BS is None else rows_BS.t()[..., None]
         return super().forward(*args, **kwargs)
 
-    def _tell(self, rows_SB1: torch.Tensor) -> None:
-        for module in self.modules():
-            if isinstance(module, AdaptedLinear):
-                module.rows_SB1 = rows_SB1
+    def _linears(self) -> list[AdaptedLinear]:
+        attention, mlp = cast(Any, self.self_attention), cast(Any, self.mlp)
+        maps = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
+        return [linear for linear in maps if isinstance(linear, AdaptedLinear)]

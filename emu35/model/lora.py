@@ -85,14 +85,17 @@ class LowRank(torch.nn.Module, ABC):
         self, x_SBI: torch.Tensor, *, base_SBO: torch.Tensor, rows_SB1: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The linear map's input and output as this rank holds them -> the output with the
-        addition, [S, B, O]; with ``noisy_only`` in ``rows_SB1`` (bool, all rows) alone."""
+        addition, [S, B, O]; with ``noisy_only`` in ``rows_SB1`` (bool, all rows; None: in none)
+        alone."""
+        if self.noisy_only and rows_SB1 is None:
+            return base_SBO
         if self.dropout > 0 and self.training:
             x_SBI = self._drop(x_SBI)
         lowered_SBR = self._exchange(F.linear(x_SBI, self.a)) * self.scale
         sum_NO = torch.addmm(base_SBO.flatten(0, 1), lowered_SBR.flatten(0, 1), self.b.t())
         if not self.noisy_only:
             return sum_NO.view_as(base_SBO)
-        assert rows_SB1 is not None, "a model with adapters of noisy copies is told which rows"
+        assert rows_SB1 is not None
         rows_N1 = self._rows_here(rows_SB1).flatten(0, 1)
         # Chosen, not multiplied by 0: x + 0 is not x where x is -0. Chosen as a matrix: strides of
         # another kind would send the next product another way, with other bits.

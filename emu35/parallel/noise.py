@@ -8,7 +8,16 @@ own part of it. The bits are the SplitMix64 sequence (Steele, Lea and Flood 2014
 Suffixes: N draws, M numbers of a draw.
 """
 
+import hashlib
+
 import torch
+
+
+def seed_for(purpose: str, *, seed: int) -> int:
+    """A seed in [0, 2^62) for one ``purpose`` of a run's ``seed``: draws for different purposes
+    have nothing in common, whatever their positions and numbers."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 2
 
 
 def uniform(
@@ -28,13 +37,6 @@ def gumbel(
     is a draw from the distribution."""
     uniform_NM = uniform(seeds_N, positions_N=positions_N, ids_NM=ids_NM)
     return uniform_NM.log_().neg_().log_().neg_().float()
-
-
-def forked(seed: int, number: int) -> int:
-    """A seed of its own for purpose ``number`` of ``seed``: two draws at the same positions and ids
-    that must not share noise take two of them."""
-    start = _mix(torch.tensor(seed) + _FIRST)
-    return int(_mix(start + torch.tensor(number) * _GOLDEN))
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)

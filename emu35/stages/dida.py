@@ -11,7 +11,7 @@ from emu35.config.dida import DiDAConfig
 from emu35.data.batch import Batch
 from emu35.dida.corrupt import Corruption
 from emu35.dida.drop import PromptDrop
-from emu35.dida.layout import NoisyCopies
+from emu35.dida.layout import NoisyCopies, tally_copies
 from emu35.dida.path import build_path
 from emu35.errors import ConfigError
 from emu35.model.attention.support import MaskKind
@@ -81,7 +81,10 @@ def dida_objective(mesh: Mesh, *, config: RunConfig, codebook_KD: torch.Tensor) 
     )
     views = {
         f"_t{round(100 * time)}": View(
-            token_weights=noisy_weights, prepare=copies, finish=corruption(time=time)
+            token_weights=noisy_weights,
+            prepare=copies,
+            finish=corruption(time=time),
+            optional=True,
         )
         for time in VALIDATION_TIMES
     }
@@ -98,6 +101,7 @@ def dida_objective(mesh: Mesh, *, config: RunConfig, codebook_KD: torch.Tensor) 
         masks=MaskKind.intervals,
         prepare=lambda batch: copies(drop(batch)),
         finish=corruption(),
+        tally=partial(tally_copies, vocabulary=vocabulary),
         views={"": View(), **views},
     )
 

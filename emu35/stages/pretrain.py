@@ -24,15 +24,18 @@ from emu35.model.transformer import Emu35Model
 from emu35.parallel.collectives import is_main
 from emu35.parallel.mesh import Mesh, init_mesh
 from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
+from emu35.train.held_out import HeldOut
 from emu35.train.objective import (
+    Tally,
     Term,
     TokenWeights,
     Weigh,
     as_it_is,
     counted_labels,
+    nothing,
     weights_by_modality,
 )
-from emu35.train.step import HeldOut, LMTask
+from emu35.train.step import LMTask
 from emu35.train.trainer import FitResult, fit
 from emu35.vision.codec import weights_digest
 
@@ -40,11 +43,13 @@ from emu35.vision.codec import weights_digest
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
     """A way to look at validation documents: how their labels are weighed (None: as the stage
-    weighs responses or everything, by the set's modality), and what is done to their batches."""
+    weighs responses or everything, by the set's modality), and what is done to their batches. A set
+    that has no label in an ``optional`` view goes without it."""
 
     token_weights: TokenWeights | None = None
     prepare: Prepare = as_it_is
     finish: Callable[[Batch], Batch] = as_it_is
+    optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +61,7 @@ class Objective:
         terms: of the training loss.
         masks: the attention that its batches need.
         prepare: what is done to a batch as it is read, and ``finish`` before the model sees it.
+        tally: what is counted and reported beside tokens.
         views: of every validation set, by what is appended to its name.
     """
 
@@ -64,6 +70,7 @@ class Objective:
     masks: MaskKind = MaskKind.packed_causal
     prepare: Prepare = as_it_is
     finish: Callable[[Batch], Batch] = as_it_is
+    tally: Tally = nothing
     views: Mapping[str, View] = field(default_factory=lambda: {"": View()})
 
 
@@ -141,6 +148,7 @@ def train_language_model(
             validation=validation,
             terms=learned.terms,
             finish=learned.finish,
+            tally=learned.tally,
             sources=[source.name for source in loader.sources],
             start_weights=partial(_start_from, config=config) if stage.init_from else None,
         )
@@ -234,6 +242,7 @@ def _validation(
             token_weights=view.token_weights or learned.weigh(counted_labels(section.modality)),
             every=section.every,
             finish=view.finish,
+            optional=view.optional,
         )
         for name, section in config.data.validation.items()
         for suffix, view in learned.views.items()

@@ -1,7 +1,7 @@
 """What a token's loss is worth, and what is reported about it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -100,6 +100,16 @@ def mask_of(batch: Batch) -> AttentionMask:
 def as_it_is(batch: Batch) -> Batch:
     """Nothing is done to a batch before the model sees it."""
     return batch
+
+
+Tally = Callable[[Batch], Mapping[str, float]]
+"""What a stage counts in a batch besides tokens; the same names for every batch."""
+
+
+def nothing(batch: Batch) -> Mapping[str, float]:
+    """A stage that counts nothing."""
+    del batch
+    return {}
 
 
 @dataclass(kw_only=True, slots=True)

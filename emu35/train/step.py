@@ -9,7 +9,7 @@ micro-batches nor on the packing.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,17 @@ from emu35.parallel.collectives import barrier, is_main, sum_over, worst_over_ra
 from emu35.parallel.mesh import Mesh
 from emu35.train.clock import Phase, StepClock
 from emu35.train.guard import Guard
+from emu35.train.held_out import HeldOut, with_labels
 from emu35.train.measure import FLOPS
 from emu35.train.objective import (
     BatchMask,
     LossReport,
     MicroBatch,
+    Tally,
     Term,
-    TokenWeights,
     as_it_is,
     mask_of,
+    nothing,
 )
 from emu35.train.optim import learning_rate, set_learning_rate, update, wrap_and_optimize
 
@@ -52,25 +54,6 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 LOADER_FILE = "loader.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
-    """A validation set: its documents, what is done to them before the model sees them, the
-    weights of their labels, and that it is evaluated at every ``every``-th validation."""
-
-    documents: ValidationSet
-    token_weights: TokenWeights
-    every: int = 1
-    finish: Callable[[Batch], Batch] = as_it_is
-
-    def has_turn(self, step: int, *, stage: LMStageConfig) -> bool:
-        """Whether the validation after ``step`` includes it: the first one does, then every
-        ``every``-th, and the one after the last step. The step decides, not a count of
-        validations, so an interruption changes nothing."""
-        if step == stage.steps or not stage.validate_every:
-            return True
-        return (step // stage.validate_every - 1) % self.every == 0
 
 
 class LMTask:
@@ -88,6 +71,7 @@ class LMTask:
         batch_mask: which keys the rows of a batch see.
         finish: what is done to a training batch, on every rank of the model alike, before the
             model sees it.
+        tally: what is counted in a batch and reported, summed over the global batch.
         start_weights: puts other weights than the initial ones into ``chunks``; called when the
             run begins, not when it resumes.
 
@@ -107,6 +91,7 @@ class LMTask:
         sources: Sequence[str] = (),
         batch_mask: BatchMask = mask_of,
         finish: Callable[[Batch], Batch] = as_it_is,
+        tally: Tally = nothing,
         start_weights: Callable[[list[Emu35Model]], None] | None = None,
     ) -> None:
         assert isinstance(config.stage, LMStageConfig)
@@ -114,11 +99,11 @@ class LMTask:
         self.guard = Guard(config.guard)
         # Pipeline stages do unlike work: embedding here, logits there.
         self.clock = StepClock(device=mesh.device, peers=mesh.pp_rank)
-        self.loader, self.validation, self.terms = loader, validation, tuple(terms)
+        self.loader, self.terms = loader, tuple(terms)
+        self.validation = with_labels(validation, mesh=mesh)
         self.chunks, self.start_weights = chunks, start_weights
-        self.batch_mask, self.finish = batch_mask, finish
+        self.batch_mask, self.finish, self.tally = batch_mask, finish, tally
         self.sources = sources if len(sources) > 1 else ()
-        self._require_labels()
         self.wrapped, self.optimizer = wrap_and_optimize(
             chunks,
             optim=config.optim,
@@ -128,16 +113,6 @@ class LMTask:
         )
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = partial(_finalize_gradients, clock=self.clock)
-
-    def _require_labels(self) -> None:
-        """Raises: DataError for a validation set without a label that counts, before it is due."""
-        for name, held_out in self.validation.items():
-            counts = any(
-                bool((held_out.token_weights(batch) > 0).any()) for batch in held_out.documents
-            )
-            found = torch.tensor(float(counts), device=self.mesh.device)
-            if not sum_over(found, self.mesh.dp_group).item():
-                raise DataError(_explain_no_validation(name))
 
     def start(self) -> None:
         """The weights that ``stage.init_from`` names, if it names any."""
@@ -176,6 +151,7 @@ class LMTask:
             ),
             "lr": rate,
             "grad_norm": grad_norm,
+            **self._tallied(batches),
             **self._sizes(micro_batches),
         }
 
@@ -184,6 +160,15 @@ class LMTask:
         is broken, and then the worst counts."""
         loss, grad_norm = worst_over_ranks([loss, grad_norm])
         return self.guard.accepts(loss=loss, grad_norm=grad_norm)
+
+    def _tallied(self, batches: Sequence[Batch]) -> dict[str, float]:
+        counts = [self.tally(batch) for batch in batches]
+        names = list(counts[0])
+        if not names:
+            return {}
+        own = [[count[name] for name in names] for count in counts]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.mesh.device).sum(0)
+        return dict(zip(names, sum_over(sums, self.mesh.dp_group).tolist(), strict=True))
 
     def _sizes(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Document tokens of the global batch, and the model FLOPs they cost."""
@@ -351,7 +336,7 @@ class LMTask:
         """Rows of noisy copies, where adapters want to know them."""
         if not adapts_noisy_only(self.stage):
             return None
-        return torch.zeros_like(batch.label_valid) if batch.noisy is None else batch.noisy >= 0
+        return None if batch.noisy is None else batch.noisy >= 0
 
     def _loss(
         self, hidden_SBH: torch.Tensor, *, micro_batch: MicroBatch, sources: int
@@ -377,15 +362,6 @@ def _explain_no_weight(step: int) -> str:
         "stage.loss_weights gives 0 to every modality in these documents (raise one), or the stage "
         "learns responses only, as stage=sft does, and none of these documents opens a response "
         "(use documents that do, or stage=pretrain)"
-    )
-
-
-def _explain_no_validation(name: str) -> str:
-    return (
-        f"validation set {name!r} has no label that counts: its documents hold none of "
-        f"data.validation.{name}.modality, or the stage counts responses only, as stage=sft does, "
-        "and none of them opens a response; change the modality, or remove the set with "
-        f"~data.validation.{name}"
     )
 
 

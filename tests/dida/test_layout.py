@@ -6,16 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu35.data.batch import Batch
-from emu35.dida.layout import NoisyCopies, find_pictures
+from emu35.dida.layout import NoisyCopies, find_pictures, tally_copies
 from emu35.model.mask import AttentionMask
 from emu35.tokens.serialize import Modality
 
 IMG, EOI, EOL = VOCABULARY.img, VOCABULARY.eoi, VOCABULARY.eol
 
 
-def copied(batch: Batch, *, room: int, per_document: int = 0) -> tuple[Batch, NoisyCopies]:
+def copied(batch: Batch, *, room: int, per_document: int = 0) -> tuple[Batch, tuple[int, int]]:
+    """The batch with copies; how many pictures there are and how many got one."""
     copies = NoisyCopies(vocabulary=VOCABULARY, room=room, per_document=per_document)
-    return copies(batch), copies
+    wide = copies(batch)
+    tally = tally_copies(wide, vocabulary=VOCABULARY)
+    return wide, (int(tally["pictures"]), int(tally["pictures_copied"]))
 
 
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 4))
@@ -47,7 +50,7 @@ def test_every_row_of_a_copy_sees_what_came_before_its_picture_and_the_copy(
     """Read token by token, against the mask's matrix."""
     columns = 400
     batch = build(drawn, columns=columns)
-    wide, copies = copied(batch, room=room, per_document=per_document)
+    wide, (counted, made_copies) = copied(batch, room=room, per_document=per_document)
     assert wide.intervals is not None
     assert wide.noisy is not None
     seen = AttentionMask.from_intervals(wide.intervals).dense(columns + room)[0]
@@ -60,9 +63,9 @@ def test_every_row_of_a_copy_sees_what_came_before_its_picture_and_the_copy(
 
     pictures = list(find_pictures(batch.tokens[0], batch.document_start[0], VOCABULARY))
     whole = sum(isinstance(part, tuple) for document in drawn for part in document)
-    assert len(pictures) == whole
+    assert len(pictures) == whole == counted
     made = sorted(set(noisy) - {-1})
-    assert made == list(range(copies.count.copied))
+    assert made == list(range(made_copies))
     first = columns
     for number in made:
         rows = [at for at, other in enumerate(noisy) if other == number]
@@ -91,8 +94,8 @@ def test_every_row_of_a_copy_sees_what_came_before_its_picture_and_the_copy(
 
 def test_pictures_without_room_are_counted_and_smaller_ones_behind_them_still_fit() -> None:
     batch = row([["a", picture(3, 4)], [picture(1, 2), "b", picture(1, 1)]], columns=80)
-    wide, copies = copied(batch, room=6)
-    assert (copies.count.copied, copies.count.left_out) == (2, 1)
+    wide, counts = copied(batch, room=6)
+    assert counts == (3, 2)
     assert wide.tokens[0, 80:].tolist()[0] == IMG
     assert (wide.noisy == 0).sum() == 3  # IMG and two codes
     assert (wide.noisy == 1).sum() == 2
@@ -100,16 +103,15 @@ def test_pictures_without_room_are_counted_and_smaller_ones_behind_them_still_fi
 
 def test_a_document_gets_at_most_as_many_copies_as_asked_for() -> None:
     batch = row([[picture(1, 1), picture(1, 2), picture(2, 2)], [picture(1, 1)]], columns=80)
-    wide, copies = copied(batch, room=60, per_document=2)
-    assert copies.count.copied == 3
-    assert copies.count.left_out == 0, "not for want of room"
+    wide, counts = copied(batch, room=60, per_document=2)
+    assert counts == (4, 3)
     assert [int((wide.noisy == number).sum()) for number in range(3)] == [2, 3, 2]
 
 
 def test_a_picture_that_is_cut_off_has_no_copy() -> None:
     batch = row([["x", picture(2, 2)]], columns=40)
     batch.tokens[batch.tokens == EOI] = VOCABULARY.pad
-    assert copied(batch, room=20)[1].count.copied == 0
+    assert copied(batch, room=20)[1] == (0, 0)
 
 
 def test_row_ends_stay_in_the_copy_and_are_never_asked_for() -> None:

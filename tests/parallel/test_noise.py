@@ -2,7 +2,7 @@
 
 import torch
 
-from emu35.parallel.noise import gumbel, uniform
+from emu35.parallel.noise import gumbel, seed_for, uniform
 
 
 def test_noise_is_standard_gumbel_whatever_varies() -> None:
@@ -28,3 +28,18 @@ def test_uniform_noise_fills_its_interval() -> None:
     # quantile (Kolmogorov and Smirnov).
     ranks = torch.arange(1, len(many) + 1, dtype=torch.float64) / len(many)
     assert (noise.sort().values - ranks).abs().max() < 1.95 / len(many) ** 0.5
+
+
+def test_purposes_draw_apart() -> None:
+    """The same positions and numbers under two purposes of one seed: no correlation."""
+    many = torch.arange(20_000)
+    one, other = (
+        uniform(
+            torch.tensor([seed_for(purpose, seed=1234)]), positions_N=many[:1], ids_NM=many[None]
+        )[0]
+        for purpose in ("times", "prompts")
+    )
+    assert seed_for("times", seed=1234) == seed_for("times", seed=1234)
+    assert seed_for("times", seed=1235) != seed_for("times", seed=1234)
+    # Four standard errors of a correlation over 20,000 draws.
+    assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.03

@@ -59,8 +59,9 @@ from emu35.parallel.collectives import barrier, is_main
 from emu35.parallel.mesh import Mesh, init_mesh, leave
 from emu35.stages.dida import dida_objective
 from emu35.tokens.vocabulary import vocabulary_of
+from emu35.train.held_out import HeldOut
 from emu35.train.objective import Term, mask_of, weights_by_modality
-from emu35.train.step import HeldOut, LMTask
+from emu35.train.step import LMTask
 
 LENGTH, ROWS, VOCABULARY = 48, 8, 301
 SOURCES = ("images", "stories", "text")
@@ -295,6 +296,7 @@ def make_task(spec: dict) -> LMTask:
 
 
 def dida_task(config: RunConfig, *, mesh: Mesh, chunks: list[Emu35Model], size: int) -> LMTask:
+    assert isinstance(config.stage, LMStageConfig)
     codebook_KD = torch.randn(CODES, 5, generator=torch.Generator().manual_seed(1))
     learned = dida_objective(mesh, config=config, codebook_KD=codebook_KD)
 
@@ -318,6 +320,7 @@ def dida_task(config: RunConfig, *, mesh: Mesh, chunks: list[Emu35Model], size: 
         },
         terms=learned.terms,
         finish=learned.finish,
+        tally=learned.tally,
         sources=SOURCES,
     )
 

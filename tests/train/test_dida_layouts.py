@@ -31,7 +31,8 @@ def adapted(pools: dict[int, RankPool]) -> dict:
 def assert_same(run: dict, reference: dict) -> None:
     assert len(run["metrics"]) == len(reference["metrics"]) == 5
     for ours, theirs in zip(run["metrics"], reference["metrics"], strict=True):
-        assert ours["tokens"] == theirs["tokens"]
+        for name in ("tokens", "pictures", "pictures_copied"):
+            assert ours[name] == theirs[name]
         names = {name for name in theirs if name.startswith(("loss", "share/"))}
         assert names >= {"loss", "loss_noisy", "loss_next_token", "loss_text", "loss_visual"}
         for name in names:
