@@ -21,7 +21,6 @@ from emu35.inference.request import Finish, Generated, Request, Update
 from emu35.inference.row import TokenRow
 from emu35.inference.scheduler import Feed, Scheduler, Sequence, Stream
 from emu35.model.cache import KVCache
-from emu35.model.lora import adds_to_noisy_rows_alone
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.cpu import without_shim
 from emu35.tokens.serialize import deserialize
@@ -111,9 +110,7 @@ class Engine:
         if cache_tokens is None:
             cache_tokens = 2 * max_requests * whole_pages(max_length)
         self._cache, self._last_RH = _allocate(model, slots=cache_tokens, rows=2 * max_requests)
-        self._row = TokenRow(
-            self._cache, slots=cache_tokens, adapters=adds_to_noisy_rows_alone(model)
-        )
+        self._row = TokenRow(self._cache, slots=cache_tokens)
         self._arena = Arena(cache_tokens, move=self._cache.move)
         self._scheduler = Scheduler(
             arena=self._arena,

@@ -13,16 +13,15 @@ from emu35.model.context import AttentionContext
 
 
 class TokenRow:
-    """``slots`` are those of the ``cache``. ``adapters``: the model has adapters of noisy copies,
-    which are to add to canvases and to nothing else."""
+    """``slots`` are those of the ``cache``. Adapters of noisy copies, where the model has any, are
+    told the rows of canvases."""
 
-    def __init__(self, cache: KVCache, *, slots: int, adapters: bool) -> None:
+    def __init__(self, cache: KVCache, *, slots: int) -> None:
         device = cache.keys_NGLD.device
         self._cache = cache
         self._tokens_1S = torch.zeros(1, slots, dtype=torch.int64, device=device)
         self._positions_1S = torch.zeros_like(self._tokens_1S)
         self._adapted_1S = torch.zeros_like(self._tokens_1S, dtype=torch.bool)
-        self._adapters = adapters
 
     def fill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, AttentionContext]:
         """Token ids int64 [1, S] and the context of a forward of ``feeds``, in their order, in
@@ -47,12 +46,14 @@ class TokenRow:
             self._tokens_1S[0, place] = feed.canvas.tokens()
             torch.arange(img, img + feed.count, out=self._positions_1S[0, place])
             end += feed.count
-        self._adapted_1S[0, :first] = False
-        self._adapted_1S[0, first:end] = True
+        canvases = end > first
+        if canvases:
+            self._adapted_1S[0, :first] = False
+            self._adapted_1S[0, first:end] = True
         context = AttentionContext(
             positions_BS=self._positions_1S[:, :end],
             cache=CachedForward(self._cache, spans=[_span(feed) for feed in feeds]),
-            adapted_BS=self._adapted_1S[:, :end] if self._adapters else None,
+            adapted_BS=self._adapted_1S[:, :end] if canvases else None,
         )
         return self._tokens_1S[:, :end], context
 

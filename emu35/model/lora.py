@@ -312,12 +312,6 @@ def without_adapters(model: Emu35Model) -> Iterator[None]:
             linear.adapter = kept[name]
 
 
-def adds_to_noisy_rows_alone(model: Emu35Model) -> bool:
-    """Whether ``model`` has adapters that must be told the rows of noisy copies."""
-    adapters = [linear.adapter for linear in adapted_linears(model).values()]
-    return any(adapter is not None and adapter.noisy_only for adapter in adapters)
-
-
 def adapted_linears(model: Emu35Model) -> dict[str, AdaptedLinear]:
     """The linear maps that have an adapter, by name."""
     return {

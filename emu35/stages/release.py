@@ -156,7 +156,7 @@ def export(options: ExportOptions, *, message: Message = print) -> Path:
             tokenizer=found.tokenizer,
             template=template,
             parameters=parameter_count(found.config, vocabulary_size=vocabulary.size),
-            noise=found.noise,
+            noise=None if found.copy_adapters else found.noise,
             origin=dict(found.extra.get("origin") or {"name": found.name, "step": found.step}),
         )
         write_facts(facts, folder=folder)

@@ -51,7 +51,10 @@ def test_each_record_chooses_its_decoder(adapted: Path, tmp_path: Path) -> None:
         {"prompt": "a cat", "seed": 1, "decoder": "dida", "sampler": "maskgit"},
     ]
     file.write_text("\n".join(json.dumps(record) for record in records))
-    mixed = generate(options(adapted, tmp_path / "mixed", prompts=(), prompts_file=file))
+    mixed = generate(
+        options(adapted, tmp_path / "mixed", prompts=(), prompts_file=file, logprobs=True)
+    )
+    assert [sum(row["denoised"]) for row in rows(tmp_path / "mixed")] == [0, 12, 12]
     denoised = [sum(token.denoised for token in answer.tokens) for answer in mixed.answers]
     assert denoised == [0, 12, 12]
     file.write_text(json.dumps(records[1]))
@@ -99,6 +102,9 @@ def test_adapters_of_noisy_copies_leave_token_by_token_as_it_was(run: Path, tmp_
     ]
     assert logprobs[0] == logprobs[1], "bit for bit"
     assert answers["adapted", Decoder.dida] != answers["full", Decoder.dida]
+    release = export(ExportOptions(run=adapted, out=tmp_path / "release"))
+    with pytest.raises(ConfigError, match="not adapted to parallel decoding"):
+        generate(options(release, tmp_path / "none", decoder=Decoder.dida))
 
 
 def test_the_command_line(adapted: Path, tmp_path: Path) -> None:
