@@ -185,7 +185,7 @@ def test_answers_do_not_depend_on_what_else_is_in_flight() -> None:
 
 def test_text_around_pictures_is_drawn_token_by_token_and_holds_no_codes() -> None:
     """Replayed the plain way, with the pictures given and no cache."""
-    requests = stories()
+    requests = stories(4)
     several = 0
     for request, answer in zip(requests, denoise(requests), strict=True):
         several += len(answer.document.images) > 1

@@ -26,6 +26,7 @@ def test_two_ranks_answer_as_one_process_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiproc
+@pytest.mark.slow
 def test_two_ranks_decode_in_parallel_as_one_process_does(tmp_path: Path) -> None:
     result = tmp_path / "answers.json"
     run_ranks([str(DENOISER), str(result)], ranks=2, timeout=180)
