@@ -27,7 +27,7 @@ from typing import Any
 from emu35.checkpoint.durable import files_below, folders_below, is_inside
 from emu35.checkpoint.hf_config import read_json
 from emu35.checkpoint.manifest import FileEntry, check_file, current_versions, describe_file
-from emu35.config import TokenizerConfig, TokenizerKind
+from emu35.config import PathConfig, PathKind, TokenizerConfig, TokenizerKind
 from emu35.errors import ReleaseError
 from emu35.files import sync_folder
 from emu35.tokens.template import PromptTemplate
@@ -41,11 +41,13 @@ FORMAT = 1
 
 @dataclass(kw_only=True, slots=True)
 class ReleaseFacts:
-    """The contents of ``emu35.json``. ``origin`` is the run's name and step."""
+    """The contents of ``emu35.json``. ``noise`` is the path from noise to pictures that the model
+    was adapted to, None where it was not; ``origin`` the run's name and step."""
 
     tokenizer: TokenizerConfig
     template: PromptTemplate
     parameters: int
+    noise: PathConfig | None = None
     origin: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=current_versions)
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -69,6 +71,7 @@ def write_facts(facts: ReleaseFacts, *, folder: Path) -> None:
         },
         "prompt_template": facts.template.value,
         "parameters": facts.parameters,
+        **({"noise": asdict(facts.noise)} if facts.noise else {}),
         "origin": facts.origin,
         "versions": facts.versions,
         "files": {name: asdict(entry) for name, entry in sorted(facts.files.items())},
@@ -105,16 +108,32 @@ def read_facts(folder: Path) -> ReleaseFacts | None:
             tokenizer=tokenizer,
             template=PromptTemplate(content["prompt_template"]),
             parameters=int(content["parameters"]),
+            noise=read_noise(content.get("noise")),
             origin=dict(content["origin"]),
             versions={str(name): str(text) for name, text in content["versions"].items()},
             files=files,
         )
+        if facts.noise and (problems := list(facts.noise.problems())):
+            raise ValueError("; ".join(problems))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ReleaseError(f"{path} lacks a field or has a wrong one: {error!r}") from None
     for name in facts.files:
         if not is_inside(name):
             raise ReleaseError(f"{path} names {name!r}, which is not a path inside the folder")
     return facts
+
+
+def read_noise(content: Mapping[str, Any] | None) -> PathConfig | None:
+    """A path as ``asdict`` wrote it; None where none is kept.
+
+    Raises:
+        KeyError, TypeError, ValueError: it lacks a field or has a wrong one.
+    """
+    if content is None:
+        return None
+    return PathConfig(
+        kind=PathKind(content["kind"]), c=float(content["c"]), alpha=float(content["alpha"])
+    )
 
 
 def damaged_files(folder: Path, *, facts: ReleaseFacts) -> list[str]:

@@ -27,6 +27,7 @@ from emu35.checkpoint.release_folder import (
     VISION_FOLDER,
     ReleaseFacts,
     read_facts,
+    read_noise,
 )
 from emu35.checkpoint.safetensor_files import SafetensorFolder
 from emu35.checkpoint.unpickle import refuse_code
@@ -35,6 +36,7 @@ from emu35.config import (
     LMConfig,
     LoRAConfig,
     ParallelConfig,
+    PathConfig,
     Precision,
     RunConfig,
     SFTConfig,
@@ -71,8 +73,9 @@ class Described:
     ``facts`` and ``weights`` for a release (``facts`` only for one of ours). ``adapters`` lie in
     the run's checkpoint beside the weights; whoever opens it sees them merged. ``copy_adapters``
     are those of noisy copies, which nothing is merged with: a model to generate with keeps them
-    beside its weights, and who starts from the run or exports it gets the weights alone. ``extra``
-    is what an import kept of the release it came from.
+    beside its weights, and who starts from the run or exports it gets the weights alone. ``noise``
+    is the path from noise to pictures that the model was adapted to, None where it cannot decode in
+    parallel. ``extra`` is what an import kept of the release it came from.
     """
 
     path: Path
@@ -87,6 +90,7 @@ class Described:
     checkpoint: Checkpoint | None = None
     adapters: LoRAConfig | None = None
     copy_adapters: LoRAConfig | None = None
+    noise: PathConfig | None = None
     facts: ReleaseFacts | None = None
     weights: SafetensorFolder | None = None
     state: Mapping[str, torch.Tensor] | None = None
@@ -305,6 +309,9 @@ def _describe_run(path: Path, *, step: int | None, message: Message) -> Describe
         checkpoint=checkpoint,
         adapters=None if adapts_noisy_only(run.stage) else adapters_of(run.stage),
         copy_adapters=adapters_of(run.stage) if adapts_noisy_only(run.stage) else None,
+        noise=(
+            run.stage.path if isinstance(run.stage, DiDAConfig) else read_noise(kept.get("noise"))
+        ),
     )
 
 
@@ -355,6 +362,7 @@ def _describe_release(path: Path) -> Described:
         precision=Precision.bf16 if bf16 else Precision.fp32,
         step=int(origin.get("step", 0)),
         extra={"image_area": area, "origin": origin},
+        noise=facts.noise if facts else None,
         facts=facts,
         weights=weights,
         state=weights,

@@ -182,9 +182,13 @@ class MetricPath(Path):
                 positions_N=positions_N[part],
                 number=self.codebook_size,
             )
-            noise_CK = gumbel(seeds_N[part], positions_N=positions_N[part], ids_NM=ids_1K)
-            target_C = (rate_CK.log() + noise_CK).argmax(1)
-            moved_N[part] = torch.where(jumps_C, target_C, states_N[part])
+            moved_C = states_N[part].clone()
+            rows_M = jumps_C.nonzero().squeeze(1)  # few: a step is short
+            noise_MK = gumbel(
+                seeds_N[part][rows_M], positions_N=positions_N[part][rows_M], ids_NM=ids_1K
+            )
+            moved_C[rows_M] = (rate_CK[rows_M].log() + noise_MK).argmax(1)
+            moved_N[part] = moved_C
         return torch.where(next_N < 1, moved_N, codes_N)
 
 

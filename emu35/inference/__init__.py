@@ -26,8 +26,12 @@ before them. Random numbers are a function of (seed, position, id), so a request
 tokens whatever shares its batch, wherever it was interrupted, and on every device (up to
 floating-point ties, because matrix products of different batch sizes differ in their last bits).
 
-An image of known size that is decoded in parallel (discrete diffusion adaptation) fits in between:
-where the grammar enters its first row, the canvas takes the slots behind the prefix as a span that
-is not causal (:class:`~emu35.model.cache.Span`), as often as there are steps, and one causal span
-commits the result.
+A request may ask for its pictures to be decoded in parallel (discrete diffusion adaptation,
+:mod:`emu35.dida`). Where the grammar enters the first row of one, its
+:class:`~emu35.inference.canvas.Canvas` takes the slots behind the prefix as a span that is not
+causal (:class:`~emu35.model.cache.Span`), as often as there are steps, each time overwriting what
+the step before wrote. :mod:`~emu35.inference.denoise` makes the next canvas of the hidden states,
+and at last tokens, which the grammar takes like any others; they are fed once more, causally, with
+the text that follows, or not at all where the answer ends with the picture. Requests at different
+steps, with different samplers, and token by token share every forward.
 """

@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 
 from emu35.errors import ConfigError, Emu35Error
 from emu35.inference.grammar import GrammarOptions, GridSize
-from emu35.inference.request import MOST_TOP_LOGPROBS, Request, guidance_problems
+from emu35.inference.request import (
+    MOST_TOP_LOGPROBS,
+    DenoiseOptions,
+    Request,
+    guidance_problems,
+)
 from emu35.inference.sampler import sampling_problems
 from emu35.tokens.document import Image
 from emu35.tokens.serialize import image_tokens, split_parts
@@ -77,8 +82,8 @@ class Ask:
     :data:`~emu35.tokens.template.ASPECT_RATIOS`; without both, pictures are as large as the last
     one of the dialogue, and where there is none the model chooses. ``steps`` is the number of
     pictures after which the answer ends; a chat answers in text alone unless ``size``, ``ratio`` or
-    ``steps`` asks for pictures. ``stop`` are strings that end the answer, ``top_logprobs`` the
-    alternatives to list with each token.
+    ``steps`` asks for pictures. ``denoise`` decodes pictures in parallel. ``stop`` are strings that
+    end the answer, ``top_logprobs`` the alternatives to list with each token.
     """
 
     task: Task
@@ -95,6 +100,7 @@ class Ask:
     steps: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    denoise: DenoiseOptions | None = None
 
     @property
     def numbers(self) -> TaskNumbers:
@@ -150,6 +156,8 @@ class Ask:
             yield f"seed={self.seed} must lie in 0..{LARGEST_SEED}"
         if self.guidance is not None:
             yield from guidance_problems(self.guidance)
+        if self.denoise is not None:
+            yield from self.denoise.problems()
         if len(self.stop) > MAX_STOPS:
             yield f"{len(self.stop)} stop strings are too many; give at most {MAX_STOPS}"
         if not all(self.stop):
@@ -194,6 +202,7 @@ def build_request(
         max_images=_max_images(ask),
         stop=ask.stop,
         top_logprobs=ask.top_logprobs,
+        denoise=ask.denoise,
     )
     if problems := request.problems():
         raise ConfigError(problems)

@@ -18,7 +18,7 @@ import torch
 
 from emu35.inference.grammar import Next, NextKind
 from emu35.inference.request import Token
-from emu35.inference.sampler import Drawn, draw
+from emu35.inference.sampler import Drawn, draw, guide_hidden
 from emu35.inference.scheduler import Sequence
 from emu35.model.logits import id_logits, range_logits
 from emu35.model.transformer import Emu35Model
@@ -100,9 +100,7 @@ def _hidden(sequences: list[Sequence], *, guided: bool, hidden_RH: torch.Tensor)
     scale_N1 = torch.tensor(
         [[s.request.guidance] for s in sequences], dtype=torch.float32, device=hidden_RH.device
     )
-    unconditional_NH = hidden_RH[rows_N].float()
-    difference_NH = conditional_NH.float() - unconditional_NH
-    return torch.addcmul(unconditional_NH, scale_N1, difference_NH).to(hidden_RH.dtype)
+    return guide_hidden(conditional_NH, unconditional_NH=hidden_RH[rows_N], scale_N1=scale_N1)
 
 
 def _forbid_gaps(scores_V: torch.Tensor, *, step: Next) -> None:

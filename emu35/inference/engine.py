@@ -4,21 +4,23 @@ Suffixes: R rows (streams in flight), S tokens of one forward, N sequences chose
 size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from emu35.errors import ConfigError, QueueFull
 from emu35.inference.arena import Arena, whole_pages
 from emu35.inference.choose import Chooser
+from emu35.inference.denoise import Denoiser, Denoising
 from emu35.inference.grammar import Grammar, SizeIds
 from emu35.inference.memory import request_slots
 from emu35.inference.ranks import agree_on
 from emu35.inference.request import Finish, Generated, Request, Update
+from emu35.inference.row import TokenRow
 from emu35.inference.scheduler import Feed, Scheduler, Sequence, Stream
-from emu35.model.cache import CachedForward, KVCache, Span
-from emu35.model.context import AttentionContext
+from emu35.model.cache import KVCache
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.cpu import without_shim
 from emu35.tokens.serialize import deserialize
@@ -30,7 +32,9 @@ from emu35.tokens.vocabulary import Vocabulary
 class EngineStats:
     """How full the engine is, and what it has done since it was made. ``cache_used`` and
     ``cache_tokens`` count slots; ``forced`` tokens are among ``tokens_generated``; ``projected_*``
-    count hidden rows projected on a part of the vocabulary."""
+    count hidden rows projected on a part of the vocabulary. ``denoise_steps`` counts the steps of
+    all canvases, of which one forward may take many, ``images_denoised`` the pictures that came of
+    them."""
 
     waiting: int
     active: int
@@ -44,6 +48,8 @@ class EngineStats:
     projected_visual: int
     projected_text: int
     projected_digits: int
+    denoise_steps: int
+    images_denoised: int
 
 
 class Engine:
@@ -60,6 +66,9 @@ class Engine:
         max_requests: requests in flight at once.
         max_waiting: requests in line beyond those; None for any number.
         prefill_chunk: prompt tokens fed by one forward at most.
+        canvas_chunk: tokens of canvases fed by one forward at most, but for one picture larger than
+            that; bounds the memory of a step while pictures are decoded in parallel.
+        denoiser: lets requests decode pictures in parallel (``Request.denoise``).
         headroom: slots kept free for each growing stream when another request is let in. Fewer
             fill the cache better, more make it rarer that a request is pushed out and starts over.
 
@@ -78,8 +87,15 @@ class Engine:
         max_waiting: int | None = None,
         prefill_chunk: int = 256,
         headroom: int = 256,
+        canvas_chunk: int = 32768,
+        denoiser: Denoiser | None = None,
     ) -> None:
-        if problems := list(_unfit(model, max_requests=max_requests, chunk=prefill_chunk)):
+        counts = {
+            "max_requests": max_requests,
+            "prefill_chunk": prefill_chunk,
+            "canvas_chunk": canvas_chunk,
+        }
+        if problems := list(_unfit(model, counts=counts)):
             raise ConfigError(problems)
         self.model = model
         self.tokenizer = tokenizer
@@ -88,15 +104,20 @@ class Engine:
         self.max_waiting = max_waiting
         self._size_ids = SizeIds.of(tokenizer)
         self._chooser = Chooser(model, vocabulary=self.vocabulary)
+        self._denoising = None
+        if denoiser is not None:
+            self._denoising = Denoising(model, vocabulary=self.vocabulary, denoiser=denoiser)
         if cache_tokens is None:
             cache_tokens = 2 * max_requests * whole_pages(max_length)
         self._cache, self._last_RH = _allocate(model, slots=cache_tokens, rows=2 * max_requests)
+        self._row = TokenRow(self._cache, slots=cache_tokens)
         self._arena = Arena(cache_tokens, move=self._cache.move)
         self._scheduler = Scheduler(
             arena=self._arena,
             max_requests=max_requests,
             chunk=prefill_chunk,
             headroom=headroom,
+            canvas_chunk=canvas_chunk,
         )
         self._submitted = self._forwards = self._tokens_fed = self._generated = self._forced = 0
 
@@ -122,6 +143,8 @@ class Engine:
             projected_visual=projected.visual,
             projected_text=projected.text,
             projected_digits=projected.digits,
+            denoise_steps=self._denoising.steps if self._denoising else 0,
+            images_denoised=self._denoising.images if self._denoising else 0,
         )
 
     def submit(self, request: Request) -> int:
@@ -164,7 +187,10 @@ class Engine:
         self.model.eval()
         self._scheduler.admit()
         with without_shim():
-            self._run(self._scheduler.feed())
+            for sequence in self._scheduler.active:
+                if self._denoising is not None and sequence.wants_canvas:
+                    sequence.canvas = self._denoising.begin(sequence)
+            canvases = self._run(self._scheduler.feed())
             ready = [s for s in self._scheduler.active if s.ready and s.finish is None]
             if ready:
                 asked = [(sequence, sequence.next()) for sequence in ready]
@@ -172,6 +198,7 @@ class Engine:
                 for sequence, token in zip(ready, agree_on(tokens), strict=True):
                     sequence.append(token)
                     sequence.append_forced()
+            self._denoise(canvases)
         updates = [
             self._update(sequence)
             for sequence in self._scheduler.active
@@ -220,6 +247,11 @@ class Engine:
     def _misfits(self, request: Request) -> list[str]:
         """What would keep ``request`` from ever finishing here."""
         found: list[str] = []
+        if request.denoise is not None and self._denoising is None:
+            found.append(
+                "the request decodes pictures in parallel, but this model was not adapted to that; "
+                "use a run or a release of stage=dida, or decode token by token (decoder ar)"
+            )
         if request.slots > self.max_length:
             found.append(
                 f"{request.slots - request.max_new_tokens} prompt tokens and "
@@ -242,34 +274,45 @@ class Engine:
             )
         return found
 
-    def _run(self, feeds: list[Feed]) -> None:
+    def _run(self, feeds: list[Feed]) -> dict[Stream, torch.Tensor]:
+        """One forward; the hidden states [L, H] of the canvases among ``feeds``, by stream."""
         if not feeds:
-            return
-        tokens: list[int] = []
-        positions: list[int] = []
-        spans: list[Span] = []
-        for feed in feeds:
-            stream, begin = feed.stream, feed.stream.fed
-            assert stream.extent is not None
-            tokens += stream.tokens[begin : begin + feed.count]
-            positions += range(begin, begin + feed.count)
-            spans.append(Span(start=stream.extent.start, length=begin, count=feed.count))
-        device = self._last_RH.device
-        context = AttentionContext(
-            positions_BS=torch.tensor([positions], device=device),
-            cache=CachedForward(self._cache, spans=spans),
-        )
-        hidden_S1H = self.model(torch.tensor([tokens], device=device), context=context)
-        last_R = torch.tensor([feed.count for feed in feeds], device=device).cumsum(0) - 1
-        rows_R = torch.tensor([feed.stream.row for feed in feeds], device=device)
-        # On a GPU this waits for the forward: whoever leads other ranks relies on it.
-        self._last_RH[rows_R] = hidden_S1H[last_R, 0]
-        for feed in feeds:
+            return {}
+        tokens_1S, context = self._row.fill(feeds)
+        hidden_S1H = self.model(tokens_1S, context=context)
+        ends = list(accumulate(feed.count for feed in feeds))
+        plain = [(feed, end) for feed, end in zip(feeds, ends, strict=True) if not feed.canvas]
+        if plain:
+            device = self._last_RH.device
+            last_R = torch.tensor([end - 1 for _, end in plain], device=device)
+            rows_R = torch.tensor([feed.stream.row for feed, _ in plain], device=device)
+            # On a GPU this waits for the forward: whoever leads other ranks relies on it.
+            self._last_RH[rows_R] = hidden_S1H[last_R, 0]
+        for feed, _ in plain:
             assert feed.stream.extent is not None
             feed.stream.fed += feed.count
             feed.stream.extent.used = feed.stream.fed
         self._forwards += 1
-        self._tokens_fed += len(tokens)
+        self._tokens_fed += ends[-1]
+        return {
+            feed.stream: hidden_S1H[end - feed.count : end, 0]
+            for feed, end in zip(feeds, ends, strict=True)
+            if feed.canvas
+        }
+
+    def _denoise(self, hidden: Mapping[Stream, torch.Tensor]) -> None:
+        """A step of every canvas that was fed, and the pictures that this completes."""
+        for sequence in self._scheduler.active:
+            if self._denoising is None or sequence.conditional not in hidden:
+                continue
+            other = sequence.unconditional
+            tokens = self._denoising.step(
+                sequence,
+                conditional_LH=hidden[sequence.conditional],
+                unconditional_LH=hidden.get(other) if other else None,
+            )
+            if tokens is not None:
+                sequence.commit(tokens)
 
     def _update(self, sequence: Sequence) -> Update:
         tokens = sequence.tokens[sequence.reported :]
@@ -292,7 +335,7 @@ class Engine:
         )
 
 
-def _unfit(model: Emu35Model, *, max_requests: int, chunk: int) -> Iterator[str]:
+def _unfit(model: Emu35Model, *, counts: Mapping[str, int]) -> Iterator[str]:
     config = model.config
     for name, size in (
         ("pp", config.pipeline_model_parallel_size),
@@ -302,7 +345,7 @@ def _unfit(model: Emu35Model, *, max_requests: int, chunk: int) -> Iterator[str]
             yield f"{name}={size} cannot generate; load the model with {name}=1 and split it by tp"
     if config.sequence_parallel:
         yield "sp=true cannot generate: one token does not divide over ranks; load it with sp=false"
-    for name, value in (("max_requests", max_requests), ("prefill_chunk", chunk)):
+    for name, value in counts.items():
         if value < 1:
             yield f"{name}={value} must be at least 1"
 

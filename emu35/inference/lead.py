@@ -8,7 +8,6 @@ collectives: a server may be idle for days, and no collective may.
 
 import os
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +19,8 @@ from torch._C._distributed_c10d import PrefixStore
 from emu35.checkpoint.source import describe, load_model
 from emu35.config import ParallelConfig, Precision
 from emu35.errors import Emu35Error, LaunchError
+from emu35.inference.denoise import Denoiser
+from emu35.inference.denoiser import DenoiserSource
 from emu35.inference.engine import Engine
 from emu35.inference.request import Request, Update
 from emu35.model.transformer import Emu35Model
@@ -34,6 +35,7 @@ class _Make:
     """Build an engine with these numbers."""
 
     numbers: dict[str, Any]
+    denoiser: DenoiserSource | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,11 +104,19 @@ class LeadingEngine(Engine):
     left inside a collective. The engine is then of no more use, and says so.
     """
 
-    def __init__(self, *, model: Emu35Model, tokenizer: TextTokenizer, **numbers: Any) -> None:
+    def __init__(
+        self,
+        *,
+        model: Emu35Model,
+        tokenizer: TextTokenizer,
+        source: DenoiserSource | None = None,
+        **numbers: Any,
+    ) -> None:
         self._broken: BaseException | None = None
         self._words = _Words()
-        self._words.say(_Make(numbers=numbers))
-        super().__init__(model=model, tokenizer=tokenizer, **numbers)
+        self._words.say(_Make(numbers=numbers, denoiser=source))
+        denoiser = _open(source, model=model)
+        super().__init__(model=model, tokenizer=tokenizer, denoiser=denoiser, **numbers)
 
     def submit(self, request: Request) -> int:
         """As of :class:`Engine`, on all ranks."""
@@ -148,12 +158,24 @@ class LeadingEngine(Engine):
         self._words.say(_Close())
 
 
-def build_engine(*, model: Emu35Model, tokenizer: TextTokenizer, **numbers: Any) -> Engine:
+def build_engine(
+    *,
+    model: Emu35Model,
+    tokenizer: TextTokenizer,
+    source: DenoiserSource | None = None,
+    **numbers: Any,
+) -> Engine:
     """The engine for a model that may be one tensor-parallel rank's part: on rank 0, where the
-    others :func:`follow`. ``numbers`` are those of :class:`Engine`."""
-    split = model.config.tensor_model_parallel_size > 1
-    make: Callable[..., Engine] = LeadingEngine if split else Engine
-    return make(model=model, tokenizer=tokenizer, **numbers)
+    others :func:`follow`. ``source`` is what it decodes pictures in parallel with; ``numbers`` are
+    those of :class:`Engine`."""
+    if model.config.tensor_model_parallel_size > 1:
+        return LeadingEngine(model=model, tokenizer=tokenizer, source=source, **numbers)
+    denoiser = _open(source, model=model)
+    return Engine(model=model, tokenizer=tokenizer, denoiser=denoiser, **numbers)
+
+
+def _open(source: DenoiserSource | None, *, model: Emu35Model) -> Denoiser | None:
+    return source.open(model.output_weight.device) if source else None
 
 
 def follows() -> bool:
@@ -182,7 +204,8 @@ def obey(model: Emu35Model, *, tokenizer: TextTokenizer) -> None:
     words = _Words()
     first = words.hear()
     assert isinstance(first, _Make)
-    engine = Engine(model=model, tokenizer=tokenizer, **first.numbers)
+    denoiser = _open(first.denoiser, model=model)
+    engine = Engine(model=model, tokenizer=tokenizer, denoiser=denoiser, **first.numbers)
     while not isinstance(word := words.hear(), _Close):
         try:
             match word:

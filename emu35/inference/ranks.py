@@ -5,6 +5,7 @@ equal logits. Tokens are nevertheless drawn by one rank and handed to the others
 differs between two devices must not send them down different roads.
 """
 
+import torch
 import torch.distributed as dist
 
 from emu35.inference.request import Token
@@ -21,3 +22,11 @@ def agree_on(tokens: list[Token]) -> list[Token]:
         shared, src=dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group
     )
     return shared[0]
+
+
+def agree_on_tensor(values: torch.Tensor) -> torch.Tensor:
+    """``values`` as the first rank of this tensor-parallel group has them, on all in place."""
+    mesh = current_mesh()
+    if mesh.tp_size > 1:
+        dist.broadcast(values, src=dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group)
+    return values

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from emu35.dida.samplers import Sampler
 from emu35.inference.grammar import MAX_DIGITS, GrammarOptions, NextKind
 from emu35.inference.sampler import EVERYTHING, sampling_problems
 from emu35.tokens.document import Document
@@ -21,6 +22,59 @@ def guidance_problems(guidance: float) -> list[str]:
     if abs(guidance) <= MOST_GUIDANCE:
         return []
     return [f"guidance={guidance} must lie in +-{MOST_GUIDANCE:g}; 1 turns it off"]
+
+
+class Decoder(StrEnum):
+    """How pictures are decoded: token by token, or all codes at once in a few steps."""
+
+    ar = "ar"
+    dida = "dida"
+
+
+MOST_STEPS = 1000
+"""Of denoising: a picture's codes are fewer than that where more would help."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoiseOptions:
+    """How pictures are decoded in parallel (:mod:`emu35.dida`).
+
+    Every picture takes ``steps`` forwards at most, whatever its size. Guidance stops once the time,
+    which goes from 0 (noise) to 1, has come to ``guidance_until``: what is left are details, and
+    the steps take half the work. ``shift`` above 1 spends more of the steps near the noise.
+    """
+
+    sampler: Sampler = Sampler.kinetic_euler
+    steps: int = 25
+    guidance_until: float = 0.9
+    shift: float = 1.0
+
+    def problems(self) -> list[str]:
+        """Everything that makes no sense, as sentences."""
+        found: list[str] = []
+        if not 1 <= self.steps <= MOST_STEPS:
+            found.append(f"denoise steps={self.steps} must lie in 1..{MOST_STEPS}")
+        if not 0 <= self.guidance_until <= 1:
+            found.append(
+                f"guidance_until={self.guidance_until} is a time and must lie in 0..1; "
+                "1 guides every step"
+            )
+        if not 0 < self.shift <= 100:
+            found.append(f"denoise shift={self.shift} must be positive and at most 100")
+        return found
+
+
+def denoise_options(
+    decoder: Decoder, *, steps: int | None, sampler: Sampler | None
+) -> DenoiseOptions | None:
+    """What a request of ``decoder`` says; None of a number takes the default. The numbers of dida
+    mean nothing to ar."""
+    if decoder is Decoder.ar:
+        return None
+    default = DenoiseOptions()
+    return DenoiseOptions(
+        sampler=sampler or default.sampler, steps=default.steps if steps is None else steps
+    )
 
 
 class Finish(StrEnum):
@@ -41,8 +95,9 @@ class Request:
     differs from 1. ``visual`` also samples the digits of a free grid size. The sequence ends behind
     ``max_images`` images (0: no limit), and with the token that completes one of the strings
     ``stop`` within a stretch of text; that token is part of the answer. ``top_logprobs`` asks for
-    so many of the best candidates beside each sampled token. Equal requests with equal seeds give
-    equal tokens.
+    so many of the best candidates beside each sampled token (none beside codes decoded in
+    parallel). ``denoise`` decodes pictures in parallel, by an engine that can; None token by token.
+    Equal requests with equal seeds give equal tokens.
     """
 
     prompt: Sequence[int]
@@ -56,6 +111,7 @@ class Request:
     max_images: int = 0
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    denoise: DenoiseOptions | None = None
 
     @property
     def guided(self) -> bool:
@@ -78,6 +134,7 @@ class Request:
             *sampling_problems(self.text, name="text"),
             *sampling_problems(self.visual, name="image"),
             *guidance_problems(self.guidance),
+            *(self.denoise.problems() if self.denoise else ()),
         ]
         if not self.prompt:
             found.append("the prompt has no tokens; a sequence starts with at least BOS")
@@ -128,6 +185,9 @@ class Token:
     grammar ``forced`` it. Greedy choices (temperature 0), which have no density, report that of
     temperature 1 over the legal set. ``top`` lists ids and log-probabilities of the best
     candidates, best first, where the request asks for them.
+
+    A code that was ``denoised`` was drawn together with the others of its picture: ``logprob`` is
+    that of its last draw given the canvas at that step, not given the tokens before it.
     """
 
     id: int
@@ -135,6 +195,7 @@ class Token:
     logprob: float = 0.0
     support: int = 1
     top: tuple[tuple[int, float], ...] = ()
+    denoised: bool = False
 
     @property
     def forced(self) -> bool:

@@ -55,6 +55,16 @@ def guide(
     return unconditional_NV + scale * (conditional_NV - unconditional_NV)
 
 
+def guide_hidden(
+    conditional_NH: torch.Tensor, *, unconditional_NH: torch.Tensor, scale_N1: torch.Tensor
+) -> torch.Tensor:
+    """The same of hidden states that logits are a linear function of: u + scale * (c - u), computed
+    in fp32, in their own type. ``scale_N1``: fp32 [N, 1], or [1, 1] for all."""
+    unconditional = unconditional_NH.float()
+    difference_NH = conditional_NH.float() - unconditional
+    return torch.addcmul(unconditional, scale_N1, difference_NH).to(conditional_NH.dtype)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
     """The choice of every row: its column int64 [N], its log-probability fp32 [N] under the

@@ -7,6 +7,11 @@ Slots are taken as sequences grow rather than for the longest answer they might 
 run out, the youngest request gives its slots back and waits at the front of the line, to feed its
 tokens again later (its random numbers depend on positions alone, so it goes on as if nothing had
 happened).
+
+A picture that is decoded in parallel is a canvas until it is done: fed again at every step, behind
+the tokens before its IMG, while its streams stay where they are. The slots of the whole picture are
+taken when its first step is prepared. What a canvas holds is no part of the cache and survives
+being pushed out.
 """
 
 from collections import deque
@@ -14,20 +19,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from emu35.inference.arena import Arena, Extent, whole_pages
-from emu35.inference.grammar import Grammar, Next, NextKind
+from emu35.inference.canvas import Canvas
+from emu35.inference.grammar import Grammar, Next, NextKind, State
 from emu35.inference.request import Finish, Request, Token
 from emu35.tokens.text import TextTokenizer
+
+SHORT = 16
+"""So many pending tokens are no prompt: an answer waits for them."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Stream:
     """A sequence of tokens as the model sees it. ``tokens`` are all of them, ``fed`` how many the
     cache holds, ``most`` how many there can ever be. ``row`` is where the engine keeps the newest
-    hidden state."""
+    hidden state. As many as ``at_once`` pending tokens are fed by one forward."""
 
     tokens: list[int]
     most: int
     fed: int = 0
+    at_once: int = SHORT
     extent: Extent | None = None
     row: int = -1
 
@@ -50,6 +60,7 @@ class Sequence:
     tokens: list[Token] = field(default_factory=list[Token])
     reported: int = 0
     finish: Finish | None = None
+    canvas: Canvas | None = None
     _text: list[int] = field(default_factory=list[int])  # the present stretch of text
 
     @property
@@ -63,6 +74,34 @@ class Sequence:
     def ready(self) -> bool:
         """Whether the model has seen everything the next token depends on."""
         return not any(stream.pending for stream in self.streams)
+
+    @property
+    def wants_canvas(self) -> bool:
+        """Whether a picture of known size begins here that is to be decoded in parallel."""
+        grammar = self.grammar
+        begins = grammar.state is State.ROW and (grammar.row, grammar.column) == (0, 0)
+        return begins and self.request.denoise is not None and self.canvas is None
+
+    @property
+    def held_back(self) -> int:
+        """Pending tokens that are not fed as such: a canvas begins with IMG."""
+        return int(self.canvas is not None)
+
+    @property
+    def canvas_streams(self) -> list[Stream]:
+        """Those that are fed the canvas in the step to come."""
+        if self.canvas is None:
+            return []
+        return list(self.streams) if self.canvas.guides else [self.conditional]
+
+    def commit(self, tokens: list[Token]) -> None:
+        """Take the codes of the finished canvas. What they become is fed by one forward."""
+        self.canvas = None
+        for token in tokens:
+            self.append(token)
+            self.append_forced()
+        for stream in self.streams:
+            stream.at_once = max(SHORT, stream.pending)
 
     def next(self) -> Next:
         """The legal next tokens."""
@@ -110,23 +149,27 @@ class Sequence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feed:
-    """``count`` tokens of ``stream`` for the next forward."""
+    """``count`` tokens of ``stream`` for the next forward; or the ``canvas`` of its sequence, as
+    many tokens from its IMG on."""
 
     stream: Stream
     count: int
+    canvas: Canvas | None = None
 
 
 @dataclass(kw_only=True, slots=True)
 class Scheduler:
     """``chunk`` bounds the prompt tokens of one forward, and so its memory and the time that
-    requests in the middle of an answer wait for it. ``headroom`` is how many slots a request gets
-    beyond its prompt where its images have no known size, and how many must be free for each
+    requests in the middle of an answer wait for it; ``canvas_chunk`` does so for the tokens of
+    canvases, of which one goes ahead whatever its size. ``headroom`` is how many slots a request
+    gets beyond its prompt where its images have no known size, and how many must be free for each
     stream in flight that may still grow so far, before another request is let in."""
 
     arena: Arena
     max_requests: int
     chunk: int
     headroom: int
+    canvas_chunk: int
     waiting: deque[Sequence] = field(default_factory=deque[Sequence])
     active: list[Sequence] = field(default_factory=list[Sequence])
     preemptions: int = 0
@@ -156,16 +199,37 @@ class Scheduler:
         prompts = self.chunk
         for sequence in list(self.active):
             for stream in sequence.streams:
-                short = stream.pending <= 16
-                count = stream.pending if short else min(stream.pending, prompts)
-                if not count or sequence not in self.active:
+                pending = stream.pending - sequence.held_back
+                short = pending <= stream.at_once
+                count = pending if short else min(pending, prompts)
+                if not (count or sequence.canvas) or sequence not in self.active:
                     continue
-                if not self._make_room(stream, count=count):
+                canvas = sequence.canvas.slots if sequence.canvas else 0
+                if not self._make_room(stream, count=(pending if canvas else count) + canvas):
                     self.preempt(sequence)
                     break
                 prompts -= 0 if short else count
-                feeds.append(Feed(stream=stream, count=count))
-        return [feed for feed in feeds if feed.stream.extent is not None]
+                if count:
+                    feeds.append(Feed(stream=stream, count=count))
+        feeds = [feed for feed in feeds if feed.stream.extent is not None]
+        return [*feeds, *self._feed_canvases(feeds)]
+
+    def _feed_canvases(self, feeds: list[Feed]) -> Iterator[Feed]:
+        """The canvases whose streams hold all that is before them when ``feeds`` are taken, oldest
+        first, as many as ``canvas_chunk`` permits."""
+        counts = {id(feed.stream): feed.count for feed in feeds}
+        total = 0
+        for sequence in self.active:
+            canvas, streams = sequence.canvas, sequence.canvas_streams
+            if canvas is None or any(
+                s.pending - counts.get(id(s), 0) > 1 for s in sequence.streams
+            ):
+                continue
+            total += canvas.length * len(streams)
+            if total > self.canvas_chunk and total > canvas.length * len(streams):
+                return
+            for stream in streams:
+                yield Feed(stream=stream, count=canvas.length, canvas=canvas)
 
     def retire(self) -> list[Sequence]:
         """Remove the finished sequences and free what they held."""
@@ -190,7 +254,7 @@ class Scheduler:
         """Put ``sequence`` back to the front of the line; it feeds its tokens again later."""
         self._release(sequence)
         for stream in sequence.streams:
-            stream.fed = 0
+            stream.fed, stream.at_once = 0, SHORT
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
@@ -227,6 +291,8 @@ class Scheduler:
         request = sequence.request
         size = request.grammar.size
         ahead = size.image_tokens * max(1, request.max_images) if size else self.headroom
+        if sequence.canvas is not None:
+            ahead = max(ahead, sequence.canvas.slots)
         return [
             len(stream.tokens) + min(ahead, request.max_new_tokens - len(sequence.tokens))
             for stream in sequence.streams

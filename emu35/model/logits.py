@@ -255,6 +255,55 @@ def range_logits(
     return torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], 1)
 
 
+class RangeProjection:
+    """:func:`range_logits` of up to ``count`` hidden rows at a time, in memory that is taken once;
+    for whoever projects thousands of rows at every step and must not ask for gigabytes anew.
+
+    Args:
+        start, end: the ids.
+        count: hidden rows at a time.
+    """
+
+    def __init__(self, model: Emu35Model, *, start: int, end: int, count: int) -> None:
+        rows, held = _own_rows(model), model.output_weight.shape[0]
+        ranks = 1 if rows.group is None else dist.get_world_size(rows.group)
+        first, last = max(start, rows.start), min(end, rows.start + rows.count)
+        self.count, self._group = count, rows.group
+        self._weight_RH = model.output_weight[first - rows.start : max(first, last) - rows.start]
+        self._widths = [
+            max(0, min(end, (rank + 1) * held) - max(start, rank * held)) for rank in range(ranks)
+        ]
+        weight_RH, widest = self._weight_RH, max(self._widths)
+
+        def space(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=weight_RH.device)
+
+        self._part_CR = space(count, widest)
+        whole = weight_RH.dtype == torch.float32
+        self._narrow_CR = None if whole else space(count, widest, dtype=weight_RH.dtype)
+        self._parts_PCR = space(ranks, count, widest) if rows.group is not None else None
+        self._logits_CV = space(count, end - start) if rows.group is not None else None
+
+    @torch.no_grad()
+    def __call__(self, hidden_CH: torch.Tensor) -> torch.Tensor:
+        """Logits fp32 [C, end - start], C at most ``count``; they last until the next call."""
+        taken, own = len(hidden_CH), len(self._weight_RH)
+        part_CR = self._part_CR[:taken]
+        target_CR = part_CR if self._narrow_CR is None else self._narrow_CR[:taken]
+        torch.mm(hidden_CH, self._weight_RH.t(), out=target_CR[:, :own])
+        if self._narrow_CR is not None:
+            part_CR.copy_(target_CR)
+        if self._parts_PCR is None or self._logits_CV is None:
+            return part_CR
+        parts = [each_CR[:taken] for each_CR in self._parts_PCR]
+        dist.all_gather(parts, part_CR, group=self._group)
+        logits_CV, begin = self._logits_CV[:taken], 0
+        for each_CR, width in zip(parts, self._widths, strict=True):
+            logits_CV[:, begin : begin + width] = each_CR[:, :width]
+            begin += width
+        return logits_CV
+
+
 @torch.no_grad()
 def id_logits(model: Emu35Model, *, hidden_NH: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
     """Logits fp32 [N, len(ids)] of a few ids that need not be neighbours."""

@@ -7,7 +7,7 @@ Exporting, importing and exporting again gives the same bytes. The checks themse
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from emu35.checkpoint import sharded
@@ -156,6 +156,7 @@ def export(options: ExportOptions, *, message: Message = print) -> Path:
             tokenizer=found.tokenizer,
             template=template,
             parameters=parameter_count(found.config, vocabulary_size=vocabulary.size),
+            noise=None if found.copy_adapters else found.noise,
             origin=dict(found.extra.get("origin") or {"name": found.name, "step": found.step}),
         )
         write_facts(facts, folder=folder)
@@ -226,7 +227,11 @@ def _release(options: ImportOptions, *, message: Message) -> _Origin:
         found=found,
         tokenizer=tokenizer,
         vision=options.vision or found.vision_folder,
-        kept={**found.extra, "template": (options.template or found.template).value},
+        kept={
+            **found.extra,
+            "template": (options.template or found.template).value,
+            **({"noise": asdict(found.noise)} if found.noise else {}),
+        },
     )
 
 

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from denoise_engine import denoise, ranks_requests
 from tiny_engine import generate, mixed_requests
 from torchrun_ranks import run_ranks
 
+from emu35.config import PathKind
+
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
+DENOISER = Path(__file__).with_name("denoise_ranks_worker.py")
 LEADER = Path(__file__).with_name("lead_worker.py")
 
 
@@ -19,6 +23,15 @@ def test_two_ranks_answer_as_one_process_does(tmp_path: Path) -> None:
     assert first == second
     alone = generate(mixed_requests(), at_once=8)
     assert [(index, ids) for index, ids, _ in first] == [(a.index, a.ids) for a in alone[1:]]
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+def test_two_ranks_decode_in_parallel_as_one_process_does(tmp_path: Path) -> None:
+    result = tmp_path / "answers.json"
+    run_ranks([str(DENOISER), str(result)], ranks=2, timeout=180)
+    alone = denoise(ranks_requests(), kind=PathKind.mixture_uniform)
+    assert json.loads(result.read_text()) == [answer.ids for answer in alone]
 
 
 @pytest.mark.multiproc

@@ -6,12 +6,14 @@ from pathlib import Path
 from emu35.run.arguments import Commands
 from emu35.run.arguments.source import add_source, end_without_leading, read_source
 
+SAMPLERS = ("kinetic_euler", "entropy_bound", "maskgit", "remdm")
 TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla", "chat")
 
 _RECORDS = """\
 A line of --prompts-file is a JSON object with a prompt. It may also set id, task, images (paths
 relative to the file), size, ratio, seed, guidance, temperature, top_k, top_p, text_temperature,
-text_top_k, text_top_p, max_new_tokens, steps and stop, each in place of what the call says."""
+text_top_k, text_top_p, max_new_tokens, steps, stop, decoder, denoise_steps and sampler, each in
+place of what the call says."""
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -51,6 +53,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     _add_form(command)
     _add_end(command)
     _add_sampling(command)
+    _add_decoder(command)
     _add_output(command)
     command.set_defaults(handler=_generate)
 
@@ -114,10 +117,24 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{prefix}top-p", type=float, metavar="P", help=f"for {what}")
 
 
+def _add_decoder(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("parallel decoding", "by a source of stage=dida")
+    group.add_argument(
+        "--decoder",
+        choices=("ar", "dida"),
+        default="ar",
+        help="pictures token by token (ar, the default), or all codes at once in some steps",
+    )
+    group.add_argument("--denoise-steps", type=int, metavar="N", help="forwards a picture (25)")
+    group.add_argument("--sampler", choices=SAMPLERS, help="of the steps (kinetic_euler)")
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     if (code := end_without_leading(arguments)) is not None:
         return code
+    from emu35.dida.samplers import Sampler
     from emu35.inference.ask import SamplingOverride, parse_size
+    from emu35.inference.request import Decoder
     from emu35.stages.generate.interactive import interactive
     from emu35.stages.generate.options import GenerateOptions
     from emu35.stages.generate.run import generate
@@ -153,6 +170,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         steps=arguments.steps,
         stop=arguments.stop,
+        decoder=Decoder(arguments.decoder),
+        denoise_steps=arguments.denoise_steps,
+        sampler=Sampler(arguments.sampler) if arguments.sampler else None,
         batch_size=arguments.batch_size,
         logprobs=arguments.logprobs,
         page=arguments.page,

@@ -216,6 +216,7 @@ class GeneratedFiles:
         if self._logprobs:
             row["logprobs"] = [token.logprob for token in answer.tokens]
             row["forced"] = [token.forced for token in answer.tokens]
+            row["denoised"] = [token.denoised for token in answer.tokens]
         return row
 
     def _parts(self, answer: Generated) -> list[dict[str, str]]:

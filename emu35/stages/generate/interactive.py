@@ -28,10 +28,11 @@ from emu35.data.story import Clip, Segment, Story
 from emu35.errors import ConfigError, DataError
 from emu35.inference.arena import whole_pages
 from emu35.inference.ask import Turn, build_request, parse_size, prompt_seed
+from emu35.inference.denoiser import needed_denoiser
 from emu35.inference.engine import Engine
 from emu35.inference.lead import build_engine
 from emu35.inference.memory import free_slots
-from emu35.inference.request import Finish, Generated, Request
+from emu35.inference.request import Decoder, Finish, Generated, Request
 from emu35.log.console import Console
 from emu35.stages.generate.earlier import DIALOGUE, PAGE
 from emu35.stages.generate.files import Asked, GeneratedFiles
@@ -240,6 +241,8 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
         story=False,
         writes=[PAGE, DIALOGUE],
     )
+    parallel_decoding = wish.decoder is Decoder.dida
+    source = needed_denoiser(described, chosen=options.vision) if parallel_decoding else None
     model = load_model(
         described,
         precision=options.precision or described.precision,
@@ -249,6 +252,7 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
         engine=build_engine(
             model=model,
             tokenizer=tokenizer,
+            source=source,
             max_requests=1,
             max_length=positions,
             cache_tokens=options.cache_tokens or min(2 * whole_pages(positions), free_slots(model)),

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emu35.config import Precision
+from emu35.dida.samplers import Sampler
 from emu35.inference.ask import Ask, SamplingOverride, Turn
 from emu35.inference.grammar import GridSize
+from emu35.inference.request import Decoder, denoise_options
 from emu35.tokens.template import PromptTemplate, Task
 
 _SHOWN = 5
@@ -28,12 +30,13 @@ class GenerateOptions:
     (``template``), or, for the grid, the last reference's size, else the model's own choice.
     ``size`` counts codes, ``ratio`` is a name such as 16:9, ``image_area`` (pixels) is what
     references are resized to. ``images`` are references of every prompt. ``steps`` is the number of
-    pictures after which an answer ends. ``batch_size`` counts prompts in flight. ``logprobs`` adds
-    to each row how likely every token was. ``page`` and ``story`` are the HTML page and protobuf.
-    ``stream`` shows the text of a single prompt on standard output while it comes (None: where that
-    is a terminal). ``cache_tokens`` are the slots of the engine's cache (None: as many as needed,
-    as far as memory goes). ``tp`` is over how many ranks the model is split; all of them were
-    started, and this is rank 0.
+    pictures after which an answer ends. ``decoder`` dida decodes pictures in parallel, by
+    ``sampler`` in ``denoise_steps`` steps. ``batch_size`` counts prompts in flight. ``logprobs``
+    adds to each row how likely every token was. ``page`` and ``story`` are the HTML page and
+    protobuf. ``stream`` shows the text of a single prompt on standard output while it comes (None:
+    where that is a terminal). ``cache_tokens`` are the slots of the engine's cache (None: as many
+    as needed, as far as memory goes). ``tp`` is over how many ranks the model is split; all of them
+    were started, and this is rank 0.
     """
 
     source: Path
@@ -56,6 +59,9 @@ class GenerateOptions:
     max_new_tokens: int | None = None
     steps: int | None = None
     stop: Sequence[str] = ()
+    decoder: Decoder = Decoder.ar
+    denoise_steps: int | None = None
+    sampler: Sampler | None = None
     batch_size: int = 16
     logprobs: bool = False
     page: bool = True
@@ -85,6 +91,9 @@ class Wish:
     max_new_tokens: int | None = None
     steps: int | None = None
     stop: tuple[str, ...] = ()
+    decoder: Decoder = Decoder.ar
+    denoise_steps: int | None = None
+    sampler: Sampler | None = None
 
     @property
     def pictures(self) -> bool:
@@ -113,6 +122,7 @@ class Wish:
             max_new_tokens=self.max_new_tokens,
             steps=self.steps,
             stop=self.stop,
+            denoise=denoise_options(self.decoder, steps=self.denoise_steps, sampler=self.sampler),
         )
 
     def problems(self) -> list[str]:
@@ -142,6 +152,9 @@ def wish_of(options: GenerateOptions, *, prompt: str, where: str) -> Wish:
         max_new_tokens=options.max_new_tokens,
         steps=options.steps,
         stop=tuple(options.stop),
+        decoder=options.decoder,
+        denoise_steps=options.denoise_steps,
+        sampler=options.sampler,
     )
 
 
@@ -155,6 +168,13 @@ def call_problems(options: GenerateOptions) -> list[str]:
     ):
         if value is not None and value < 1:
             problems.append(f"{name}={value} is too small; use at least 1")
+    parallel = {"denoise_steps": options.denoise_steps, "sampler": options.sampler}
+    said = [name for name, value in parallel.items() if value is not None]
+    if said and options.decoder is Decoder.ar and options.prompts_file is None:
+        problems.append(
+            f"{' and '.join(said)} hold for parallel decoding, but decoder is ar; ask for decoder "
+            "dida, or leave them out"
+        )
     if options.out.exists() and not options.out.is_dir():
         problems.append(f"out={options.out} is a file; name a folder")
     return problems

@@ -18,9 +18,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from emu35.dida.samplers import Sampler
 from emu35.errors import ConfigError, DataError
 from emu35.inference.ask import SamplingOverride, parse_size
 from emu35.inference.grammar import GridSize
+from emu35.inference.request import Decoder
 from emu35.stages.generate.options import GenerateOptions, Wish, wish_of
 from emu35.tokens.template import TASKS, Task
 
@@ -72,6 +74,18 @@ def _task(value: Any) -> Task:
     return Task(value)
 
 
+def _decoder(value: Any) -> Decoder:
+    if value not in list(Decoder):
+        raise _Wrong(f"must be one of {', '.join(Decoder)}")
+    return Decoder(value)
+
+
+def _sampler(value: Any) -> Sampler:
+    if value not in list(Sampler):
+        raise _Wrong(f"must be one of {', '.join(Sampler)}")
+    return Sampler(value)
+
+
 def _size(value: Any) -> GridSize:
     try:
         return parse_size(_text(value))
@@ -98,6 +112,9 @@ FIELDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "max_new_tokens": _whole,
         "steps": _whole,
         "stop": _texts,
+        "decoder": _decoder,
+        "denoise_steps": _whole,
+        "sampler": _sampler,
     }
 )
 """The keys of a record and what reads each; null leaves a key to the call."""

@@ -14,10 +14,11 @@ from emu35.checkpoint.source import Described, describe, load_model
 from emu35.config import ParallelConfig
 from emu35.errors import ConfigError
 from emu35.inference.ask import build_request, prompt_seed
+from emu35.inference.denoiser import needed_denoiser
 from emu35.inference.engine import Engine
 from emu35.inference.lead import build_engine
 from emu35.inference.memory import cache_tokens
-from emu35.inference.request import Generated, Request
+from emu35.inference.request import Decoder, Generated, Request
 from emu35.log.console import Console, human_time
 from emu35.stages.generate.earlier import PAGE
 from emu35.stages.generate.files import Asked, GeneratedFiles
@@ -79,6 +80,8 @@ def generate(options: GenerateOptions) -> GenerateResult:
         writes=[PAGE] if options.page and len(wishes) <= MOST_ON_A_PAGE else [],
     )
     files.asked = {at: asked(wish, references=references) for at, wish in enumerate(wishes)}
+    parallel_decoding = any(wish.decoder is Decoder.dida for wish in wishes)
+    source = needed_denoiser(described, chosen=options.vision) if parallel_decoding else None
     model = load_model(
         described,
         precision=options.precision or described.precision,
@@ -88,6 +91,7 @@ def generate(options: GenerateOptions) -> GenerateResult:
     engine = build_engine(
         model=model,
         tokenizer=tokenizer,
+        source=source,
         max_requests=at_once,
         max_length=max(request.slots for request in requests),
         cache_tokens=options.cache_tokens or cache_tokens(requests, model=model, at_once=at_once),

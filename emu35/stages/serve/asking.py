@@ -19,7 +19,7 @@ from emu35.inference.ask import (
     prompt_seed,
 )
 from emu35.inference.grammar import GrammarOptions, GridSize
-from emu35.inference.request import Request
+from emu35.inference.request import DenoiseOptions, Request, denoise_options
 from emu35.inference.sampler import EVERYTHING
 from emu35.stages.serve.pictures import Codes, Pictures, Sent
 from emu35.stages.serve.prompt_ids import check_ids
@@ -99,6 +99,7 @@ class Asker:
             max_images=body.max_images or int(numbers is not None and numbers.one_image),
             stop=body.stop,
             top_logprobs=body.logprobs or 0,
+            denoise=_denoise(body),
         )
 
     def _steered(self, request: Request, body: CompletionBody) -> Request:
@@ -253,7 +254,12 @@ def _ask(body: GenerationBody, *, task: Task, question: str) -> Ask:
         steps=body.max_images or None,
         stop=body.stop,
         top_logprobs=body.logprobs or 0 if isinstance(body, CompletionBody) else 0,
+        denoise=_denoise(body),
     )
+
+
+def _denoise(body: GenerationBody) -> DenoiseOptions | None:
+    return denoise_options(body.decoder, steps=body.denoise_steps, sampler=body.sampler)
 
 
 def _text_sampling(body: GenerationBody) -> SamplingOverride:

@@ -19,7 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from emu35.inference.request import MOST_TOP_LOGPROBS
+from emu35.dida.samplers import Sampler
+from emu35.inference.request import MOST_STEPS, MOST_TOP_LOGPROBS, Decoder
 from emu35.stages.serve.neutral import IGNORED, MESSAGE_NEUTRAL, NEUTRAL
 from emu35.stages.serve.refusal import shown
 from emu35.tokens.template import Task
@@ -114,7 +115,8 @@ class GenerationBody(Body):
     ``max_images`` ends the answer behind so many images; 0 permits none. ``stream_previews`` sends
     the unfinished picture every so many rows (true: about eight times a picture).
     ``return_images`` false leaves pictures undecoded, for callers that want ids. ``image_area`` is
-    the number of pixels that references are resized to.
+    the number of pixels that references are resized to. ``decoder`` dida decodes pictures in
+    parallel, by ``sampler`` in ``denoise_steps`` steps, where the model was adapted to it.
     """
 
     model: str | None = None
@@ -137,6 +139,9 @@ class GenerationBody(Body):
     return_token_ids: bool = False
     return_images: bool = True
     image_area: int | None = None
+    decoder: Decoder = Decoder.ar
+    denoise_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    sampler: Sampler | None = None
 
     neutral = NEUTRAL
     ignored = IGNORED

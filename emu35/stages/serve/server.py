@@ -14,6 +14,7 @@ from emu35.checkpoint.source import Described, describe, load_model
 from emu35.config import ParallelConfig
 from emu35.errors import ConfigError
 from emu35.inference.arena import whole_pages
+from emu35.inference.denoiser import find_denoiser
 from emu35.inference.engine import Engine
 from emu35.inference.lead import build_engine
 from emu35.inference.memory import free_slots
@@ -61,6 +62,7 @@ def engine_maker(options: ServeOptions, *, described: Described) -> Callable[[],
         return build_engine(
             model=model,
             tokenizer=build_text_tokenizer(described.tokenizer),
+            source=find_denoiser(described, chosen=options.vision),
             max_length=length,
             cache_tokens=options.cache_tokens or fitting,
             max_requests=options.max_requests,

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image as Picture
 from tiny_source import options, rows
 
+from emu35.dida.samplers import Sampler
 from emu35.errors import ConfigError, DataError
 from emu35.inference.ask import SamplingOverride
 from emu35.inference.grammar import GridSize
+from emu35.inference.request import Decoder
 from emu35.run.arguments.generate import _RECORDS
 from emu35.stages.generate.options import GenerateOptions
 from emu35.stages.generate.records import FIELDS, read_records
@@ -56,6 +58,9 @@ def test_a_record_sets_what_holds_for_it_alone(tmp_path: Path) -> None:
         "max_new_tokens": 99,
         "steps": 1,
         "stop": "END",
+        "decoder": "dida",
+        "denoise_steps": 12,
+        "sampler": "remdm",
     }
     assert set(full) | {"ratio"} == set(FIELDS), "a key without a test"
     made = check(
@@ -73,6 +78,9 @@ def test_a_record_sets_what_holds_for_it_alone(tmp_path: Path) -> None:
     assert one.visual == SamplingOverride(temperature=0.5, top_k=3, top_p=0.25)
     assert one.text == SamplingOverride(temperature=0.75, top_k=9, top_p=0.125)
     assert (one.max_new_tokens, one.steps, one.stop) == (99, 1, ("END",))
+    chosen = (one.decoder, one.denoise_steps, one.sampler)
+    assert chosen == (Decoder.dida, 12, Sampler.remdm)
+    assert (two.decoder, two.denoise_steps, two.sampler) == (Decoder.ar, None, None)
     assert (two.prompt, two.id, two.task, two.images) == ("two", None, Task.t2i, ())
     assert (two.size, two.ratio, two.guidance) == (None, "1:1", 4.0)
     assert (two.seed, two.own_seed, two.steps) == (8, False, None)

@@ -12,14 +12,17 @@ from emu35.config import (
     CheckpointConfig,
     IBQConfig,
     LMConfig,
+    LMStageConfig,
     PretrainConfig,
     RunConfig,
     TokenizerConfig,
 )
 from emu35.config.io import write_config
+from emu35.config.stage import adapters_of, adapts_noisy_only
 from emu35.inference.grammar import GridSize
 from emu35.model.build import build_model
 from emu35.model.init import initialize
+from emu35.model.lora import adapted_linears, train_adapters
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import single_process_mesh
 from emu35.stages.generate.options import GenerateOptions
@@ -46,9 +49,17 @@ def write_vision(folder: Path, *, codes: int = CODES) -> None:
     write_folder(IBQ(config), folder=folder)
 
 
-def write_run(root: Path, *, positions: int = 256, draws: bool = False, kv_heads: int = 1) -> Path:
-    """A run folder below ``root`` as pretraining leaves it. A model that ``draws`` begins an image
-    about every thirty tokens of text, and hardly ever ends its answer."""
+def write_run(
+    root: Path,
+    *,
+    positions: int = 256,
+    draws: bool = False,
+    kv_heads: int = 1,
+    stage: LMStageConfig | None = None,
+) -> Path:
+    """A run folder below ``root`` as ``stage`` (pretraining) leaves it. A model that ``draws``
+    begins an image about every thirty tokens of text, and hardly ever ends its answer. Adapters
+    that the stage trains have learned something."""
     write_vision(root / "vision")
     model = LMConfig(
         num_layers=1,
@@ -64,7 +75,7 @@ def write_run(root: Path, *, positions: int = 256, draws: bool = False, kv_heads
         run_dir=str(root / "run"),
         model=model,
         tokenizer=TokenizerConfig(codebook_size=CODES, vision=str(root / "vision")),
-        stage=PretrainConfig(),
+        stage=stage or PretrainConfig(),
     )
     folder = root / "run"
     folder.mkdir()
@@ -75,6 +86,11 @@ def write_run(root: Path, *, positions: int = 256, draws: bool = False, kv_heads
     initialize(built, seed=5, pad_id=vocabulary.pad)
     if draws:
         prefer(built, ids={vocabulary.boi: 3.0, vocabulary.eos: -6.0})
+    if (adapters := adapters_of(config.stage)) is not None:
+        train_adapters(built, config=adapters, seed=1, noisy_only=adapts_noisy_only(config.stage))
+        for linear in adapted_linears(built).values():
+            assert linear.adapter is not None
+            torch.nn.init.normal_(linear.adapter.b, std=0.3)
     manager = CheckpointManager(root=folder / "checkpoints", config=CheckpointConfig(), identity={})
     manager.save(1, write=lambda to: sharded.save(to, chunks=[built], optimizer=None), extra={})
     return folder

@@ -16,9 +16,9 @@ from emu35.checkpoint.manager import CheckpointManager
 from emu35.checkpoint.source import describe
 from emu35.config import (
     CheckpointConfig,
+    DiDAConfig,
     IBQConfig,
     LMConfig,
-    PretrainConfig,
     RunConfig,
     TokenizerConfig,
 )
@@ -60,9 +60,9 @@ def write_other_vision() -> Callable[[Path], None]:
 
 @pytest.fixture(scope="session")
 def drawing_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as pretraining leaves it. Its model opens a picture about every tenth token of
-    text and ends about every hundredth, whatever it has read: all states hold one constant feature,
-    which these two ids listen to."""
+    """A run folder as stage=dida leaves it, in the plain form of prompts. Its model opens a picture
+    about every tenth token of text and ends about every hundredth, whatever it has read: all states
+    hold one constant feature, which these two ids listen to."""
     root = tmp_path_factory.mktemp("serve")
     write_vision(root / "vision")
     model = LMConfig(
@@ -80,7 +80,7 @@ def drawing_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name="tiny",
         model=model,
         tokenizer=TokenizerConfig(codebook_size=CODES, vision=str(root / "vision")),
-        stage=PretrainConfig(),
+        stage=DiDAConfig(responses_only=False),
     )
     folder = root / "run"
     folder.mkdir()

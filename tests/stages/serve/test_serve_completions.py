@@ -125,6 +125,20 @@ def test_pictures_of_a_completion(server) -> None:
     assert not hasattr(bare.choices[0], "parts")
 
 
+def test_pictures_of_a_completion_may_be_decoded_in_parallel(server) -> None:
+    asked = {"task": "t2i", "size": "3x5", "seed": 2, "max_tokens": None, "guidance": 3.0}
+    chosen = {"decoder": "dida", "denoise_steps": 4, "sampler": "maskgit", "return_token_ids": True}
+    answer = complete(server, **asked, **chosen)
+    (part,) = answer.choices[0].parts
+    assert part["size"] == "3*5"
+    again = complete(server, **asked, **chosen)
+    assert again.choices[0].token_ids == answer.choices[0].token_ids
+    plain = complete(server, **asked, return_token_ids=True)
+    assert plain.choices[0].token_ids != answer.choices[0].token_ids
+    images = server.service.engine.stats.images_denoised
+    assert images >= 2
+
+
 def test_ids_with_images_are_prompts_and_answers_are_whole(server) -> None:
     tokenizer = server.service.asker.tokenizer
     vocabulary = tokenizer.vocabulary

@@ -1,0 +1,115 @@
+"""``emu35 generate --decoder dida``: from runs of stage=dida and from their releases."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_source import options, rows, write_run
+
+from emu35.cli import main
+from emu35.config import Adapter, DiDAConfig, LoRAConfig, PathConfig, PathKind
+from emu35.dida.samplers import Sampler
+from emu35.errors import ConfigError
+from emu35.inference.request import Decoder
+from emu35.stages.generate.run import generate
+from emu35.stages.release import ExportOptions, ImportOptions, export, import_
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of stage=dida with a path of its own numbers, in the plain form of prompts."""
+    stage = DiDAConfig(path=PathConfig(c=2.0, alpha=1.1), responses_only=False)
+    return write_run(tmp_path_factory.mktemp("adapted"), stage=stage)
+
+
+def test_a_run_and_its_release_decode_in_parallel_alike(adapted: Path, tmp_path: Path) -> None:
+    asked = {"decoder": Decoder.dida, "denoise_steps": 4}
+    result = generate(options(adapted, tmp_path / "run", **asked))
+    assert result.images == 3
+    assert not result.problems
+    assert all(answer.tokens[-2].denoised for answer in result.answers)
+    release = export(ExportOptions(run=adapted, out=tmp_path / "release"))
+    assert json.loads((release / "emu35.json").read_text())["noise"] == {
+        "kind": "metric",
+        "c": 2.0,
+        "alpha": 1.1,
+    }
+    again = generate(options(release, tmp_path / "again", **asked))
+    assert [answer.ids for answer in again.answers] == [answer.ids for answer in result.answers]
+    imported = import_(ImportOptions(source=release, out=tmp_path / "imported"))
+    back = generate(options(imported, tmp_path / "back", **asked))
+    assert [answer.ids for answer in back.answers] == [answer.ids for answer in result.answers]
+    plain = generate(options(release, tmp_path / "plain"))
+    assert [answer.ids for answer in plain.answers] != [answer.ids for answer in again.answers]
+
+
+def test_each_record_chooses_its_decoder(adapted: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    records = [
+        {"prompt": "a cat", "seed": 1},
+        {"prompt": "a cat", "seed": 1, "decoder": "dida", "denoise_steps": 3},
+        {"prompt": "a cat", "seed": 1, "decoder": "dida", "sampler": "maskgit"},
+    ]
+    file.write_text("\n".join(json.dumps(record) for record in records))
+    mixed = generate(
+        options(adapted, tmp_path / "mixed", prompts=(), prompts_file=file, logprobs=True)
+    )
+    assert [sum(row["denoised"]) for row in rows(tmp_path / "mixed")] == [0, 12, 12]
+    denoised = [sum(token.denoised for token in answer.tokens) for answer in mixed.answers]
+    assert denoised == [0, 12, 12]
+    file.write_text(json.dumps(records[1]))
+    alone = generate(options(adapted, tmp_path / "alone", prompts=(), prompts_file=file))
+    assert alone.answers[0].ids == mixed.answers[1].ids
+    file.write_text(json.dumps({"prompt": "a cat", "sampler": "euler"}))
+    with pytest.raises(ConfigError, match="must be one of kinetic_euler, entropy_bound"):
+        generate(options(adapted, tmp_path / "wrong", prompts=(), prompts_file=file))
+
+
+def test_a_source_that_was_not_adapted_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not adapted to parallel decoding; use a run or a rel"):
+        generate(options(run, tmp_path / "out", decoder=Decoder.dida))
+    with pytest.raises(ConfigError, match="sampler hold for parallel decoding, but decoder is ar"):
+        generate(options(run, tmp_path / "out", denoise_steps=3, sampler=Sampler.remdm))
+    with pytest.raises(ConfigError, match=r"denoise steps=0 must lie in 1\.\.1000"):
+        generate(options(run, tmp_path / "out", decoder=Decoder.dida, denoise_steps=0))
+
+
+def test_adapters_of_noisy_copies_leave_token_by_token_as_it_was(run: Path, tmp_path: Path) -> None:
+    stage = DiDAConfig(
+        path=PathConfig(kind=PathKind.mixture_uniform),
+        responses_only=False,
+        adapter=Adapter.lora_noisy_only,
+        lora=LoRAConfig(rank=4, alpha=8.0),
+    )
+    adapted = write_run(tmp_path / "adapted", stage=stage)
+    full = write_run(
+        tmp_path / "full",
+        stage=DiDAConfig(path=PathConfig(kind=PathKind.mixture_uniform), responses_only=False),
+    )
+    answers = {
+        (name, decoder): [
+            answer.ids
+            for answer in generate(
+                options(source, tmp_path / f"{name}_{decoder}", decoder=decoder, logprobs=True)
+            ).answers
+        ]
+        for name, source in (("adapted", adapted), ("full", full))
+        for decoder in Decoder
+    }
+    assert answers["adapted", Decoder.ar] == answers["full", Decoder.ar]
+    logprobs = [
+        [row["logprobs"] for row in rows(tmp_path / f"{name}_ar")] for name in ("adapted", "full")
+    ]
+    assert logprobs[0] == logprobs[1], "bit for bit"
+    assert answers["adapted", Decoder.dida] != answers["full", Decoder.dida]
+    release = export(ExportOptions(run=adapted, out=tmp_path / "release"))
+    with pytest.raises(ConfigError, match="not adapted to parallel decoding"):
+        generate(options(release, tmp_path / "none", decoder=Decoder.dida))
+
+
+def test_the_command_line(adapted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call = ["generate", "--run", str(adapted), "--prompt", "a cat", "--size", "3x4"]
+    chosen = ["--decoder", "dida", "--denoise-steps", "2", "--sampler", "entropy_bound"]
+    assert main([*call, *chosen, "--out", str(out)]) == 0
+    assert len(rows(out)) == 1
