@@ -20,7 +20,7 @@ from pathlib import Path
 
 from emu35 import __version__
 from emu35.errors import Emu35Error
-from emu35.run.arguments import Commands, convert, data, generate, serve, tokens, view
+from emu35.run.arguments import Commands, convert, data, dida, generate, serve, tokens, view
 from emu35.run.worker import quiet_libraries
 
 _OVERRIDES = """\
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_run(commands)
     _add_launch(commands)
-    for module in (generate, serve, view, convert, data, tokens):
+    for module in (generate, serve, view, convert, data, dida, tokens):
         module.add(commands)
     return parser
 

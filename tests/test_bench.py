@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from emu35.dida.layout import NoisyCopies
 from emu35.model.mask import AttentionMask
+from emu35.tokens.vocabulary import vocabulary_of
 
 
 @pytest.fixture
@@ -68,6 +70,37 @@ def test_different_work_is_refused() -> None:
     for wrong in (1.0 + 1e-4, float("nan")):
         with pytest.raises(SystemExit, match="weight gradient: ours is off"):
             same((*ones[:2], torch.full((3,), wrong)), ones)
+
+
+@pytest.mark.usefixtures("bench")
+def test_the_row_with_noisy_copies_is_full_of_them_and_as_long_as_the_script_says() -> None:
+    step = import_module("dida_step")
+    shape = step.RowShape(documents=2, side=30)
+    assert shape.tokens == 8192
+    copies = NoisyCopies(
+        vocabulary=vocabulary_of(step.TOKENIZER),
+        room=shape.noisy,
+    )
+    batch = copies(step.packed_row(shape))
+    assert batch.tokens.shape == (1, shape.tokens)
+    assert batch.noisy is not None
+    assert batch.noisy.unique().tolist() == [-1, 0, 1, 2, 3]
+    assert (batch.noisy >= 0).sum() == 4 * (30 * 30 + 30)
+    # All but a few hundred columns are tokens that attend.
+    assert (batch.document_start < shape.clean).float().mean() > 0.95
+    with pytest.raises(SystemExit, match=r"at step 3: segment 2\.0.*dense 2\.1"):
+        step.check_equal({"segment": 2.0, "dense": 2.1}, step=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_step_with_noisy_copies_by_segments_beside_the_dense_mask(bench: Path) -> None:
+    found = figures(bench / "dida.py", "--quick")
+    generation = ("forwards_per_image", "steps", "accuracy_ar", "accuracy_dida", "wall_ratio")
+    assert found.keys() >= {*generation, "train_step_speedup", "device"}
+    assert found["train_step_speedup"] > 0
+    assert found["memory_power_segment"] < 1.3
+    assert found["memory_mib_segment"][-1] < found["memory_mib_dense"][-1]
 
 
 @pytest.mark.usefixtures("bench")

@@ -32,6 +32,7 @@ def in_subprocess(code: str) -> "subprocess.CompletedProcess[str]":
         ["generate", "--help"],
         ["serve", "--help"],
         ["view", "--help"],
+        ["dida", "fit-path", "--help"],
         ["show", "experiment=demo/pretrain", "--diff"],
         ["plan", "experiment=emu35_34b/pretrain_s1", "--json"],
         ["launch", "experiment=emu35_34b/sft_s1", "--dry-run"],
@@ -195,6 +196,7 @@ def test_prompts_file_with_a_bad_line(content: str, tmp_path: Path, capsys):
         (["data", "index", "{}/no"], "no"),
         (["data", "stats", "{}/no"], "no"),
         (["data", "inspect", "{}/no"], "no"),
+        (["dida", "fit-path", "--vision", "{}/no", "--out", "{}/o"], "no vision tokenizer in"),
     ],
 )
 def test_missing_inputs_are_messages(arguments: list[str], message: str, tmp_path: Path, capsys):
@@ -249,6 +251,7 @@ def test_defaults_are_those_of_the_options_they_fill():
     from emu35.data.ingest.options import IngestOptions
     from emu35.run.arguments.recipe import Recipe
     from emu35.stages.data import InspectOptions, StatsOptions
+    from emu35.stages.dida_path import FitPathOptions
     from emu35.stages.generate.options import GenerateOptions
     from emu35.stages.release import VerifyOptions
 
@@ -268,6 +271,9 @@ def test_defaults_are_those_of_the_options_they_fill():
     assert stats["sequence_length"] == StatsOptions(folders=[]).sequence_length
     inspect = defaults("data", "inspect", "x")
     assert inspect["count"] == InspectOptions(folder=some).count
+    fitted = defaults("dida", "fit-path", "--vision", "x", "--out", "x")
+    for name in ("shards", "codes", "seed", "force"):
+        assert fitted[name] == getattr(FitPathOptions(vision=some, out=some), name)
     verify = defaults("convert", "verify", "--release", "x")
     assert verify["probe_tokens"] == VerifyOptions(release=some).probe_tokens
     made = defaults("generate", "--run", "x", "--out", "x")

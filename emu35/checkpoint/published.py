@@ -13,7 +13,7 @@ from emu35.checkpoint.hf_config import CONFIG_JSON, QWEN3, parse_config, read_js
 from emu35.checkpoint.safetensor_index import check_shards
 from emu35.config import LayerSpec, LMConfig, RunConfig, TokenizerConfig, TokenizerKind
 from emu35.config.io import CONFIG_FILE, read_config
-from emu35.config.stage import adapters_of
+from emu35.config.stage import adapters_of, adapts_noisy_only
 from emu35.errors import CheckpointError, Emu35Error
 from emu35.tokens.vocabulary import N_TEXT, vocabulary_of
 
@@ -87,7 +87,9 @@ def require_adapters_fit(path: Path, *, run: RunConfig) -> None:
         ConfigError, ReleaseError: the description in ``path`` cannot be read.
     """
     if (path / CONFIG_FILE).is_file():
-        if adapters_of(read_config(path).stage) and run.engine.layers is LayerSpec.te:
+        theirs = read_config(path).stage
+        merged = adapters_of(theirs) and not adapts_noisy_only(theirs)
+        if merged and run.engine.layers is LayerSpec.te:
             raise CheckpointError(
                 f"stage.init_from={path} trained adapters, which engine.layers=te cannot read; "
                 "use engine.layers=local, or export that run first and start from the release"

@@ -22,7 +22,7 @@ from emu35.checkpoint.staged import StateWrite
 from emu35.checkpoint.unpickle import refuse_code
 from emu35.config import LoRAConfig
 from emu35.errors import CheckpointError
-from emu35.model.lora import adapters_to_merge, without_adapters
+from emu35.model.lora import adapters_to_merge, attach_adapters, without_adapters
 from emu35.model.transformer import Emu35Model
 from emu35.parallel import cpu
 from emu35.parallel.collectives import is_main
@@ -97,6 +97,7 @@ def load_weights(
     *,
     chunks: list[Emu35Model],
     adapters: LoRAConfig | None = None,
+    copy_adapters: LoRAConfig | None = None,
     stored: torch.dtype = torch.float32,
 ) -> None:
     """Restore weights alone, in any layout. Adapters that ``chunks`` have themselves stay as they
@@ -107,6 +108,8 @@ def load_weights(
         chunks: this rank's model.
         adapters: those that the checkpoint holds beside the weights; they are merged into them,
             in fp32 and rounded once.
+        copy_adapters: those of noisy copies, which are put beside the weights and stay there;
+            ``chunks`` have none of their own then.
         stored: type of the adapters and weights in the checkpoint, or a wider one.
 
     Raises:
@@ -115,6 +118,9 @@ def load_weights(
     """
     with ExitStack() as aside:
         for chunk in chunks:
+            if copy_adapters is not None:
+                attach_adapters(chunk, config=copy_adapters, noisy_only=True)
+                continue
             aside.enter_context(without_adapters(chunk))
             if adapters is not None:
                 aside.enter_context(adapters_to_merge(chunk, config=adapters, stored=stored))

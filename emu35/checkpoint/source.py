@@ -41,9 +41,10 @@ from emu35.config import (
     TokenizerConfig,
     TokenizerKind,
 )
+from emu35.config.dida import DiDAConfig
 from emu35.config.io import CONFIG_FILE, read_config
 from emu35.config.rules import split_problems
-from emu35.config.stage import adapters_of
+from emu35.config.stage import adapters_of, adapts_noisy_only
 from emu35.errors import CheckpointError, ConfigError, ReleaseError
 from emu35.model.build import build_model
 from emu35.model.names import weights_by_name
@@ -68,8 +69,10 @@ class Described:
 
     ``checkpoint`` is set for a run; ``state``, the tensors under official names, for anything else;
     ``facts`` and ``weights`` for a release (``facts`` only for one of ours). ``adapters`` lie in
-    the run's checkpoint beside the weights; whoever opens it sees them merged. ``extra`` is what an
-    import kept of the release it came from.
+    the run's checkpoint beside the weights; whoever opens it sees them merged. ``copy_adapters``
+    are those of noisy copies, which nothing is merged with: a model to generate with keeps them
+    beside its weights, and who starts from the run or exports it gets the weights alone. ``extra``
+    is what an import kept of the release it came from.
     """
 
     path: Path
@@ -83,6 +86,7 @@ class Described:
     extra: Mapping[str, Any]
     checkpoint: Checkpoint | None = None
     adapters: LoRAConfig | None = None
+    copy_adapters: LoRAConfig | None = None
     facts: ReleaseFacts | None = None
     weights: SafetensorFolder | None = None
     state: Mapping[str, torch.Tensor] | None = None
@@ -91,6 +95,11 @@ class Described:
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
         return vocabulary_of(self.tokenizer).size
+
+    @property
+    def base(self) -> "Described":
+        """The same without adapters of noisy copies."""
+        return replace(self, copy_adapters=None)
 
     @property
     def tokenizer_ids(self) -> tuple[str, int]:
@@ -196,7 +205,7 @@ def load_model(
         parallel=parallel,
         precision=precision,
     )
-    load_into([model], described=described)
+    load_into([model], described=described, copies=True)
     return model.eval().requires_grad_(False)
 
 
@@ -215,9 +224,10 @@ def _layout_problems(parallel: ParallelConfig, *, config: LMConfig) -> Iterator[
         yield from split_problems(parallel, model=config)
 
 
-def load_into(chunks: list[Emu35Model], *, described: Described) -> None:
+def load_into(chunks: list[Emu35Model], *, described: Described, copies: bool = False) -> None:
     """Fill models of the right architecture, or what this rank has of one in any layout, converting
-    to the type of their parameters. Collective.
+    to the type of their parameters; with ``copies`` they get the adapters of noisy copies as well,
+    where there are any. Collective.
 
     Raises:
         CheckpointError: on every rank, when the weights cannot be read or do not fit on one.
@@ -231,6 +241,7 @@ def load_into(chunks: list[Emu35Model], *, described: Described) -> None:
             described.checkpoint.path,
             chunks=chunks,
             adapters=described.adapters,
+            copy_adapters=described.copy_adapters if copies else None,
             stored=DTYPES[described.precision],
         )
         # Where more ranks make more padding, the files have no rows for it.
@@ -292,13 +303,15 @@ def _describe_run(path: Path, *, step: int | None, message: Message) -> Describe
         step=checkpoint.step,
         extra=kept,
         checkpoint=checkpoint,
-        adapters=adapters_of(run.stage),
+        adapters=None if adapts_noisy_only(run.stage) else adapters_of(run.stage),
+        copy_adapters=adapters_of(run.stage) if adapts_noisy_only(run.stage) else None,
     )
 
 
 def default_template(run: RunConfig) -> PromptTemplate:
     """Pretraining documents have no chat form; everything after it does."""
-    tuned = isinstance(run.stage, SFTConfig)
+    stage = run.stage
+    tuned = isinstance(stage, SFTConfig) or (isinstance(stage, DiDAConfig) and stage.responses_only)
     return PromptTemplate.official if tuned else PromptTemplate.plain
 
 

@@ -68,6 +68,8 @@ def describe_start(
         assert found.checkpoint is not None
         refuse_code(found.checkpoint.path)
         merged = ", its adapters merged into them" if found.adapters else ""
+        if found.copy_adapters:
+            merged = ", without its adapters of noisy copies"
         message(f"weights of step {found.step} of the run {path}{merged}")
         if differences := computing_differences(found.config, config):
             message(f"the same weights compute something else here: {'; '.join(differences)}")

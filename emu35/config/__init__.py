@@ -21,6 +21,7 @@ from emu35.config.data import (
     TokenDataConfig,
     ValidationConfig,
 )
+from emu35.config.dida import DiDAConfig, PathConfig, PathKind
 from emu35.config.engine import (
     FP8,
     EngineConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "AttentionBackend",
     "CheckpointConfig",
     "DataConfig",
+    "DiDAConfig",
     "EngineConfig",
     "FP8Recipe",
     "GuardConfig",
@@ -81,6 +83,8 @@ __all__ = [
     "Overlong",
     "Packing",
     "ParallelConfig",
+    "PathConfig",
+    "PathKind",
     "Precision",
     "PretrainConfig",
     "Recompute",

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from emu35.config.checkpoint import CheckpointConfig
 from emu35.config.data import DataConfig, ImageDataConfig, TokenDataConfig
+from emu35.config.dida import DiDAConfig
 from emu35.config.engine import EngineConfig
 from emu35.config.guard import GuardConfig
 from emu35.config.launch import LaunchConfig
@@ -21,7 +22,12 @@ KINDS: Mapping[str, Mapping[str, type]] = MappingProxyType(
         "model": MappingProxyType({"lm": LMConfig, "ibq": IBQConfig}),
         "data": MappingProxyType({"tokens": TokenDataConfig, "images": ImageDataConfig}),
         "stage": MappingProxyType(
-            {"pretrain": PretrainConfig, "sft": SFTConfig, "ibq": IBQStageConfig}
+            {
+                "pretrain": PretrainConfig,
+                "sft": SFTConfig,
+                "dida": DiDAConfig,
+                "ibq": IBQStageConfig,
+            }
         ),
     }
 )

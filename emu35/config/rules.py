@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from emu35.config.check import divisors
 from emu35.config.data import ImageDataConfig, Overlong, TokenDataConfig
-from emu35.config.engine import FP8, FP8Recipe, LayerSpec
+from emu35.config.dida import DiDAConfig, row_length
+from emu35.config.engine import FP8, FP8Recipe, LayerSpec, Recompute, RecomputeModule
 from emu35.config.model import IBQConfig, LMConfig
 from emu35.config.parallel import CPCommType, ParallelConfig
 from emu35.config.root import RunConfig
@@ -14,6 +15,7 @@ from emu35.config.stage import (
     Precision,
     SFTConfig,
     adapters_of,
+    adapts_noisy_only,
 )
 from emu35.errors import ConfigError
 
@@ -68,11 +70,14 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
                     f"data.sequence_length={length} exceeds "
                     f"model.max_position_embeddings={longest}; shorten it or extend the model"
                 )
-            if isinstance(stage, SFTConfig) and config.data.overlong is Overlong.cut:
+            learns_responses = isinstance(stage, SFTConfig) or (
+                isinstance(stage, DiDAConfig) and stage.responses_only
+            )
+            if learns_responses and config.data.overlong is Overlong.cut:
                 yield (
-                    "stage=sft learns responses, and data.overlong=cut would make documents of the "
-                    "tails of long ones: a tail without its prompt teaches nothing; use "
-                    "data.overlong=drop, or refuse"
+                    f"stage={stage.kind} learns responses, and data.overlong=cut would make "
+                    "documents of the tails of long ones: a tail without its prompt teaches "
+                    "nothing; use data.overlong=drop, or refuse"
                 )
     elif isinstance(stage, IBQStageConfig):
         if not isinstance(config.model, IBQConfig):
@@ -101,13 +106,27 @@ def _adapters(config: RunConfig) -> Iterator[str]:
         return
     if config.stage.init_from is None:
         yield (
-            "stage.adapter=lora adds to frozen weights, but stage.init_from names none, so they "
+            "stage.adapter adds to frozen weights, but stage.init_from names none, so they "
             "would be random; name a run or a release there"
         )
     if config.engine.layers is LayerSpec.te:
         yield (
-            "stage.adapter=lora cannot reach into engine.layers=te, which fuses each projection "
+            "stage.adapter cannot reach into engine.layers=te, which fuses each projection "
             "with the norm before it; use engine.layers=local"
+        )
+    if not adapts_noisy_only(config.stage):
+        return
+    if not isinstance(config.stage, DiDAConfig):
+        yield (
+            f"stage.adapter=lora_noisy_only adapts noisy copies of pictures, which "
+            f"stage={config.stage.kind} has none of; use stage=dida, or adapter=lora"
+        )
+    engine = config.engine
+    if engine.recompute is Recompute.selective and RecomputeModule.mlp in engine.recompute_modules:
+        yield (
+            "stage.adapter=lora_noisy_only is told its rows layer by layer, and "
+            "engine.recompute_modules=[mlp] runs a part of a layer by itself; leave mlp out, or "
+            "use engine.recompute=full"
         )
 
 
@@ -126,14 +145,17 @@ def _layout(config: RunConfig) -> Iterator[str]:
     yield from _exchanged_heads(parallel, model=model)
     yield from _stages(parallel, model=model)
     if isinstance(config.data, TokenDataConfig):
-        length = config.data.sequence_length
+        lengths = {"data.sequence_length": config.data.sequence_length}
+        if isinstance(config.stage, DiDAConfig):
+            lengths["stage.noisy_length"] = config.stage.noisy_length
         cut = 2 * parallel.cp if parallel.cp > 1 else 1
         cut *= parallel.tp if parallel.sp else 1
-        if length % cut:
-            yield (
-                f"data.sequence_length={length} is not a multiple of {cut}, "
-                f"which cp={parallel.cp} and sp={parallel.sp} (tp={parallel.tp}) need"
-            )
+        for name, length in lengths.items():
+            if length % cut:
+                yield (
+                    f"{name}={length} is not a multiple of {cut}, "
+                    f"which cp={parallel.cp} and sp={parallel.sp} (tp={parallel.tp}) need"
+                )
 
 
 def split_problems(parallel: ParallelConfig, *, model: LMConfig) -> Iterator[str]:
@@ -202,7 +224,8 @@ def _fp8_shapes(config: RunConfig, *, model: LMConfig) -> Iterator[str]:
     if engine.fp8 is FP8.off or not isinstance(data, TokenDataConfig):
         return
     block = 32 if engine.fp8_recipe is FP8Recipe.mxfp8 else 16
-    tokens = config.stage.micro_batch_size * data.sequence_length // parallel.cp
+    row = row_length(config.stage, data=data)
+    tokens = config.stage.micro_batch_size * row // parallel.cp
     sizes = {
         "model.hidden_size": model.hidden_size,
         "model.ffn_hidden_size / tp": model.ffn_hidden_size // parallel.tp,

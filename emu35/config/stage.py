@@ -84,10 +84,13 @@ class NewRowsConfig:
 
 
 class Adapter(StrEnum):
-    """What is trained: ``none``, all weights; ``lora``, low-rank additions to frozen ones."""
+    """What is trained: ``none``, all weights; ``lora``, low-rank additions to frozen ones;
+    ``lora_noisy_only`` (stage=dida), additions that only noisy copies of pictures pass through, so
+    that everything generated token by token stays as it was, bit for bit."""
 
     none = "none"
     lora = "lora"
+    lora_noisy_only = "lora_noisy_only"
 
 
 class LoRATarget(StrEnum):
@@ -125,7 +128,7 @@ class LMStageConfig(StageConfig):
     """What pretraining and fine-tuning share: next-token prediction with weights by modality.
 
     ``init_from`` names a run, a release in the official format, or a Qwen3 folder as published, for
-    which ``new_rows`` completes the vocabulary. With ``adapter: lora`` only the additions that
+    which ``new_rows`` completes the vocabulary. With an ``adapter`` only the additions that
     ``lora`` describes are trained. ``loss_chunk`` is the number of token rows projected onto the
     vocabulary at a time.
     """
@@ -147,9 +150,14 @@ class LMStageConfig(StageConfig):
 
 def adapters_of(stage: StageConfig) -> LoRAConfig | None:
     """The adapters that ``stage`` trains; None where it trains all weights."""
-    if isinstance(stage, LMStageConfig) and stage.adapter is Adapter.lora:
+    if isinstance(stage, LMStageConfig) and stage.adapter is not Adapter.none:
         return stage.lora
     return None
+
+
+def adapts_noisy_only(stage: StageConfig) -> bool:
+    """Whether adapters add to the rows of noisy copies alone."""
+    return isinstance(stage, LMStageConfig) and stage.adapter is Adapter.lora_noisy_only
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,8 +3,9 @@
 Shape suffixes: B rows of a micro-batch, S tokens of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from emu35.data.source import Items, Source
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
-    """One micro-batch, all tensors [B, S].
+    """One micro-batch, all tensors [B, S] but ``intervals``.
 
     Attributes:
         tokens: int64 ids; the pad id after the last document of a row.
@@ -29,6 +30,11 @@ class Batch:
         document_start: int64, the column where the token's document starts; S on padding, so
             that no key lies in [start, column].
         sample_ids: number of each row in the global stream; -1 for a row of padding only.
+        intervals: int64 [B, S, 4], the keys each row sees
+            (:meth:`~emu35.model.mask.AttentionMask.from_intervals`) where that is more than its
+            document so far.
+        noisy: int16, which noisy copy of its row a token is part of, -1 for none; see
+            :mod:`emu35.dida.layout`.
     """
 
     tokens: torch.Tensor
@@ -39,24 +45,25 @@ class Batch:
     positions: torch.Tensor
     document_start: torch.Tensor
     sample_ids: list[int]
+    intervals: torch.Tensor | None = None
+    noisy: torch.Tensor | None = None
 
     def take(self, columns_S: torch.Tensor) -> "Batch":
-        """The same rows with some of their columns; ``document_start`` keeps its numbers."""
-        chosen = {
-            field.name: getattr(self, field.name).index_select(1, columns_S)
-            for field in fields(self)
-            if field.name != "sample_ids"
-        }
-        return Batch(**chosen, sample_ids=self.sample_ids)
+        """The same rows with some of their columns; ``document_start`` and ``intervals`` keep
+        their numbers."""
+        return self._map(lambda values: values.index_select(1, columns_S))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch with its tensors on ``device``."""
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if field.name != "sample_ids"
+        return self._map(lambda values: values.to(device, non_blocking=non_blocking))
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {
+            name: change(value) if isinstance(value, torch.Tensor) else value
+            for name, value in values.items()
         }
-        return Batch(**moved, sample_ids=self.sample_ids)
+        return Batch(**changed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,13 @@ from emu35.tokens.vocabulary import Vocabulary
 Message = Callable[[str], None]
 """Tells the person who started the run something."""
 
+Prepare = Callable[[Batch], Batch]
+"""What a stage does to every batch as it is read."""
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
 
 def _say_nothing(text: str) -> None:
     del text
@@ -37,8 +44,9 @@ class TokenLoader:
 
     Of every ``global_batch_size`` consecutive samples, rank r of n takes the r-th n-th, so that
     the ranks' slices laid end to end are the stream, whatever n is. Batches are prepared
-    ``data.prefetch_steps`` ahead in a thread; the state is that of the steps handed out.
-    ``message`` hears once what ``data.overlong`` leaves out and how full offline packing gets.
+    ``data.prefetch_steps`` ahead in a thread, ``prepare`` included; the state is that of the steps
+    handed out. ``message`` hears once what ``data.overlong`` leaves out and how full offline
+    packing gets.
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class TokenLoader:
         dp_rank: int,
         dp_size: int,
         message: Message = _say_nothing,
+        prepare: Prepare = _as_it_is,
     ) -> None:
         """Open every source with a positive ratio.
 
@@ -72,7 +81,7 @@ class TokenLoader:
                 "data.sources names no source with a positive ratio; add one, for example "
                 "data.sources.text.path=FOLDER"
             )
-        self._data = data
+        self._data, self._prepare = data, prepare
         self._pad = vocabulary.pad
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
@@ -157,11 +166,13 @@ class TokenLoader:
         samples = self._planner.take(self._global_batch_size)[self._mine]
         size = self._micro_batch_size
         batches = [
-            assemble(
-                samples[first : first + size],
-                sources=self._sources,
-                sequence_length=self._data.sequence_length,
-                pad=self._pad,
+            self._prepare(
+                assemble(
+                    samples[first : first + size],
+                    sources=self._sources,
+                    sequence_length=self._data.sequence_length,
+                    pad=self._pad,
+                )
             )
             for first in range(0, len(samples), size)
         ]
@@ -185,6 +196,7 @@ class ValidationSet:
         dp_rank: int,
         dp_size: int,
         message: Message = _say_nothing,
+        prepare: Prepare = _as_it_is,
     ) -> None:
         """Raises: DataError, as :class:`TokenLoader` does."""
         self._entry = open_source(
@@ -196,7 +208,7 @@ class ValidationSet:
             overlong=data.overlong,
             message=message,
         )
-        self._length = data.sequence_length
+        self._length, self._prepare = data.sequence_length, prepare
         self._pad = vocabulary.pad
         self._size = micro_batch_size
         bins = best_fit_decreasing(
@@ -221,11 +233,13 @@ class ValidationSet:
 
     def __iter__(self) -> Iterator[Batch]:
         for first in range(0, len(self._rows), self._size):
-            yield assemble(
-                self._rows[first : first + self._size],
-                sources=[self._entry],
-                sequence_length=self._length,
-                pad=self._pad,
+            yield self._prepare(
+                assemble(
+                    self._rows[first : first + self._size],
+                    sources=[self._entry],
+                    sequence_length=self._length,
+                    pad=self._pad,
+                )
             )
 
 

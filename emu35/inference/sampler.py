@@ -7,8 +7,8 @@ softmax of what remains, nor top-k, top-p and the log-probabilities of the choic
 therefore guides logits, or rather the hidden states that they are a linear function of
 (:mod:`emu35.inference.choose`), and computes no normaliser at all.
 
-Randomness is a pure function of (seed, position, id), see :func:`gumbel`: no generator has a state
-that a preempted request could lose, and what shares the batch does not matter.
+Randomness is a pure function of (seed, position, id), see :mod:`emu35.parallel.noise`: no generator
+has a state that a preempted request could lose, and what shares the batch does not matter.
 
 Suffixes: N rows sampled together, V columns (ids) of a slice, M columns still in question, T the
 best of them.
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from emu35.errors import CheckpointError
+from emu35.parallel.noise import gumbel
 from emu35.tokens.template import Sampling
 
 EVERYTHING = Sampling(temperature=1.0, top_k=0, top_p=1.0)
@@ -160,32 +161,3 @@ def draw(
         top_columns_NT=places_NT if columns_NM is None else columns_NM.gather(1, places_NT),
         top_logprobs_NT=best_NT - total_N1,
     )
-
-
-def gumbel(
-    seeds_N: torch.Tensor, *, positions_N: torch.Tensor, ids_NM: torch.Tensor
-) -> torch.Tensor:
-    """Standard Gumbel noise fp32 [N, M], a pure function of seed, position and id: equal on every
-    device and in every batch. The bits are the SplitMix64 sequence (Steele, Lea and Flood 2014,
-    doi 10.1145/2660193.2660195), one per id, started at a mix of seed and position."""
-    start_N = _mix(_mix(seeds_N + _GOLDEN) + positions_N * _GOLDEN)
-    bits_NM = _mix(start_N[:, None] + (ids_NM + 1) * _GOLDEN)
-    # 52 bits, in the middle of their cells: fp64 holds them exactly, never 0 and never 1.
-    uniform_NM = (_shift(bits_NM, 12).double() + 0.5) * 2.0**-52
-    return uniform_NM.log_().neg_().log_().neg_().float()
-
-
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
-
-
-def _mix(bits: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser on int64, whose products wrap as those of unsigned numbers do."""
-    bits = (bits ^ _shift(bits, 30)) * _FIRST
-    bits = (bits ^ _shift(bits, 27)) * _SECOND
-    return bits ^ _shift(bits, 31)
-
-
-def _shift(bits: torch.Tensor, by: int) -> torch.Tensor:
-    """A logical shift to the right; torch's own copies the sign."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)

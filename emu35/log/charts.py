@@ -81,6 +81,18 @@ def line_chart(
     )
 
 
+def chart_page(charts: str, *, title: str, lead: str) -> str:
+    """A whole page that shows ``charts``, figures of :func:`line_chart`, below a title and a few
+    words; one file, to be opened anywhere."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>"
+        f'<div class="charts">{charts}</div></body></html>\n'
+    )
+
+
 def _dashes(index: int) -> str:
     """Colours repeat; lines of the second round and later are dashed."""
     turn = index // len(COLOURS)
@@ -140,3 +152,26 @@ def smooth(points: list[tuple[float, float]], *, window: int = 1) -> list[tuple[
         last = [y for _, y in points[max(0, index - window + 1) : index + 1]]
         smoothed.append((x, sum(last) / len(last)))
     return smoothed
+
+
+_STYLE = """
+:root { --ink: #1c2430; --soft: #5d6876; --line: #e3e7ec; --card: #fff; --ground: #f5f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6eaf0; --soft: #98a3b3; --line: #2c3440; --card: #171c24; --ground: #10141a; }
+}
+body { margin: 0 auto; max-width: 1240px; padding: 32px 24px; background: var(--ground);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 24px; margin: 0; }
+p { margin: 4px 0 18px; color: var(--soft); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
+  gap: 16px; }
+figure { margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid var(--line);
+  border-radius: 12px; }
+figcaption { font-weight: 600; margin-bottom: 6px; }
+svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--soft); font-size: 12px; }
+svg .grid { stroke: var(--line); }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; color: var(--soft); }
+.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
+  margin-right: 6px; }
+"""

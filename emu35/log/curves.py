@@ -7,11 +7,10 @@ bounded number of points, so that neither memory nor the page grows with it.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 from emu35.files import write_atomically
-from emu35.log.charts import Series, line_chart, smooth
+from emu35.log.charts import Series, chart_page, line_chart, smooth
 from emu35.log.jsonl import Row, is_validation, read_rows
 
 CURVES_FILE = "curves.html"
@@ -105,14 +104,11 @@ def draw_page(tracks: dict[str, Track], *, name: str, total_steps: int) -> str:
     """The whole page of a run called ``name``."""
     step = int(max(track.last_step for track in tracks.values()))
     charts = "".join(_charts(tracks))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escape(name)}</h1><p>Step {step:,} of {total_steps:,}. Bold: the newest value. "
+    lead = (
+        f"Step {step:,} of {total_steps:,}. Bold: the newest value. "
         "Language losses are in nats a token; what exceeds a chart lies on its upper edge."
-        f'</p><div class="charts">{charts}</div></body></html>\n'
     )
+    return chart_page(charts, title=name, lead=lead)
 
 
 def _charts(tracks: dict[str, Track]) -> Iterable[str]:
@@ -159,26 +155,3 @@ def _series(key: str, track: Track) -> Series:
 
 def _words(key: str) -> str:
     return key.replace("_", " ")
-
-
-_STYLE = """
-:root { --ink: #1c2430; --soft: #5d6876; --line: #e3e7ec; --card: #fff; --ground: #f5f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6eaf0; --soft: #98a3b3; --line: #2c3440; --card: #171c24; --ground: #10141a; }
-}
-body { margin: 0 auto; max-width: 1240px; padding: 32px 24px; background: var(--ground);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 24px; margin: 0; }
-p { margin: 4px 0 18px; color: var(--soft); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
-  gap: 16px; }
-figure { margin: 0; padding: 14px 16px; background: var(--card); border: 1px solid var(--line);
-  border-radius: 12px; }
-figcaption { font-weight: 600; margin-bottom: 6px; }
-svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--soft); font-size: 12px; }
-svg .grid { stroke: var(--line); }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; color: var(--soft); }
-.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
-  margin-right: 6px; }
-"""

@@ -23,7 +23,9 @@ class AttentionContext(PackedSeqParams):
     ``qkv_format`` "sbhd" tells mcore not to interpret it. ``positions_BS`` are rotary positions,
     int64 [B, S]. With a ``cache``, B is 1 and the cache's spans say what is seen, not ``mask``.
     With a ``split``, positions are those of this rank's rows and ``mask`` is its ``local_mask``. A
-    mask may stay on the CPU: each backend moves what it derives from it.
+    mask may stay on the CPU: each backend moves what it derives from it. ``adapted_BS`` marks the
+    rows that adapters of noisy copies add to, bool [B, S] (this rank's columns, all of them under
+    sequence parallelism; None: no row); without such adapters it means nothing.
     """
 
     qkv_format: str = "sbhd"
@@ -31,5 +33,6 @@ class AttentionContext(PackedSeqParams):
     mask: AttentionMask | None = None
     cache: CachedForward | None = None
     split: SequenceSplit | None = None
+    adapted_BS: torch.Tensor | None = None
     # Derived once a forward and shared by the layers: rotary tables, dense masks, segments.
     derived: dict[Any, Any] = field(default_factory=dict)

@@ -21,6 +21,10 @@ Under sequence parallelism the matrix that is whole meets only this rank's slice
 its gradient is a part of the whole one: it is marked ``sequence_parallel``, as norms are, and
 megatron-core adds those gradients up.
 
+With ``noisy_only`` an adapter adds to some rows of tokens alone (``rows_SB1``, which the layer is
+told with its context, see :class:`~emu35.model.layer.Layer`), and every other row comes out with
+the base's own bits.
+
 B starts as zero, so that training starts from the base exactly; A is N(0, 1 / (3 inputs)), the
 variance of the paper's own code, drawn alike in every layout.
 """
@@ -32,6 +36,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from emu35.config import LoRAConfig, LoRATarget
@@ -61,8 +66,9 @@ class LowRank(torch.nn.Module, ABC):
     """Which of the two is split over tensor-parallel ranks, along dimension ``split_dim``."""
     split_dim: int
 
-    def __init__(self, linear: Any, *, config: LoRAConfig) -> None:
+    def __init__(self, linear: Any, *, config: LoRAConfig, noisy_only: bool = False) -> None:
         super().__init__()
+        self.noisy_only = noisy_only
         outputs, inputs = linear.weight.shape
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
         self.sequence_parallel: bool = linear.config.sequence_parallel
@@ -75,14 +81,29 @@ class LowRank(torch.nn.Module, ABC):
             else:
                 parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x_SBI: torch.Tensor, *, base_SBO: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_SBI: torch.Tensor, *, base_SBO: torch.Tensor, rows_SB1: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The linear map's input and output as this rank holds them -> the output with the
-        addition, [S, B, O]."""
+        addition, [S, B, O]; with ``noisy_only`` in ``rows_SB1`` (bool, all rows; None: in none)
+        alone."""
+        if self.noisy_only and rows_SB1 is None:
+            return base_SBO
         if self.dropout > 0 and self.training:
             x_SBI = self._drop(x_SBI)
         lowered_SBR = self._exchange(F.linear(x_SBI, self.a)) * self.scale
         sum_NO = torch.addmm(base_SBO.flatten(0, 1), lowered_SBR.flatten(0, 1), self.b.t())
-        return sum_NO.view_as(base_SBO)
+        if not self.noisy_only:
+            return sum_NO.view_as(base_SBO)
+        assert rows_SB1 is not None
+        rows_N1 = self._rows_here(rows_SB1).flatten(0, 1)
+        # Chosen, not multiplied by 0: x + 0 is not x where x is -0. Chosen as a matrix: strides of
+        # another kind would send the next product another way, with other bits.
+        return torch.where(rows_N1, sum_NO, base_SBO.flatten(0, 1)).view_as(base_SBO)
+
+    def _rows_here(self, rows_SB1: torch.Tensor) -> torch.Tensor:
+        """Those that the output on this rank has."""
+        return rows_SB1
 
     def sharded_state_dict(
         self, prefix: str, sharded_offsets: Any, metadata: Any, *, halves: bool
@@ -136,6 +157,11 @@ class RowLowRank(LowRank):
             lowered_SBR, group=self.group
         )
 
+    def _rows_here(self, rows_SB1: torch.Tensor) -> torch.Tensor:
+        if not self.sequence_parallel:
+            return rows_SB1
+        return rows_SB1.chunk(dist.get_world_size(self.group))[dist.get_rank(self.group)]
+
     def _drop(self, x_SBI: torch.Tensor) -> torch.Tensor:
         """Ranks hold different columns, so each draws its own; under sequence parallelism
         mcore's block has switched to such a generator already."""
@@ -154,6 +180,8 @@ class AdaptedLinear(torch.nn.Module):
     adapter: LowRank | None
     target: LoRATarget | None = None
     weight: torch.nn.Parameter
+    rows_SB1: torch.Tensor | None = None
+    """What the layer was told last: the rows that an adapter of noisy copies adds to."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -165,7 +193,7 @@ class AdaptedLinear(torch.nn.Module):
         """mcore's output, with the adapter's addition if there is one, and mcore's bias."""
         output, bias = super().forward(input_, *args, **kwargs)
         if self.adapter is not None:
-            output = self.adapter(input_, base_SBO=output)
+            output = self.adapter(input_, base_SBO=output, rows_SB1=self.rows_SB1)
         return output, bias
 
     def sharded_state_dict(
@@ -198,18 +226,20 @@ class RowLinear(AdaptedLinear, RowParallelLinear):  # type: ignore[misc]
     beside = RowLowRank
 
 
-def train_adapters(model: Emu35Model, *, config: LoRAConfig, seed: int) -> None:
+def train_adapters(
+    model: Emu35Model, *, config: LoRAConfig, seed: int, noisy_only: bool = False
+) -> None:
     """Put fresh adapters into ``model`` (a chunk) and freeze everything else.
 
     Raises:
         ConfigError: as :func:`attach_adapters`.
     """
     model.requires_grad_(False)
-    attach_adapters(model, config=config)
+    attach_adapters(model, config=config, noisy_only=noisy_only)
     _initialize(model, seed=seed)
 
 
-def attach_adapters(model: Emu35Model, *, config: LoRAConfig) -> None:
+def attach_adapters(model: Emu35Model, *, config: LoRAConfig, noisy_only: bool = False) -> None:
     """Put adapters that are zero into ``model`` (a chunk), which must have none.
 
     Raises:
@@ -226,7 +256,7 @@ def attach_adapters(model: Emu35Model, *, config: LoRAConfig) -> None:
             )
         assert linear.adapter is None, name
         linear.target = LoRATarget(name.rsplit(".", 1)[-1])
-        linear.adapter = linear.beside(linear, config=config)
+        linear.adapter = linear.beside(linear, config=config, noisy_only=noisy_only)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""The only file, beside :mod:`emu35.model.lora`, that names megatron-core's layer classes.
+"""The only file, beside :mod:`emu35.model.lora` and :mod:`emu35.model.layer`, that names
+megatron-core's layer classes.
 
 The local spec works on CPU and GPU alike: mcore's own parallel linears with a place for an adapter,
 our RMSNorm and SwiGLU, and our core attention. The spec of transformer-engine fuses each norm with
@@ -13,6 +14,7 @@ import torch
 from emu35.config import EngineConfig, LayerSpec, LMConfig
 from emu35.errors import LaunchError
 from emu35.model.attention.core import CoreAttention
+from emu35.model.layer import Layer
 from emu35.model.lora import ColumnLinear, RowLinear
 from emu35.model.names import FUSED_NORM_NAMES
 from emu35.model.norm import RMSNorm
@@ -75,7 +77,7 @@ def _local_layer(core_attention: ModuleSpec) -> tuple[ModuleSpec, Any]:
     norm: Any = RMSNorm
     return (
         ModuleSpec(
-            module=TransformerLayer,
+            module=Layer,
             submodules=TransformerLayerSubmodules(
                 input_layernorm=norm,
                 self_attention=_attention(

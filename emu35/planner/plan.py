@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from emu35.config.data import TokenDataConfig
+from emu35.config.dida import row_length
 from emu35.config.model import LMConfig
 from emu35.config.root import RunConfig
 from emu35.config.stage import LMStageConfig, adapters_of
@@ -81,7 +82,7 @@ def _memory(config: RunConfig, *, parameters: int, data_parallel: int) -> Memory
             engine=config.engine,
             held=rank_parameters(model, vocabulary_size=vocabulary_size, parallel=config.parallel),
             vocabulary_size=vocabulary_size,
-            sequence_length=data.sequence_length,
+            sequence_length=row_length(stage, data=data),
             data_parallel=data_parallel,
         )
     # A convolutional network's activations depend on the picture far more than on the weights;

@@ -52,6 +52,12 @@ def _sft(config: RunConfig, run_dir: Path) -> object:
     return sft.run(config, run_dir=run_dir)
 
 
+def _dida(config: RunConfig, run_dir: Path) -> object:
+    from emu35.stages import dida
+
+    return dida.run(config, run_dir=run_dir)
+
+
 def _ibq(config: RunConfig, run_dir: Path) -> object:
     from emu35.stages import ibq
 
@@ -59,7 +65,7 @@ def _ibq(config: RunConfig, run_dir: Path) -> object:
 
 
 STAGES: Mapping[str, Callable[[RunConfig, Path], object]] = MappingProxyType(
-    {"pretrain": _pretrain, "sft": _sft, "ibq": _ibq}
+    {"pretrain": _pretrain, "sft": _sft, "dida": _dida, "ibq": _ibq}
 )
 """``stage.kind`` -> the function that runs it; each imports its stage only when called."""
 

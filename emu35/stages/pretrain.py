@@ -1,5 +1,7 @@
 """Pretraining: next-token prediction over packed multimodal documents (paper section 3.2)."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -8,10 +10,12 @@ from emu35.checkpoint.published import require_adapters_fit
 from emu35.checkpoint.source import load_into
 from emu35.checkpoint.start import describe_start
 from emu35.config import LMConfig, LMStageConfig, LoRAConfig, RunConfig, TokenDataConfig
-from emu35.config.stage import adapters_of
-from emu35.data.loader import Message, TokenLoader, ValidationSet
+from emu35.config.stage import adapters_of, adapts_noisy_only
+from emu35.data.batch import Batch
+from emu35.data.loader import Message, Prepare, TokenLoader, ValidationSet
 from emu35.data.source import Source, check_vision
-from emu35.errors import DataError
+from emu35.errors import ConfigError, DataError
+from emu35.model.attention.support import MaskKind
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
 from emu35.model.lora import train_adapters
@@ -20,10 +24,61 @@ from emu35.model.transformer import Emu35Model
 from emu35.parallel.collectives import is_main
 from emu35.parallel.mesh import Mesh, init_mesh
 from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
-from emu35.train.objective import Weigh, counted_labels, weights_by_modality
-from emu35.train.step import HeldOut, LMTask
+from emu35.train.held_out import HeldOut
+from emu35.train.objective import (
+    Tally,
+    Term,
+    TokenWeights,
+    Weigh,
+    as_it_is,
+    counted_labels,
+    nothing,
+    weights_by_modality,
+)
+from emu35.train.step import LMTask
 from emu35.train.trainer import FitResult, fit
 from emu35.vision.codec import weights_digest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """A way to look at validation documents: how their labels are weighed (None: as the stage
+    weighs responses or everything, by the set's modality), and what is done to their batches. A set
+    that has no label in an ``optional`` view goes without it."""
+
+    token_weights: TokenWeights | None = None
+    prepare: Prepare = as_it_is
+    finish: Callable[[Batch], Batch] = as_it_is
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What a stage learns from packed documents.
+
+    Attributes:
+        weigh: weights of labels from weights by modality.
+        terms: of the training loss.
+        masks: the attention that its batches need.
+        prepare: what is done to a batch as it is read, and ``finish`` before the model sees it.
+        tally: what is counted and reported beside tokens.
+        views: of every validation set, by what is appended to its name.
+    """
+
+    weigh: Weigh
+    terms: Sequence[Term]
+    masks: MaskKind = MaskKind.packed_causal
+    prepare: Prepare = as_it_is
+    finish: Callable[[Batch], Batch] = as_it_is
+    tally: Tally = nothing
+    views: Mapping[str, View] = field(default_factory=lambda: {"": View()})
+
+
+def next_token(stage: LMStageConfig, *, weigh: Weigh) -> Objective:
+    """Next-token prediction alone."""
+    return Objective(
+        weigh=weigh, terms=[Term(name="labels", token_weights=weigh(stage.loss_weights))]
+    )
 
 
 def run(config: RunConfig, *, run_dir: Path) -> FitResult:
@@ -32,17 +87,28 @@ def run(config: RunConfig, *, run_dir: Path) -> FitResult:
     Raises:
         Emu35Error: for anything a user can mend; Interrupted after a signal, saved.
     """
-    return train_language_model(config, run_dir=run_dir, weigh=weights_by_modality)
+    return train_on_tokens(config, run_dir=run_dir, weigh=weights_by_modality)
 
 
-def train_language_model(config: RunConfig, *, run_dir: Path, weigh: Weigh) -> FitResult:
-    """The assembly that pretraining and fine-tuning share; they differ in ``weigh``, which holds
-    for validation as well."""
+def train_on_tokens(config: RunConfig, *, run_dir: Path, weigh: Weigh) -> FitResult:
+    """Pretraining and fine-tuning, which differ in ``weigh``; it holds for validation as well."""
+    stage = config.stage
+    assert isinstance(stage, LMStageConfig)
+    objective = next_token(stage, weigh=weigh)
+    return train_language_model(config, run_dir=run_dir, objective=lambda _: objective)
+
+
+def train_language_model(
+    config: RunConfig, *, run_dir: Path, objective: Callable[[Mesh], Objective]
+) -> FitResult:
+    """The assembly of every stage that trains a language model on packed documents; ``objective``
+    is asked for once the ranks have found each other."""
     model, stage, data = config.model, config.stage, config.data
     assert isinstance(stage, LMStageConfig)
     assert isinstance(model, LMConfig)
     assert isinstance(data, TokenDataConfig)
     mesh = init_mesh(config.parallel, seed=config.seed, timeout=config.launch.timeout)
+    learned = objective(mesh)
     vocabulary = vocabulary_of(config.tokenizer)
     message = print if is_main() else _say_nothing
     loader = TokenLoader(
@@ -54,10 +120,11 @@ def train_language_model(config: RunConfig, *, run_dir: Path, weigh: Weigh) -> F
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
         message=message,
+        prepare=learned.prepare,
     )
     try:
         validation = _validation(
-            config, mesh=mesh, vocabulary=vocabulary, weigh=weigh, message=message
+            config, mesh=mesh, vocabulary=vocabulary, learned=learned, message=message
         )
         held_out = [section.documents.source for section in validation.values()]
         _check_image_tokenizer(config, sources=[*loader.sources, *held_out])
@@ -67,6 +134,7 @@ def train_language_model(config: RunConfig, *, run_dir: Path, weigh: Weigh) -> F
             parallel=config.parallel,
             engine=config.engine,
             precision=stage.precision,
+            masks=learned.masks,
         )
         for chunk in chunks:
             initialize(chunk, seed=config.seed, pad_id=vocabulary.pad)
@@ -78,7 +146,9 @@ def train_language_model(config: RunConfig, *, run_dir: Path, weigh: Weigh) -> F
             chunks=chunks,
             loader=loader,
             validation=validation,
-            token_weights=weigh(stage.loss_weights),
+            terms=learned.terms,
+            finish=learned.finish,
+            tally=learned.tally,
             sources=[source.name for source in loader.sources],
             start_weights=partial(_start_from, config=config) if stage.init_from else None,
         )
@@ -93,7 +163,8 @@ def _add_adapters(
     """Freeze the weights and say what is left to train; ``whole`` is the vocabulary's size."""
     assert isinstance(config.model, LMConfig)
     for chunk in chunks:
-        train_adapters(chunk, config=adapters, seed=config.seed)
+        noisy_only = adapts_noisy_only(config.stage)
+        train_adapters(chunk, config=adapters, seed=config.seed, noisy_only=noisy_only)
     trained = adapter_count(config.model, lora=adapters)
     total = parameter_count(config.model, vocabulary_size=whole) + trained
     if is_main():
@@ -153,11 +224,18 @@ def _check_image_tokenizer(config: RunConfig, *, sources: list[Source]) -> None:
 
 
 def _validation(
-    config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary, weigh: Weigh, message: Message
+    config: RunConfig, *, mesh: Mesh, vocabulary: Vocabulary, learned: Objective, message: Message
 ) -> dict[str, HeldOut]:
     assert isinstance(config.data, TokenDataConfig)
+    sections = config.data.validation
+    taken = {f"{name}{suffix}" for name in sections for suffix in learned.views if suffix}
+    if names := sorted(taken & sections.keys()):
+        raise ConfigError(
+            f"data.validation.{names[0]} has the name that stage={config.stage.kind} gives to a "
+            "view of another set; rename it"
+        )
     return {
-        name: HeldOut(
+        f"{name}{suffix}": HeldOut(
             documents=ValidationSet(
                 config=section,
                 data=config.data,
@@ -165,10 +243,14 @@ def _validation(
                 micro_batch_size=config.stage.micro_batch_size,
                 dp_rank=mesh.dp_rank,
                 dp_size=mesh.dp_size,
-                message=message,
+                message=_say_nothing if suffix else message,
+                prepare=view.prepare,
             ),
-            token_weights=weigh(counted_labels(section.modality)),
+            token_weights=view.token_weights or learned.weigh(counted_labels(section.modality)),
             every=section.every,
+            finish=view.finish,
+            optional=view.optional,
         )
-        for name, section in config.data.validation.items()
+        for name, section in sections.items()
+        for suffix, view in learned.views.items()
     }

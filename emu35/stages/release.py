@@ -123,7 +123,12 @@ def export(options: ExportOptions, *, message: Message = print) -> Path:
     found = describe(options.run, step=options.step, message=message)
     template = options.template or found.template
     precision = options.dtype or found.precision
-    model = load_model(found, precision=found.precision)
+    if found.copy_adapters is not None:
+        message(
+            f"{options.run} adapts noisy copies alone: the release holds its weights, which decode "
+            "token by token, and not the adapters, which stay in the run"
+        )
+    model = load_model(found.base, precision=found.precision)
     vocabulary = vocabulary_of(found.tokenizer)
     area = int(found.extra.get("image_area", IMAGE_AREA))
     with appearing(options.out) as folder:

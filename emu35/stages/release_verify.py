@@ -325,7 +325,7 @@ def _state(reference: Described) -> Mapping[str, torch.Tensor]:
     """The reference's weights under official names."""
     if reference.weights is not None:
         return reference.weights
-    model = load_model(reference, precision=reference.precision)
+    model = load_model(reference.base, precision=reference.precision)
     return to_hf(
         dict(model.named_parameters()),
         config=reference.config,

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from emu35.config import RunConfig
-from emu35.stages.pretrain import train_language_model
+from emu35.stages.pretrain import train_on_tokens
 from emu35.tokens.vocabulary import vocabulary_of
 from emu35.train.objective import response_weights
 from emu35.train.trainer import FitResult
@@ -18,4 +18,4 @@ def run(config: RunConfig, *, run_dir: Path) -> FitResult:
         Emu35Error: for anything a user can mend; Interrupted after a signal, saved.
     """
     responses = partial(response_weights, vocabulary=vocabulary_of(config.tokenizer))
-    return train_language_model(config, run_dir=run_dir, weigh=responses)
+    return train_on_tokens(config, run_dir=run_dir, weigh=responses)

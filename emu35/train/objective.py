@@ -1,6 +1,7 @@
 """What a token's loss is worth, and what is reported about it."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +19,18 @@ TokenWeights = Callable[[Batch], torch.Tensor]
 
 Weigh = Callable[[LossWeights], TokenWeights]
 """What a stage learns: how it turns weights by modality into weights of labels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """A part of the loss: ``share`` times the mean cross-entropy under ``token_weights``, over the
+    whole global batch. Where no label of a step has a weight in it, it is 0 in that step, or, if it
+    is ``required``, the step is refused."""
+
+    name: str
+    token_weights: TokenWeights
+    share: float = 1.0
+    required: bool = True
 
 
 def weights_by_modality(weights: LossWeights) -> TokenWeights:
@@ -79,32 +92,51 @@ BatchMask = Callable[[Batch], AttentionMask]
 """Batch -> which keys each row sees."""
 
 
-def causal_mask(batch: Batch) -> AttentionMask:
-    """Plain causal attention within documents."""
+def mask_of(batch: Batch) -> AttentionMask:
+    """Plain causal attention within documents, or what the batch says itself."""
+    if batch.intervals is not None:
+        return AttentionMask.from_intervals(batch.intervals)
     return AttentionMask.causal(batch.document_start)
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """Nothing is done to a batch before the model sees it."""
+    return batch
+
+
+Tally = Callable[[Batch], Mapping[str, float]]
+"""What a stage counts in a batch besides tokens; the same names for every batch."""
+
+
+def nothing(batch: Batch) -> Mapping[str, float]:
+    """A stage that counts nothing."""
+    del batch
+    return {}
 
 
 @dataclass(kw_only=True, slots=True)
 class MicroBatch:
-    """What this rank computes of a batch: label weights raw and divided by their sum over the
-    global batch, and the mask (on the CPU). Under context parallelism its tensors hold this rank's
-    columns, those of ``split``; ``tokens`` (padding left out) and ``visible_pairs`` of query and
-    key count the whole batch."""
+    """What this rank computes of a batch: label weights by term of the loss, raw, and what they
+    come to together once each is divided by its sum over the global batch; and the mask (on the
+    CPU). Under context parallelism its tensors hold this rank's columns, those of ``split``;
+    ``tokens`` of documents, those ``copied`` behind them, and ``visible_pairs`` of query and key
+    count the whole batch."""
 
     batch: Batch
-    weights_BS: torch.Tensor
+    weights_TBS: torch.Tensor
     normalised_BS: torch.Tensor
     mask: AttentionMask
     split: SequenceSplit | None
     tokens: int
     visible_pairs: int
+    copied: int = 0
 
     def on(self, device: torch.device) -> "MicroBatch":
         """The same with its tensors on ``device``; the mask stays."""
         return replace(
             self,
             batch=self.batch.to(device),
-            weights_BS=self.weights_BS.to(device),
+            weights_TBS=self.weights_TBS.to(device),
             normalised_BS=self.normalised_BS.to(device),
         )
 
@@ -113,8 +145,10 @@ class MicroBatch:
 class LossReport:
     """Sums that add up over micro-batches and ranks.
 
-    ``source_weighted`` and ``source_weight`` are, for each source of the mixture, its part of the
-    weighted loss and of the label weights, both of which are shares of the global batch.
+    ``text`` and ``visual`` count labels of the first term of the loss. ``term`` and ``term_weight``
+    are, for each term, the weighted loss and the weights, both raw. ``source_weighted`` and
+    ``source_weight`` are, for each source of the mixture, its part of the weighted loss and of the
+    label weights, both of which are shares of the global batch.
     """
 
     weighted: float = 0.0
@@ -122,56 +156,73 @@ class LossReport:
     text_tokens: float = 0.0
     visual: float = 0.0
     visual_tokens: float = 0.0
+    term: list[float] = field(default_factory=list[float])
+    term_weight: list[float] = field(default_factory=list[float])
     source_weighted: list[float] = field(default_factory=list[float])
     source_weight: list[float] = field(default_factory=list[float])
 
     @staticmethod
-    def size(*, sources: int) -> int:
-        """Numbers in the vector of a report on that many sources."""
-        return 5 + 2 * sources
+    def size(*, terms: int, sources: int) -> int:
+        """Numbers in the vector of a report on that many terms and sources."""
+        return 5 + 2 * terms + 2 * sources
 
     @staticmethod
     def of(
         *, loss: torch.Tensor, losses_BS: torch.Tensor, micro_batch: MicroBatch, sources: int
     ) -> torch.Tensor:
         """The sums of one micro-batch as one fp64 vector, in field order."""
-        counted_BS = micro_batch.weights_BS > 0
+        weights_TBS = micro_batch.weights_TBS.double()
+        counted_BS = weights_TBS[0] > 0
         modality_BS = micro_batch.batch.label_modality
         sums = [loss.detach().double()]
         for code in (Modality.TEXT, Modality.VISUAL):
             chosen_BS = counted_BS & (modality_BS == code)
             sums += [losses_BS[chosen_BS].double().sum(), chosen_BS.sum().double()]
-        return torch.cat([torch.stack(sums), *_by_source(losses_BS, micro_batch, sources=sources)])
+        terms = [(weights_TBS * losses_BS).sum((1, 2)), weights_TBS.sum((1, 2))]
+        by_source = _by_source(losses_BS, micro_batch, sources=sources)
+        return torch.cat([torch.stack(sums), *terms, *by_source])
 
     @classmethod
-    def from_vector(cls, vector: torch.Tensor) -> "LossReport":
-        weighted, text, text_tokens, visual, visual_tokens, *sources = vector.tolist()
+    def from_vector(cls, vector: torch.Tensor, *, terms: int) -> "LossReport":
+        weighted, text, text_tokens, visual, visual_tokens, *rest = vector.tolist()
+        sources = rest[2 * terms :]
         return cls(
             weighted=weighted,
             text=text,
             text_tokens=text_tokens,
             visual=visual,
             visual_tokens=visual_tokens,
+            term=rest[:terms],
+            term_weight=rest[terms : 2 * terms],
             source_weighted=sources[: len(sources) // 2],
             source_weight=sources[len(sources) // 2 :],
         )
 
-    def metrics(self, *, sources: Sequence[str] = ()) -> dict[str, float]:
+    def metrics(
+        self, *, terms: Sequence[str] = (), sources: Sequence[str] = ()
+    ) -> dict[str, float]:
         """``loss`` and, for each modality that occurred, its mean cross-entropy in nats.
 
-        For each of ``sources`` (names, in order) also ``share/NAME``, its share of the label
-        weights, 0 where none of its labels counted, and otherwise ``loss/NAME``, its mean with the
-        label weights: the losses of the sources, weighted by their shares, add up to ``loss``.
+        For each of ``terms`` (names, in order) that occurred ``loss_NAME``, its mean. For each of
+        ``sources`` (names, in order) also ``share/NAME``, its share of the label weights, 0 where
+        none of its labels counted, and otherwise ``loss/NAME``, its mean with the label weights:
+        the losses of the sources, weighted by their shares, add up to ``loss`` divided by the sum
+        of its terms' shares.
         """
         metrics = {"loss": self.weighted}
         if self.text_tokens:
             metrics["loss_text"] = self.text / self.text_tokens
         if self.visual_tokens:
             metrics["loss_visual"] = self.visual / self.visual_tokens
+        if terms:
+            for name, total, weight in zip(terms, self.term, self.term_weight, strict=True):
+                if weight > 0:
+                    metrics[f"loss_{name}"] = total / weight
+        whole = math.fsum(self.source_weight) or 1.0
         for name, weighted, weight in zip(
             sources, self.source_weighted, self.source_weight, strict=True
         ):
-            metrics[f"share/{name}"] = weight
+            metrics[f"share/{name}"] = weight / whole
             if weight > 0:
                 metrics[f"loss/{name}"] = weighted / weight
         return metrics

@@ -1,14 +1,15 @@
 """One training step of the language model, through megatron-core's schedule.
 
 The loss of a global batch is sum(weight x cross-entropy) / sum(weight), both sums over every
-token of every rank. The denominator is known before the first forward (the micro-batches are at
-hand), so each micro-batch already contributes its final share; nothing is averaged afterwards,
-and the result depends neither on the number of ranks or micro-batches nor on the packing.
+token of every rank, or several such terms, each with a share. The denominators are known before
+the first forward (the micro-batches are at hand), so each micro-batch already contributes its final
+share; nothing is averaged afterwards, and the result depends neither on the number of ranks or
+micro-batches nor on the packing.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from emu35.checkpoint import sharded
 from emu35.checkpoint.staged import StateWrite
 from emu35.config import LMConfig, LMStageConfig, RunConfig
-from emu35.config.stage import adapters_of
+from emu35.config.stage import adapters_of, adapts_noisy_only
 from emu35.data.batch import Batch
 from emu35.data.loader import TokenLoader, ValidationSet
 from emu35.errors import DataError
@@ -33,13 +34,17 @@ from emu35.parallel.collectives import barrier, is_main, sum_over, worst_over_ra
 from emu35.parallel.mesh import Mesh
 from emu35.train.clock import Phase, StepClock
 from emu35.train.guard import Guard
+from emu35.train.held_out import HeldOut, with_labels
 from emu35.train.measure import FLOPS
 from emu35.train.objective import (
     BatchMask,
     LossReport,
     MicroBatch,
-    TokenWeights,
-    causal_mask,
+    Tally,
+    Term,
+    as_it_is,
+    mask_of,
+    nothing,
 )
 from emu35.train.optim import learning_rate, set_learning_rate, update, wrap_and_optimize
 
@@ -51,24 +56,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 LOADER_FILE = "loader.json"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
-    """A validation set: its documents, the weights of their labels, and that it is evaluated at
-    every ``every``-th validation."""
-
-    documents: ValidationSet
-    token_weights: TokenWeights
-    every: int = 1
-
-    def has_turn(self, step: int, *, stage: LMStageConfig) -> bool:
-        """Whether the validation after ``step`` includes it: the first one does, then every
-        ``every``-th, and the one after the last step. The step decides, not a count of
-        validations, so an interruption changes nothing."""
-        if step == stage.steps or not stage.validate_every:
-            return True
-        return (step // stage.validate_every - 1) % self.every == 0
-
-
 class LMTask:
     """What pretraining and fine-tuning do at every step; the trainer drives it.
 
@@ -78,10 +65,13 @@ class LMTask:
         chunks: this rank's model, initialised or loaded.
         loader: the training data, already sliced to this data-parallel rank.
         validation: the validation sets by name.
-        token_weights: weights of the training labels.
+        terms: of the training loss; with two or more, each is reported.
         sources: names of the loader's sources, in the order in which batches number them; with
             two or more, losses and shares by source are reported.
         batch_mask: which keys the rows of a batch see.
+        finish: what is done to a training batch, on every rank of the model alike, before the
+            model sees it.
+        tally: what is counted in a batch and reported, summed over the global batch.
         start_weights: puts other weights than the initial ones into ``chunks``; called when the
             run begins, not when it resumes.
 
@@ -97,9 +87,11 @@ class LMTask:
         chunks: list[Emu35Model],
         loader: TokenLoader,
         validation: dict[str, HeldOut],
-        token_weights: TokenWeights,
+        terms: Sequence[Term],
         sources: Sequence[str] = (),
-        batch_mask: BatchMask = causal_mask,
+        batch_mask: BatchMask = mask_of,
+        finish: Callable[[Batch], Batch] = as_it_is,
+        tally: Tally = nothing,
         start_weights: Callable[[list[Emu35Model]], None] | None = None,
     ) -> None:
         assert isinstance(config.stage, LMStageConfig)
@@ -107,10 +99,11 @@ class LMTask:
         self.guard = Guard(config.guard)
         # Pipeline stages do unlike work: embedding here, logits there.
         self.clock = StepClock(device=mesh.device, peers=mesh.pp_rank)
-        self.loader, self.validation, self.token_weights = loader, validation, token_weights
-        self.chunks, self.start_weights, self.batch_mask = chunks, start_weights, batch_mask
+        self.loader, self.terms = loader, tuple(terms)
+        self.validation = with_labels(validation, mesh=mesh)
+        self.chunks, self.start_weights = chunks, start_weights
+        self.batch_mask, self.finish, self.tally = batch_mask, finish, tally
         self.sources = sources if len(sources) > 1 else ()
-        self._require_labels()
         self.wrapped, self.optimizer = wrap_and_optimize(
             chunks,
             optim=config.optim,
@@ -120,16 +113,6 @@ class LMTask:
         )
         for chunk in chunks:
             chunk.config.finalize_model_grads_func = partial(_finalize_gradients, clock=self.clock)
-
-    def _require_labels(self) -> None:
-        """Raises: DataError for a validation set without a label that counts, before it is due."""
-        for name, held_out in self.validation.items():
-            counts = any(
-                bool((held_out.token_weights(batch) > 0).any()) for batch in held_out.documents
-            )
-            found = torch.tensor(float(counts), device=self.mesh.device)
-            if not sum_over(found, self.mesh.dp_group).item():
-                raise DataError(_explain_no_validation(name))
 
     def start(self) -> None:
         """The weights that ``stage.init_from`` names, if it names any."""
@@ -145,13 +128,14 @@ class LMTask:
         the guard refuses updates nothing; its data count as read.
 
         Raises:
-            DataError: no token of the global batch has a weight.
+            DataError: no token of the global batch has a weight in a term that is required.
         """
         with self.clock.marked(Phase.data):
-            batches = list(self.loader.next_step())
-        micro_batches, weight = self._normalise(batches, token_weights=self.token_weights)
-        if weight == 0.0:
-            raise DataError(_explain_no_weight(step))
+            batches = [self.finish(batch) for batch in self.loader.next_step()]
+        micro_batches, weights = self._normalise(batches, terms=self.terms)
+        for term, weight in zip(self.terms, weights, strict=True):
+            if term.required and term.share > 0 and not weight:
+                raise DataError(_explain_no_weight(step, term=term.name))
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -162,9 +146,13 @@ class LMTask:
         with self.clock.marked(Phase.optimizer):
             grad_norm = update(self.optimizer, accepts=partial(self._accepts, report.weighted))
         return {
-            **report.metrics(sources=self.sources),
+            **report.metrics(
+                terms=[term.name for term in self.terms] if len(self.terms) > 1 else (),
+                sources=self.sources,
+            ),
             "lr": rate,
             "grad_norm": grad_norm,
+            **self._tallied(batches),
             **self._sizes(micro_batches),
         }
 
@@ -174,17 +162,26 @@ class LMTask:
         loss, grad_norm = worst_over_ranks([loss, grad_norm])
         return self.guard.accepts(loss=loss, grad_norm=grad_norm)
 
+    def _tallied(self, batches: Sequence[Batch]) -> dict[str, float]:
+        counts = [self.tally(batch) for batch in batches]
+        names = list(counts[0])
+        if not names:
+            return {}
+        own = [[count[name] for name in names] for count in counts]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.mesh.device).sum(0)
+        return dict(zip(names, sum_over(sums, self.mesh.dp_group).tolist(), strict=True))
+
     def _sizes(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Document tokens of the global batch, and the model FLOPs they cost."""
         assert isinstance(self.config.model, LMConfig)
-        own = [[item.tokens, item.visible_pairs] for item in micro_batches]
+        own = [[item.tokens, item.copied, item.visible_pairs] for item in micro_batches]
         sums = torch.tensor(own, device=self.mesh.device).sum(0)
-        tokens, pairs = sum_over(sums, self.mesh.dp_group).tolist()
+        tokens, copied, pairs = sum_over(sums, self.mesh.dp_group).tolist()
         lora = adapters_of(self.stage)
         flops = step_flops(
             self.config.model,
             vocabulary_size=self.chunks[0].vocabulary_size,
-            tokens=tokens,
+            tokens=tokens + copied,
             visible_pairs=pairs,
             adapters=adapter_count(self.config.model, lora=lora) if lora else None,
         )
@@ -202,10 +199,10 @@ class LMTask:
             if not held_out.has_turn(step, stage=self.stage):
                 continue
             total, total_weight = 0.0, 0.0
+            term = Term(name=name, token_weights=held_out.token_weights)
             for batches in self._groups(held_out.documents):
-                micro_batches, weight = self._normalise(
-                    batches, token_weights=held_out.token_weights
-                )
+                finished = map(held_out.finish, batches)
+                micro_batches, (weight,) = self._normalise(finished, terms=[term])
                 total += self._run(micro_batches, forward_only=True).weighted * weight
                 total_weight += weight
             metrics[f"{name}/loss"] = total / total_weight
@@ -231,34 +228,43 @@ class LMTask:
         barrier()
 
     def _normalise(
-        self, batches: Iterable[Batch], *, token_weights: TokenWeights
-    ) -> tuple[list[MicroBatch], float]:
-        """Micro-batches with weights that sum to 1 over all ranks, and what they summed to."""
-        pairs = [(batch, token_weights(batch)) for batch in batches]
-        total = torch.stack([weights_BS.double().sum() for _, weights_BS in pairs]).sum()
-        weight = sum_over(total.to(self.mesh.device), self.mesh.dp_group).item()
-        scale = 1.0 / max(weight, 1e-30)
-        return [self._own_share(batch, weights, scale=scale) for batch, weights in pairs], weight
+        self, batches: Iterable[Batch], *, terms: Sequence[Term]
+    ) -> tuple[list[MicroBatch], list[float]]:
+        """Micro-batches with weights that sum, term by term, to its share over all ranks; and what
+        the weights of each term summed to."""
+        pairs = [
+            (batch, torch.stack([term.token_weights(batch) for term in terms])) for batch in batches
+        ]
+        totals_T = torch.stack([weights.double().sum((1, 2)) for _, weights in pairs]).sum(0)
+        totals = sum_over(totals_T.to(self.mesh.device), self.mesh.dp_group).tolist()
+        scales_T = torch.tensor(
+            [term.share / max(total, 1e-30) for term, total in zip(terms, totals, strict=True)]
+        )
+        return [self._own_share(batch, weights, scales_T) for batch, weights in pairs], totals
 
-    def _own_share(self, batch: Batch, weights_BS: torch.Tensor, *, scale: float) -> MicroBatch:
+    def _own_share(
+        self, batch: Batch, weights_TBS: torch.Tensor, scales_T: torch.Tensor
+    ) -> MicroBatch:
         """The columns of ``batch`` that this rank works on. Dealt out here, once a micro-batch,
         and not in the forward that every virtual pipeline stage calls."""
         mask, split = self.batch_mask(batch), None
-        tokens = int((batch.document_start < batch.tokens.shape[1]).sum())
+        inside = batch.document_start < batch.tokens.shape[1]
+        copied = 0 if batch.noisy is None else int((batch.noisy >= 0).sum())
         pairs = int(mask.visible_keys().sum())
         if self.mesh.cp_size > 1:
             kind = self.config.parallel.cp_comm_type
             group, device = self.mesh.cp_group, self.mesh.device
             split = split_sequence(mask, kind=kind, group=group, device=device)
             batch, mask = batch.take(split.rows_S), split.local_mask(mask)
-            weights_BS = weights_BS.index_select(1, split.rows_S)
+            weights_TBS = weights_TBS.index_select(2, split.rows_S)
         return MicroBatch(
             batch=batch,
-            weights_BS=weights_BS,
-            normalised_BS=weights_BS * scale,
+            weights_TBS=weights_TBS,
+            normalised_BS=(weights_TBS * scales_T[:, None, None]).sum(0),
             mask=mask,
             split=split,
-            tokens=tokens,
+            tokens=int(inside.sum()) - copied,
+            copied=copied,
             visible_pairs=pairs,
         ).on(self.mesh.device)
 
@@ -296,13 +302,14 @@ class LMTask:
             micro_batch_size=first.batch.tokens.shape[0],
             forward_only=forward_only,
         )
-        size = LossReport.size(sources=sources)
+        terms = len(first.weights_TBS)
+        size = LossReport.size(terms=terms, sources=sources)
         zero = torch.zeros(size, dtype=torch.float64, device=self.mesh.device)
         vector = torch.stack([item["sums"] for item in reports]).sum(0) if reports else zero
         # Only the last pipeline stage has a loss; the sum over stages hands it to the others.
         sum_over(vector, self.mesh.dp_cp_group)
         sum_over(vector, self.mesh.pp_group)
-        return LossReport.from_vector(vector)
+        return LossReport.from_vector(vector, terms=terms)
 
     def _deal(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches; asking for the next one is a sign of progress."""
@@ -315,13 +322,24 @@ class LMTask:
     ) -> tuple[torch.Tensor, Any]:
         micro_batch = next(iterator)
         batch, split = micro_batch.batch, micro_batch.split
-        context = AttentionContext(positions_BS=batch.positions, mask=micro_batch.mask, split=split)
+        context = AttentionContext(
+            positions_BS=batch.positions,
+            mask=micro_batch.mask,
+            split=split,
+            adapted_BS=self._adapted(batch),
+        )
         with cpu.without_shim(), self.clock.own():
             hidden_SBH = chunk(batch.tokens, context=context)
         if chunk.module.post_process:
             # The loss multiplies by it without going through its module.
             chunk.wait_for(chunk.module.output_layer.weight)
         return hidden_SBH, partial(self._loss, micro_batch=micro_batch, sources=sources)
+
+    def _adapted(self, batch: Batch) -> torch.Tensor | None:
+        """Rows of noisy copies, where adapters want to know them."""
+        if not adapts_noisy_only(self.stage):
+            return None
+        return None if batch.noisy is None else batch.noisy >= 0
 
     def _loss(
         self, hidden_SBH: torch.Tensor, *, micro_batch: MicroBatch, sources: int
@@ -341,21 +359,13 @@ class LMTask:
         return loss, no_tokens, {"sums": sums}
 
 
-def _explain_no_weight(step: int) -> str:
+def _explain_no_weight(step: int, *, term: str) -> str:
     return (
-        f"no token of step {step} has a loss weight, so there is nothing to learn from: either "
-        "stage.loss_weights gives 0 to every modality in these documents (raise one), or the stage "
-        "learns responses only, as stage=sft does, and none of these documents opens a response "
-        "(use documents that do, or stage=pretrain)"
-    )
-
-
-def _explain_no_validation(name: str) -> str:
-    return (
-        f"validation set {name!r} has no label that counts: its documents hold none of "
-        f"data.validation.{name}.modality, or the stage counts responses only, as stage=sft does, "
-        "and none of them opens a response; change the modality, or remove the set with "
-        f"~data.validation.{name}"
+        f"no token of step {step} has a loss weight (of {term}), so there is nothing to learn "
+        "from: either stage.loss_weights gives 0 to every modality in these documents (raise "
+        "one), or the stage learns responses only, as stage=sft does, and none of these documents "
+        "opens a response (use documents that do, stage=pretrain, or for stage=dida "
+        "stage.responses_only=false)"
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from emu35.errors import DataError
 from emu35.vision.ibq.codec import IBQCodec
-from emu35.vision.ibq.folder import WEIGHTS, read_folder
+from emu35.vision.ibq.folder import WEIGHTS, ibq_codebook, read_folder
 
 
 class ImageCodec(Protocol):
@@ -47,6 +47,16 @@ def load_codec(folder: Path, *, device: torch.device | None = None) -> ImageCode
         ReleaseError: the folder is incomplete, damaged, or not an IBQ tokenizer.
     """
     return IBQCodec(read_folder(folder), device=device or torch.device("cpu"), name=str(folder))
+
+
+def read_codebook(folder: Path) -> torch.Tensor:
+    """The embeddings of the codes, fp32 [K, D], of the tokenizer in ``folder``; nothing else of its
+    weights is read.
+
+    Raises:
+        ReleaseError: the folder is incomplete, damaged, or not an IBQ tokenizer.
+    """
+    return ibq_codebook(folder)
 
 
 def weights_digest(folder: Path) -> str:

@@ -26,7 +26,7 @@ from emu35.data.loader import TokenLoader
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
 from emu35.parallel.mesh import Mesh
-from emu35.train.objective import weights_by_modality
+from emu35.train.objective import Term, weights_by_modality
 from emu35.train.step import LMTask
 
 VOCABULARY, LEARNING_RATE, CLIP = 8192, 1e-4, 1.0
@@ -170,7 +170,7 @@ def our_step(row: Row, *, mesh: Mesh) -> tuple[Step, dict[str, torch.Tensor]]:
         chunks=chunks,
         loader=cast(TokenLoader, OneBatch(row)),
         validation={},
-        token_weights=weights_by_modality(LossWeights()),
+        terms=[Term(name="labels", token_weights=weights_by_modality(LossWeights()))],
     )
     state = {name: value.detach().clone() for name, value in chunks[0].named_parameters()}
     weights = to_hf(state, config=MODEL, vocabulary_size=VOCABULARY)

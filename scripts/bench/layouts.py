@@ -178,7 +178,7 @@ def build(layout: dict[str, Any]) -> Any:
     from emu35.model.build import build_chunks
     from emu35.model.init import initialize
     from emu35.parallel.mesh import init_mesh
-    from emu35.train.objective import weights_by_modality
+    from emu35.train.objective import Term, weights_by_modality
     from emu35.train.step import LMTask
 
     names = ("tp", "sp", "pp", "vpp", "cp", "zero1")
@@ -205,7 +205,7 @@ def build(layout: dict[str, Any]) -> Any:
         chunks=chunks,
         loader=SameRows(length=layout["length"], rows=ROWS // mesh.dp_size),  # type: ignore[arg-type]
         validation={},
-        token_weights=weights_by_modality(stage.loss_weights),
+        terms=[Term(name="labels", token_weights=weights_by_modality(stage.loss_weights))],
     )
 
 

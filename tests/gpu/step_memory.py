@@ -8,7 +8,7 @@ from emu35.model.build import build_chunks
 from emu35.model.init import initialize
 from emu35.parallel.mesh import init_mesh
 from emu35.tokens.vocabulary import vocabulary_of
-from emu35.train.objective import weights_by_modality
+from emu35.train.objective import Term, weights_by_modality
 from emu35.train.step import LMTask
 
 
@@ -57,7 +57,7 @@ def peak_of_one_step(config: RunConfig) -> int:
         chunks=chunks,
         loader=OneRow(length=data.sequence_length, vocabulary_size=size),  # type: ignore[arg-type]
         validation={},
-        token_weights=weights_by_modality(stage.loss_weights),
+        terms=[Term(name="labels", token_weights=weights_by_modality(stage.loss_weights))],
     )
     task.train_step(1)
     torch.cuda.reset_peak_memory_stats()

@@ -86,7 +86,8 @@ def test_counts_may_be_written_as_powers_but_not_as_fractions():
         ),
         (
             "stage.kind=sfft",
-            "stage.kind='sfft' is unknown; use one of pretrain, sft, ibq. Did you mean 'sft'?",
+            "stage.kind='sfft' is unknown; use one of pretrain, sft, dida, ibq. "
+            "Did you mean 'sft'?",
         ),
         (
             "data.sources.x.ratio=1",

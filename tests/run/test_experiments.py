@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emu35.config import LMStageConfig, TokenDataConfig
+from emu35.config import DiDAConfig, LMStageConfig, TokenDataConfig
 from emu35.config.io import to_yaml
 from emu35.config.schema import to_plain
 from emu35.planner.plan import make_plan
@@ -37,6 +37,8 @@ def test_every_golden_file_has_its_experiment():
         # Section 4.1.3: 1024 sequences x 3000 steps x 16,384 and 32,768.
         ("sft_s1", 50.3e9, 1.0, 6e-6),
         ("sft_s2", 100.7e9, 0.5, 6e-6),
+        # Section 2.1: "a few billions tokens".
+        ("dida", 4.2e9, 0.5, 1e-5),
     ],
 )
 def test_recipes_see_as_many_tokens_as_the_paper(
@@ -49,6 +51,19 @@ def test_recipes_see_as_many_tokens_as_the_paper(
     assert isinstance(config.stage, LMStageConfig)
     assert config.stage.loss_weights.visual == visual
     assert config.optim.lr == rate
+
+
+def test_adaptation_has_room_for_a_copy_of_every_picture_of_a_row():
+    config = compose(["experiment=emu35_34b/dida"])
+    stage, data = config.stage, config.data
+    assert isinstance(stage, DiDAConfig)
+    assert isinstance(data, TokenDataConfig)
+    assert stage.noisy_length % 128 == 0
+    for side in (64, 45):
+        copy = side * (side + 1)
+        # Beside what is copied a picture has its size, BOI and EOI.
+        pictures = data.sequence_length // (copy + len(f"{side}*{side}") + 2)
+        assert pictures * copy <= stage.noisy_length
 
 
 @pytest.mark.parametrize("name", ["pretrain_s1", "pretrain_s2"])

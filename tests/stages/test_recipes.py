@@ -13,7 +13,15 @@ from tiny_models import tiny_lm
 from tiny_qwen3 import make_qwen3
 from torchrun_ranks import run_ranks
 
-from emu35.config import LMConfig, LMStageConfig, RunConfig, TokenDataConfig, TokenizerConfig
+from emu35.config import (
+    DiDAConfig,
+    IBQConfig,
+    LMConfig,
+    LMStageConfig,
+    RunConfig,
+    TokenDataConfig,
+    TokenizerConfig,
+)
 from emu35.config.io import read_config
 from emu35.config.tokenizer import TokenizerKind
 from emu35.data.shards import ShardMeta
@@ -23,6 +31,8 @@ from emu35.tokens.document import Document, Image, Part, Special, Text
 from emu35.tokens.serialize import serialize
 from emu35.tokens.template import Task, question_parts
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
+from emu35.vision.ibq.folder import write_folder
+from emu35.vision.ibq.model import IBQ
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.usefixtures("table")]
 
@@ -32,6 +42,7 @@ PARENTS = {
     "sft_s1": "pretrain_s2",
     "sft_s2": "sft_s1",
     "sft_lora": "sft_s2",
+    "dida": "sft_s2",
 }
 """Experiment -> what it starts from, as its file says."""
 
@@ -58,9 +69,33 @@ class Recipes:
             return done
         start = self.run(PARENTS[name])
         words = ["-m", "emu35", "run", f"experiment=emu35_34b/{name}", f"run_dir={done}"]
-        overrides = shrink(compose([f"experiment=emu35_34b/{name}"]), data=self.folder / "data")
+        composed = compose([f"experiment=emu35_34b/{name}"])
+        overrides = shrink(composed, data=self.folder / "data")
+        if composed.tokenizer.vision is not None:
+            overrides.append(f"tokenizer.vision={self.vision()}")
         run_ranks([*words, f"stage.init_from={start}", *overrides], ranks=1, timeout=300)
         return done
+
+    def vision(self) -> Path:
+        """An image tokenizer with the codebook's size and next to nothing else."""
+        folder = self.folder / "vision"
+        if not folder.exists():
+            folder.mkdir()
+            model = IBQ(
+                IBQConfig(
+                    ch=8,
+                    ch_mult=[1, 1],
+                    num_res_blocks=1,
+                    attn_resolutions=[],
+                    resolution=32,
+                    z_channels=4,
+                    embed_dim=4,
+                    n_embed=131_072,
+                    norm_groups=4,
+                )
+            )
+            write_folder(model, folder=folder)
+        return folder
 
 
 def shrink(config: RunConfig, *, data: Path) -> list[str]:
@@ -72,7 +107,13 @@ def shrink(config: RunConfig, *, data: Path) -> list[str]:
     tp, cp, pp = (min(size, 2) for size in (parallel.tp, parallel.cp, parallel.pp))
     ranks = MOST_RANKS if parallel.zero1 else tp * cp * pp
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    noisy: list[str] = []
+    if isinstance(stage, DiDAConfig):
+        noisy = [f"stage.noisy_length={stage.noisy_length // 64}"]
+        # Each code is drawn among 131,072, three times for every document.
+        noisy += [f"data.validation.{name}.max_documents=2" for name in section.validation]
     return [
+        *noisy,
         *(f"model.{name}={getattr(SHRUNK, name)}" for name in (*sizes, "num_kv_heads", "head_dim")),
         f"parallel.tp={tp}",
         f"parallel.cp={cp}",
@@ -104,6 +145,8 @@ TASKS = {
     "visual_guidance": Task.howto,
     "world_exploration": Task.explore,
     "embodied_manipulation": Task.vla,
+    "distilled_t2i": Task.t2i,
+    "distilled_interleaved": Task.story,
 }
 
 
@@ -158,7 +201,10 @@ def write(folder: Path, documents: Sequence[list[Part]], *, tokenizer: TextToken
             writer.append(serialize(Document(parts), tokenizer), document_id=str(number))
 
 
-@pytest.mark.parametrize("name", PARENTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "dida")) for name in PARENTS],
+)
 def test_a_recipe_trains_two_steps_in_its_own_layout(recipes: Recipes, name: str) -> None:
     run = recipes.run(name)
     composed, ran = compose([f"experiment=emu35_34b/{name}"]), read_config(run)
@@ -183,5 +229,8 @@ def test_a_recipe_trains_two_steps_in_its_own_layout(recipes: Recipes, name: str
     validated = {
         match[1] for row in rows for key in row if (match := re.match(r"val/(.*)/loss", key))
     }
-    assert validated == set(composed.data.validation)
+    views = ["", "_t25", "_t50", "_t75"] if isinstance(composed.stage, DiDAConfig) else [""]
+    assert validated == {set_ + view for set_ in composed.data.validation for view in views}
+    if isinstance(composed.stage, DiDAConfig):
+        assert all(row["loss_noisy"] > 0 and row["loss_next_token"] > 0 for row in trained)
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[-1] == "step_00000002"

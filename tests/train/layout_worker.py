@@ -18,38 +18,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from picture_documents import CODES, ROOM, HeldOutPictures, PictureDocuments
 from spoil import observe
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.agree import gather
 from emu35.config import (
     FP8,
+    Adapter,
+    DiDAConfig,
     EngineConfig,
     FP8Recipe,
     LayerSpec,
     LMConfig,
+    LMStageConfig,
     LoRAConfig,
     LoRATarget,
     OptimConfig,
     ParallelConfig,
+    PathConfig,
+    PathKind,
     Precision,
     PretrainConfig,
     Recompute,
     RecomputeModule,
     RunConfig,
     TokenDataConfig,
+    TokenizerConfig,
 )
 from emu35.config.parallel import CPCommType
+from emu35.config.stage import adapts_noisy_only
 from emu35.data.batch import Batch
 from emu35.model.attention.support import MaskKind
 from emu35.model.build import build_chunks
 from emu35.model.init import initialize
 from emu35.model.lora import train_adapters
 from emu35.model.mask import AttentionMask
+from emu35.model.transformer import Emu35Model
 from emu35.parallel.collectives import barrier, is_main
 from emu35.parallel.mesh import Mesh, init_mesh, leave
-from emu35.train.objective import causal_mask, weights_by_modality
-from emu35.train.step import HeldOut, LMTask
+from emu35.stages.dida import dida_objective
+from emu35.tokens.vocabulary import vocabulary_of
+from emu35.train.held_out import HeldOut
+from emu35.train.objective import Term, mask_of, weights_by_modality
+from emu35.train.step import LMTask
 
 LENGTH, ROWS, VOCABULARY = 48, 8, 301
 SOURCES = ("images", "stories", "text")
@@ -179,10 +191,9 @@ def configure(spec: dict) -> RunConfig:
             hidden_dropout=spec.get("dropout", 0.0),
             attention_dropout=spec.get("dropout", 0.0),
         ),
+        tokenizer=TokenizerConfig(codebook_size=CODES),
         data=TokenDataConfig(sequence_length=LENGTH),
-        stage=PretrainConfig(
-            steps=20, precision=Precision(spec.get("precision", "fp32")), loss_chunk=40
-        ),
+        stage=stage_of(spec),
         parallel=ParallelConfig(
             **{name: spec[name] for name in LAYOUT if name in spec},
             cp_comm_type=CPCommType(spec.get("cp_comm_type", "all_gather")),
@@ -199,6 +210,25 @@ def configure(spec: dict) -> RunConfig:
                 **spec.get("optim", {}),
             }
         ),
+    )
+
+
+def stage_of(spec: dict) -> LMStageConfig:
+    common: dict[str, Any] = {
+        "steps": 20,
+        "precision": Precision(spec.get("precision", "fp32")),
+        "loss_chunk": 40,
+    }
+    if "dida" not in spec:
+        return PretrainConfig(**common)
+    if "lora" in spec:
+        common |= {"adapter": Adapter.lora_noisy_only, "lora": lora(spec["lora"])}
+    return DiDAConfig(
+        **common,
+        path=PathConfig(kind=PathKind(spec["dida"])),
+        time_shift_codes=4,
+        noisy_length=ROOM,
+        responses_only=False,
     )
 
 
@@ -221,24 +251,27 @@ def make_task(spec: dict) -> LMTask:
     assert not problems, problems
     stage = config.stage
     assert isinstance(config.model, LMConfig)
-    assert isinstance(stage, PretrainConfig)
+    assert isinstance(stage, LMStageConfig)
     mesh = init_mesh(config.parallel, seed=5)
-    spans = spec.get("spans", False)
+    spans, dida = spec.get("spans", False), "dida" in spec
     chunks = build_chunks(
         config.model,
-        vocabulary_size=VOCABULARY,
+        vocabulary_size=vocabulary_of(config.tokenizer).size if dida else VOCABULARY,
         parallel=config.parallel,
         engine=config.engine,
         precision=stage.precision,
-        masks=MaskKind.intervals if spans else MaskKind.packed_causal,
+        masks=MaskKind.intervals if spans or dida else MaskKind.packed_causal,
     )
     for chunk in chunks:
         initialize(chunk, seed=5, pad_id=0)
         if "lora" in spec:
-            train_adapters(chunk, config=lora(spec["lora"]), seed=5)
+            noisy_only = adapts_noisy_only(stage)
+            train_adapters(chunk, config=lora(spec["lora"]), seed=5, noisy_only=noisy_only)
     if "merge" in spec:  # the weights of a checkpoint with these adapters
         folder, adapters = spec["merge"]
         sharded.load_weights(Path(folder), chunks=chunks, adapters=lora(adapters))
+    if dida:
+        return dida_task(config, mesh=mesh, chunks=chunks, size=spec.get("micro_batch_size", 2))
     documents = DrawnDocuments(
         mesh=mesh,
         micro_batch_size=spec.get("micro_batch_size", 2),
@@ -256,9 +289,39 @@ def make_task(spec: dict) -> LMTask:
                 token_weights=weights_by_modality(stage.loss_weights),
             )
         },
-        token_weights=weights_by_modality(stage.loss_weights),
+        terms=[Term(name="labels", token_weights=weights_by_modality(stage.loss_weights))],
         sources=SOURCES,
-        batch_mask=with_spans if spans else causal_mask,
+        batch_mask=with_spans if spans else mask_of,
+    )
+
+
+def dida_task(config: RunConfig, *, mesh: Mesh, chunks: list[Emu35Model], size: int) -> LMTask:
+    assert isinstance(config.stage, LMStageConfig)
+    codebook_KD = torch.randn(CODES, 5, generator=torch.Generator().manual_seed(1))
+    learned = dida_objective(mesh, config=config, codebook_KD=codebook_KD)
+
+    def documents(prepare: Any, size: int) -> PictureDocuments:
+        return PictureDocuments(mesh=mesh, micro_batch_size=size, lay_out=lay_out, prepare=prepare)
+
+    return LMTask(
+        config=config,
+        mesh=mesh,
+        chunks=chunks,
+        loader=documents(learned.prepare, size),  # type: ignore[arg-type]
+        validation={
+            f"held_out{suffix}": HeldOut(
+                documents=HeldOutPictures(  # type: ignore[arg-type]
+                    documents(view.prepare, ROWS // mesh.dp_size)
+                ),
+                token_weights=view.token_weights or learned.weigh(config.stage.loss_weights),
+                finish=view.finish,
+            )
+            for suffix, view in learned.views.items()
+        },
+        terms=learned.terms,
+        finish=learned.finish,
+        tally=learned.tally,
+        sources=SOURCES,
     )
 
 

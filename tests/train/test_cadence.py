@@ -4,8 +4,8 @@ import pytest
 
 from emu35.config import PretrainConfig
 from emu35.config.data import Modality
+from emu35.train.held_out import HeldOut
 from emu35.train.objective import counted_labels, weights_by_modality
-from emu35.train.step import HeldOut
 
 
 def turns(every: int, *, steps: int, validate_every: int) -> list[int]:

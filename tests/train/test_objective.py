@@ -75,7 +75,7 @@ def test_the_report_by_source_is_the_mean_over_the_labels_that_count() -> None:
     losses_BS = torch.rand(shape, generator=generator) * (weights_BS > 0)
     micro_batch = MicroBatch(
         batch=batch,
-        weights_BS=weights_BS,
+        weights_TBS=weights_BS[None],
         normalised_BS=normalised_BS,
         mask=AttentionMask.causal(batch.document_start),
         split=None,
@@ -84,9 +84,9 @@ def test_the_report_by_source_is_the_mean_over_the_labels_that_count() -> None:
     )
     loss = (normalised_BS * losses_BS).sum()
     vector = LossReport.of(loss=loss, losses_BS=losses_BS, micro_batch=micro_batch, sources=3)
-    assert len(vector) == LossReport.size(sources=3)
+    assert len(vector) == LossReport.size(terms=1, sources=3)
 
-    metrics = LossReport.from_vector(vector).metrics(sources=["a", "b", "c"])
+    metrics = LossReport.from_vector(vector, terms=1).metrics(sources=["a", "b", "c"])
 
     for name, number in (("a", 0), ("c", 2)):
         labels = [

@@ -40,6 +40,8 @@ FLAT_FIELDS = ("n_embed", "embed_dim")
 RELEASED_GROUPS = 32
 """Groups of every normalisation in released tokenizers, a constant of the official code."""
 
+CODEBOOK = "quantize.embedding.weight"
+
 NAMED_KEYS = 3
 """How many missing or unexpected keys a message names before it counts the rest."""
 
@@ -82,6 +84,24 @@ def read_folder(folder: Path) -> IBQ:
     _check_keys(state, expected=model.state_dict(), path=folder / WEIGHTS)
     model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return model.eval()
+
+
+def ibq_codebook(folder: Path) -> torch.Tensor:
+    """The codebook of the model in ``folder``, fp32 [K, D].
+
+    Raises:
+        ReleaseError: as :func:`read_folder`.
+    """
+    config = read_config(folder)
+    path = folder / WEIGHTS
+    codebook_KD = _read_weights(path).get(CODEBOOK)
+    if codebook_KD is None or codebook_KD.shape != (config.n_embed, config.embed_dim):
+        found = "missing" if codebook_KD is None else f"of shape {list(codebook_KD.shape)}"
+        raise ReleaseError(
+            f"{path}: {CODEBOOK} is {found}, but {CONFIG} describes "
+            f"[{config.n_embed}, {config.embed_dim}]; copy the folder again"
+        )
+    return codebook_KD.float()
 
 
 def read_config(folder: Path) -> IBQConfig:
@@ -163,7 +183,10 @@ def _is_a(value: object, *, kind: Any) -> bool:
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so that who wants one tensor reads one; torch cannot map its oldest format.
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except FileNotFoundError as error:
         raise ReleaseError(f"{path} is missing; the folder must hold {CONFIG} and it") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
