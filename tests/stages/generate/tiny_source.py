@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tiny_vision import write_tiny_ibq
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.manager import CheckpointManager
 from emu35.config import (
     CheckpointConfig,
-    IBQConfig,
     LMConfig,
     PretrainConfig,
     RunConfig,
@@ -24,32 +24,15 @@ from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import single_process_mesh
 from emu35.stages.generate.options import GenerateOptions
 from emu35.tokens.vocabulary import vocabulary_of
-from emu35.vision.ibq.folder import write_folder
-from emu35.vision.ibq.model import IBQ
 
 CODES = 64
 PROMPTS = ["a red circle", "two blue squares on the left", "x"]
 
 
-def write_vision(folder: Path, *, codes: int = CODES) -> None:
-    torch.manual_seed(0)
-    config = IBQConfig(
-        ch=32,
-        ch_mult=[1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        resolution=8,
-        z_channels=8,
-        embed_dim=8,
-        n_embed=codes,
-    )
-    write_folder(IBQ(config), folder=folder)
-
-
 def write_run(root: Path, *, positions: int = 256, draws: bool = False, kv_heads: int = 1) -> Path:
     """A run folder below ``root`` as pretraining leaves it. A model that ``draws`` begins an image
     about every thirty tokens of text, and hardly ever ends its answer."""
-    write_vision(root / "vision")
+    write_tiny_ibq(root / "vision", codes=CODES)
     model = LMConfig(
         num_layers=1,
         hidden_size=32,
