@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from emu35.data.plan import Sample
 from emu35.data.shards import decode_runs
@@ -57,6 +58,30 @@ class Batch:
         """The same batch with its tensors on ``device``."""
         return self._map(lambda values: values.to(device, non_blocking=non_blocking))
 
+    def copy(self) -> "Batch":
+        """The same in tensors of its own."""
+        return self._map(torch.Tensor.clone)
+
+    def erase(self, row: int, columns: slice, *, pad: int) -> None:
+        """Turn ``columns`` of ``row`` into padding, in place. ``intervals`` and ``noisy`` are not
+        looked after: it is for batches that have none."""
+        for name, value in _padding(pad, width=self.tokens.shape[1]).items():
+            getattr(self, name)[row, columns] = value
+
+    def widened(self, extra: int, *, pad: int) -> "Batch":
+        """With ``extra`` columns of padding behind the others; without ``intervals`` and
+        ``noisy``."""
+        width = self.tokens.shape[1]
+        padding = _padding(pad, width=width + extra)
+        wide = {
+            name: F.pad(getattr(self, name), (0, extra), value=value)
+            for name, value in padding.items()
+        }
+        # The padding that was there begins behind the new last column as well.
+        start_BS = wide["document_start"]
+        start_BS[:, :width].masked_fill_(self.document_start == width, width + extra)
+        return Batch(**wide, sample_ids=self.sample_ids)
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {
@@ -64,6 +89,28 @@ class Batch:
             for name, value in values.items()
         }
         return Batch(**changed)
+
+
+def _padding(pad: int, *, width: int) -> dict[str, int]:
+    """What each tensor holds in a column of padding of a row ``width`` columns long."""
+    return {
+        "tokens": pad,
+        "labels": pad,
+        "label_modality": 0,
+        "label_valid": 0,
+        "label_source": 0,
+        "positions": 0,
+        "document_start": width,
+    }
+
+
+BatchChange = Callable[[Batch], Batch]
+"""What a stage does to every batch."""
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """Nothing is done to a batch."""
+    return batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

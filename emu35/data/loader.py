@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from emu35.config.data import Overlong, Packing, TokenDataConfig, ValidationConfig
-from emu35.data.batch import Batch, SourceItems, assemble
+from emu35.data.batch import Batch, BatchChange, SourceItems, as_it_is, assemble
 from emu35.data.pack import Item, best_fit_decreasing
 from emu35.data.plan import PlannedSource, Planner, Sample
 from emu35.data.prefetch import Prefetcher
@@ -18,13 +18,6 @@ from emu35.tokens.vocabulary import Vocabulary
 
 Message = Callable[[str], None]
 """Tells the person who started the run something."""
-
-Prepare = Callable[[Batch], Batch]
-"""What a stage does to every batch as it is read."""
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _say_nothing(text: str) -> None:
@@ -60,7 +53,7 @@ class TokenLoader:
         dp_rank: int,
         dp_size: int,
         message: Message = _say_nothing,
-        prepare: Prepare = _as_it_is,
+        prepare: BatchChange = as_it_is,
     ) -> None:
         """Open every source with a positive ratio.
 
@@ -196,7 +189,7 @@ class ValidationSet:
         dp_rank: int,
         dp_size: int,
         message: Message = _say_nothing,
-        prepare: Prepare = _as_it_is,
+        prepare: BatchChange = as_it_is,
     ) -> None:
         """Raises: DataError, as :class:`TokenLoader` does."""
         self._entry = open_source(

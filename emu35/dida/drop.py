@@ -1,7 +1,7 @@
 """Documents without their prompt, for guidance: what the engine's unconditional stream sees."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,21 +30,7 @@ class PromptDrop:
         """A batch with some documents shortened; one that would get longer stays as it is."""
         if self.share == 0:
             return batch
-        changed = replace(
-            batch,
-            **{
-                name: getattr(batch, name).clone()
-                for name in (
-                    "tokens",
-                    "labels",
-                    "label_modality",
-                    "label_valid",
-                    "label_source",
-                    "positions",
-                    "document_start",
-                )
-            },
-        )
+        changed = batch.copy()
         for row, sample in enumerate(batch.sample_ids):
             for begin, end in self._drawn(batch, row=row, sample=sample):
                 self._shorten(changed, row=row, begin=begin, end=end)
@@ -86,16 +72,7 @@ class PromptDrop:
         modality_S = torch.from_numpy(modality_of(np.array(ids), vocabulary=vocabulary))
         ids_S, last, stop = torch.tensor(ids), begin + count - 1, begin + count
         source = int(batch.label_source[row, begin])
-        for values_BS, value in (
-            (batch.tokens, vocabulary.pad),
-            (batch.labels, vocabulary.pad),
-            (batch.label_modality, 0),
-            (batch.label_valid, False),
-            (batch.label_source, 0),
-            (batch.positions, 0),
-            (batch.document_start, batch.tokens.shape[1]),
-        ):
-            values_BS[row, begin:end] = value
+        batch.erase(row, slice(begin, end), pad=vocabulary.pad)
         batch.tokens[row, begin:stop] = ids_S
         batch.labels[row, begin:last] = ids_S[1:]
         batch.label_modality[row, begin:last] = modality_S[1:]

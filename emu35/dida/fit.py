@@ -73,13 +73,8 @@ def fit_path(codebook_KD: torch.Tensor, *, sample: CodeSample) -> PathFit:
     :class:`~emu35.config.dida.PathConfig` where none does better.
 
     Raises:
-        DataError: the codes do not differ in direction, or are not finite.
+        DataError: the codes do not differ in direction.
     """
-    if not bool(torch.isfinite(codebook_KD).all()):
-        raise DataError(
-            "the codebook holds values that are not finite; its training diverged, take an earlier "
-            "checkpoint of the image tokenizer"
-        )
     usual = PathConfig()
     distances = _Distances(codebook_KD, sample=sample)
     log_beta_P, share_P = _tabulate(distances)

@@ -7,17 +7,14 @@ clean ones, so that only attention tells a copy from its original::
     row i of a document that begins at d     sees [d, i + 1)
     a copy's row, of a picture with IMG at a   sees [d, a) and the whole copy
 
-The end a is exclusive. One more, and the copy would see the clean IMG, whose layers above the first
-know nothing that the copy does not; but with a label of the next code at every clean token behind
-it, seeing any of those is seeing the answer. Prediction keeps the shift by one: the copy of IMG
-predicts the first code. Row ends are given, hence clean in the copy and never a label in it.
+The end a is exclusive, for the answer begins behind it. Prediction keeps the shift by one: the copy
+of IMG predicts the first code. Row ends are given, hence clean in the copy and never a label in it.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from emu35.data.batch import Batch
 from emu35.errors import DataError
@@ -176,27 +173,13 @@ def find_pictures(
 
 def _widened(batch: Batch, *, room: int, pad: int) -> Batch:
     """``batch`` with ``room`` columns of padding behind it, and its causal intervals."""
-    rows, width = batch.tokens.shape
-    total = width + room
-
-    def more(values_BS: torch.Tensor, value: int) -> torch.Tensor:
-        return F.pad(values_BS, (0, room), value=value)
-
-    # Padding's document begins behind the row, so that it sees nothing.
-    start_BS = batch.document_start.masked_fill(batch.document_start == width, total)
-    start_BS = more(start_BS, total)
-    end_S = torch.arange(1, total + 1)
+    wide = batch.widened(room, pad=pad)
+    start_BS = wide.document_start
+    rows, total = start_BS.shape
+    end_BS = torch.arange(1, total + 1).expand(rows, -1)
     zero_BS = torch.zeros_like(start_BS)
-    intervals = torch.stack([start_BS, end_S.expand(rows, -1), zero_BS, zero_BS], -1)
     return replace(
-        batch,
-        tokens=more(batch.tokens, pad),
-        labels=more(batch.labels, pad),
-        label_modality=more(batch.label_modality, 0),
-        label_valid=more(batch.label_valid, 0),
-        label_source=more(batch.label_source, 0),
-        positions=more(batch.positions, 0),
-        document_start=start_BS,
-        intervals=intervals.contiguous(),
+        wide,
+        intervals=torch.stack([start_BS, end_BS, zero_BS, zero_BS], -1),
         noisy=torch.full((rows, total), -1, dtype=torch.int16),
     )

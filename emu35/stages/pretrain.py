@@ -11,8 +11,8 @@ from emu35.checkpoint.source import load_into
 from emu35.checkpoint.start import describe_start
 from emu35.config import LMConfig, LMStageConfig, LoRAConfig, RunConfig, TokenDataConfig
 from emu35.config.stage import adapters_of, adapts_noisy_only
-from emu35.data.batch import Batch
-from emu35.data.loader import Message, Prepare, TokenLoader, ValidationSet
+from emu35.data.batch import BatchChange, as_it_is
+from emu35.data.loader import Message, TokenLoader, ValidationSet
 from emu35.data.source import Source, check_vision
 from emu35.errors import ConfigError, DataError
 from emu35.model.attention.support import MaskKind
@@ -30,7 +30,6 @@ from emu35.train.objective import (
     Term,
     TokenWeights,
     Weigh,
-    as_it_is,
     counted_labels,
     nothing,
     weights_by_modality,
@@ -47,8 +46,8 @@ class View:
     that has no label in an ``optional`` view goes without it."""
 
     token_weights: TokenWeights | None = None
-    prepare: Prepare = as_it_is
-    finish: Callable[[Batch], Batch] = as_it_is
+    prepare: BatchChange = as_it_is
+    finish: BatchChange = as_it_is
     optional: bool = False
 
 
@@ -68,8 +67,8 @@ class Objective:
     weigh: Weigh
     terms: Sequence[Term]
     masks: MaskKind = MaskKind.packed_causal
-    prepare: Prepare = as_it_is
-    finish: Callable[[Batch], Batch] = as_it_is
+    prepare: BatchChange = as_it_is
+    finish: BatchChange = as_it_is
     tally: Tally = nothing
     views: Mapping[str, View] = field(default_factory=lambda: {"": View()})
 

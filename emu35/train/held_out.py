@@ -1,17 +1,17 @@
 """Validation sets as the training step sees them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from emu35.config import LMStageConfig
-from emu35.data.batch import Batch
+from emu35.data.batch import BatchChange, as_it_is
 from emu35.data.loader import ValidationSet
 from emu35.errors import DataError
 from emu35.parallel.collectives import sum_over
 from emu35.parallel.mesh import Mesh
-from emu35.train.objective import TokenWeights, as_it_is
+from emu35.train.objective import TokenWeights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class HeldOut:
     documents: ValidationSet
     token_weights: TokenWeights
     every: int = 1
-    finish: Callable[[Batch], Batch] = as_it_is
+    finish: BatchChange = as_it_is
     optional: bool = False
 
     def has_turn(self, step: int, *, stage: LMStageConfig) -> bool:

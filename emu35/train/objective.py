@@ -99,11 +99,6 @@ def mask_of(batch: Batch) -> AttentionMask:
     return AttentionMask.causal(batch.document_start)
 
 
-def as_it_is(batch: Batch) -> Batch:
-    """Nothing is done to a batch before the model sees it."""
-    return batch
-
-
 Tally = Callable[[Batch], Mapping[str, float]]
 """What a stage counts in a batch besides tokens; the same names for every batch."""
 

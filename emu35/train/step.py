@@ -20,7 +20,7 @@ from emu35.checkpoint import sharded
 from emu35.checkpoint.staged import StateWrite
 from emu35.config import LMConfig, LMStageConfig, RunConfig
 from emu35.config.stage import adapters_of, adapts_noisy_only
-from emu35.data.batch import Batch
+from emu35.data.batch import Batch, BatchChange, as_it_is
 from emu35.data.loader import TokenLoader, ValidationSet
 from emu35.errors import DataError
 from emu35.model.context import AttentionContext
@@ -42,7 +42,6 @@ from emu35.train.objective import (
     MicroBatch,
     Tally,
     Term,
-    as_it_is,
     mask_of,
     nothing,
 )
@@ -90,7 +89,7 @@ class LMTask:
         terms: Sequence[Term],
         sources: Sequence[str] = (),
         batch_mask: BatchMask = mask_of,
-        finish: Callable[[Batch], Batch] = as_it_is,
+        finish: BatchChange = as_it_is,
         tally: Tally = nothing,
         start_weights: Callable[[list[Emu35Model]], None] | None = None,
     ) -> None:

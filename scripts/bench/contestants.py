@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from hf_qwen3 import hf_qwen3
 from plain_transformer import PlainTransformer
+from rounds import Step
 
 from emu35.checkpoint.hf import to_hf
 from emu35.config import (
@@ -42,9 +43,6 @@ MODEL = LMConfig(
     head_dim=32,
     max_position_embeddings=8192,
 )
-
-Step = Callable[[], float]
-"""Makes one training step and returns the loss before it."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -11,8 +11,6 @@ Suffixes: S tokens of a row.
 import multiprocessing
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from peak_memory import Peak
+from rounds import Step, check_equal, time_step
 
 from emu35.config import (
     AttentionBackend,
@@ -48,12 +47,9 @@ CODES, EMBEDDING = 1024, 16
 WORDS = 120
 """Bytes, hence tokens, of each text."""
 BLOCK = 128
-LOSS_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
 TOKENIZER = TokenizerConfig(codebook_size=CODES)
 BACKENDS = (AttentionBackend.segment, AttentionBackend.dense)
-
-Step = Callable[[], float]
-"""Makes one training step and returns the loss before it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +187,8 @@ def measure_time(shape: RowShape, *, rounds: int, mesh: Mesh) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         timed = {name: time_step(step) for name, step in steps.items()}
-        check_equal({name: loss for name, (loss, _) in timed.items()}, step=number + 1)
+        losses = {name: loss for name, (loss, _) in timed.items()}
+        check_equal(losses, when=f"at step {number + 1}", tolerance=TOLERANCE)
         for name, (_, duration) in timed.items():
             if number:
                 seconds[name].append(duration)
@@ -207,29 +204,6 @@ def measure_time(shape: RowShape, *, rounds: int, mesh: Mesh) -> dict[str, Any]:
         "train_step_tokens": shape.tokens,
         **{f"train_step_ms_{name}": found for name, found in medians.items()},
     }
-
-
-def time_step(step: Step) -> tuple[float, float]:
-    """Loss and seconds of one step, the device's queue empty at both ends."""
-    synchronize()
-    began = time.perf_counter()
-    loss = step()
-    synchronize()
-    return loss, time.perf_counter() - began
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def check_equal(losses: dict[str, float], *, step: int) -> None:
-    """Raises: SystemExit where the contestants do not learn alike."""
-    if not max(losses.values()) - min(losses.values()) <= LOSS_TOLERANCE:
-        shown = ", ".join(f"{name} {value:.6f}" for name, value in losses.items())
-        raise SystemExit(
-            f"losses differ at step {step}: {shown}; the times would compare different work"
-        )
 
 
 def measure_memory(shapes: list[RowShape]) -> dict[str, Any]:

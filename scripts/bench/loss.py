@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from rounds import synchronize
 
 if TYPE_CHECKING:
     import torch
@@ -308,13 +309,6 @@ def time_run(run: Run) -> float:
     run()
     synchronize()
     return time.perf_counter() - began
-
-
-def synchronize() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def check_equal(ours: "tuple[torch.Tensor, ...]", theirs: "tuple[torch.Tensor, ...]") -> None:

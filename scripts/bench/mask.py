@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rounds import synchronize
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from emu35.model.attention import dense, flex, segment
@@ -151,11 +152,6 @@ def alternate(contestants: list[Callable[[], object]], *, rounds: int) -> list[l
         if number:
             seconds.append(found)
     return seconds
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def ratio(seconds: list[list[float]]) -> float:

@@ -25,16 +25,16 @@ import json
 import os
 import statistics
 import sys
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench_venv import run_in_venv
+from rounds import Step, check_equal, time_step
 
 if TYPE_CHECKING:
-    from contestants import Contestants, Step
+    from contestants import Contestants
 
 REQUIREMENTS = ["transformers>=5.0"]
 INSIDE = "EMU35_BENCH_INSIDE"
@@ -45,7 +45,8 @@ PACKED_LENGTHS = (
 )
 # fmt: on
 """Sixteen documents, 63 to 1,289 tokens long, 8,192 together."""
-LOSS_TOLERANCE = 1e-4
+TOLERANCE = 1e-4
+"""Of losses, in nats."""
 
 
 def main() -> int:
@@ -128,7 +129,7 @@ def measure(
     """
     steps, tokens = contestants.steps, contestants.row.tokens_BS.numel()
     first = {name: step() for name, step in steps.items()}
-    check_equal(first, when=f"before the first update ({title})")
+    check_equal(first, when=f"before the first update ({title})", tolerance=TOLERANCE)
     for _ in range(warm_up - 1):
         for step in steps.values():
             step()
@@ -144,7 +145,7 @@ def measure(
             seconds[name].append(duration)
         show_progress(done + 1, rounds)
     # Rounding grows from update to update; different work would be off by far more.
-    check_equal(last, when=f"after {warm_up + rounds - 1} updates ({title})")
+    check_equal(last, when=f"after {warm_up + rounds - 1} updates ({title})", tolerance=TOLERANCE)
     times = Times(seconds=seconds)
     print(f"{title:38} {'ms/step':>9} {'tokens/s':>9} {'first loss':>11} {'last loss':>11}")
     for name in steps:
@@ -154,29 +155,7 @@ def measure(
     return times
 
 
-def time_step(step: "Step") -> tuple[float, float]:
-    """Loss and seconds of one step, the device's queue empty at both ends."""
-    synchronize()
-    began = time.perf_counter()
-    loss = step()
-    synchronize()
-    return loss, time.perf_counter() - began
-
-
-def synchronize() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def check_equal(losses: dict[str, float], *, when: str) -> None:
-    if max(losses.values()) - min(losses.values()) > LOSS_TOLERANCE:
-        shown = ", ".join(f"{name} {value:.6f}" for name, value in losses.items())
-        raise SystemExit(f"losses differ {when}: {shown}; the times would compare different work")
-
-
-def profile(step: "Step", *, name: str) -> None:
+def profile(step: Step, *, name: str) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 

@@ -1,6 +1,6 @@
 """What a batch goes through before the model sees it: noise in the copies, and nowhere else."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -80,12 +80,11 @@ def test_a_picture_has_one_time_and_each_its_own() -> None:
 def test_noise_depends_on_seed_row_and_purpose_and_not_on_the_batch() -> None:
     alone = corruption()(wide(7)).tokens
     others = [wide(3), wide(7), wide(9)]
-    together = others[0]._map(lambda values: values)  # a copy of the first
-    for name in ("tokens", "labels", "label_modality", "label_valid", "label_source"):
-        setattr(together, name, torch.cat([getattr(batch, name) for batch in others]))
-    for name in ("positions", "document_start", "intervals", "noisy"):
-        setattr(together, name, torch.cat([getattr(batch, name) for batch in others]))
-    together.sample_ids = [3, 7, 9]
+    names = [field.name for field in fields(Batch) if field.name != "sample_ids"]
+    together = Batch(
+        **{name: torch.cat([getattr(batch, name) for batch in others]) for name in names},
+        sample_ids=[3, 7, 9],
+    )
     assert torch.equal(corruption()(together).tokens[1], alone[0])
     assert not torch.equal(corruption()(wide(8)).tokens, alone)
     assert not torch.equal(corruption(seed=6)(wide(7)).tokens, alone)

@@ -1,6 +1,7 @@
 """What requests leave behind when they are pushed out, given up, or done: nothing."""
 
 import random
+from typing import Any
 
 import pytest
 from tiny_engine import TOKENIZER, generate, mixed_requests, model, picture_request, text_request
@@ -12,7 +13,13 @@ from emu35.inference.request import Finish, Request
 
 def tight_engine(**changes: int) -> Engine:
     """Barely enough slots for the longest request: the others push each other out."""
-    numbers = {"max_length": 800, "cache_tokens": 1024, "max_requests": 8, "headroom": 0, **changes}
+    numbers: dict[str, Any] = {
+        "max_length": 800,
+        "cache_tokens": 1024,
+        "max_requests": 8,
+        "headroom": 0,
+        **changes,
+    }
     return Engine(model=model(), tokenizer=TOKENIZER, **numbers)
 
 

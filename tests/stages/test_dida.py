@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_pretrain import config_of, write_shards, write_tokenizer
+from test_pretrain import CODES, config_of, write_shards
+from tiny_vision import write_tiny_ibq
 
 from emu35.checkpoint.source import open_source
 from emu35.config import (
@@ -52,7 +53,7 @@ PICTURES = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image tokenizer, shards of pictures and of words, and a pretrained run."""
     place = tmp_path_factory.mktemp("dida")
-    vision = write_tokenizer(place / "vision", seed=0)
+    vision = write_tiny_ibq(place / "vision", codes=CODES)
     write_shards(place / "pictures", tokenizer=vision, parts=list(PICTURES))
     write_shards(place / "words", tokenizer=None, parts=[Text("nothing but words")])
     base = made(place, stage=PretrainConfig(steps=2, global_batch_size=2, micro_batch_size=2))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
+from tiny_vision import write_tiny_ibq
 
 from emu35.cli import main
-from emu35.config import DiDAConfig, IBQConfig, TokenizerConfig
+from emu35.config import DiDAConfig, TokenizerConfig
 from emu35.data.shards import ShardMeta
 from emu35.data.writer import ShardWriter
 from emu35.run.compose import compose
@@ -18,34 +18,13 @@ from emu35.tokens.document import Document, Image, Text
 from emu35.tokens.serialize import serialize
 from emu35.tokens.text import build_text_tokenizer
 from emu35.vision.codec import weights_digest
-from emu35.vision.ibq.folder import write_folder
-from emu35.vision.ibq.model import IBQ
 
 CODES = 64
 
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tokenizer_folder(tmp_path_factory.mktemp("vision"), seed=0)
-
-
-def tokenizer_folder(folder: Path, *, seed: int) -> Path:
-    torch.manual_seed(seed)
-    model = IBQ(
-        IBQConfig(
-            ch=8,
-            ch_mult=[1, 1],
-            num_res_blocks=1,
-            attn_resolutions=[],
-            resolution=32,
-            z_channels=8,
-            embed_dim=8,
-            n_embed=CODES,
-            norm_groups=4,
-        )
-    )
-    write_folder(model, folder=folder)
-    return folder
+    return write_tiny_ibq(tmp_path_factory.mktemp("vision"), codes=CODES)
 
 
 def shards(folder: Path, *, vision: Path | None, codes: list[int], codebook: int = CODES) -> Path:
@@ -133,7 +112,7 @@ def test_what_does_not_fit_together_is_named(
     vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("x")
-    other = tokenizer_folder(tmp_path / "other", seed=1)
+    other = write_tiny_ibq(tmp_path / "other", codes=CODES, seed=1)
     foreign = shards(tmp_path / "foreign", vision=other, codes=[1])
     wide = shards(tmp_path / "wide", vision=None, codes=[1], codebook=CODES + 1)
     texts = shards(tmp_path / "texts", vision=None, codes=[])

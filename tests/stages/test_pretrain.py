@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from tiny_vision import write_tiny_ibq
 
 from emu35.config import (
-    IBQConfig,
     LMConfig,
     OptimConfig,
     PretrainConfig,
@@ -25,26 +24,8 @@ from emu35.tokens.document import Document, Image, Part, Text
 from emu35.tokens.serialize import serialize
 from emu35.tokens.text import build_text_tokenizer
 from emu35.vision.codec import weights_digest
-from emu35.vision.ibq.folder import write_folder
-from emu35.vision.ibq.model import IBQ
 
 CODES = 64
-
-
-def write_tokenizer(folder: Path, *, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = IBQConfig(
-        ch=32,
-        ch_mult=[1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        resolution=8,
-        z_channels=8,
-        embed_dim=8,
-        n_embed=CODES,
-    )
-    write_folder(IBQ(config), folder=folder)
-    return folder
 
 
 def write_shards(folder: Path, *, tokenizer: Path | None, parts: list[Part]) -> Path:
@@ -98,7 +79,8 @@ def config_of(
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two image tokenizers that differ in their weights only."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    return write_tokenizer(folder / "mine", seed=0), write_tokenizer(folder / "other", seed=1)
+    mine = write_tiny_ibq(folder / "mine", codes=CODES)
+    return mine, write_tiny_ibq(folder / "other", codes=CODES, seed=1)
 
 
 def refusal(config: RunConfig, *, run_dir: Path) -> str:

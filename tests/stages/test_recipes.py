@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tiny_models import tiny_lm
 from tiny_qwen3 import make_qwen3
+from tiny_vision import write_tiny_ibq
 from torchrun_ranks import run_ranks
 
 from emu35.config import (
     DiDAConfig,
-    IBQConfig,
     LMConfig,
     LMStageConfig,
     RunConfig,
@@ -31,8 +31,6 @@ from emu35.tokens.document import Document, Image, Part, Special, Text
 from emu35.tokens.serialize import serialize
 from emu35.tokens.template import Task, question_parts
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
-from emu35.vision.ibq.folder import write_folder
-from emu35.vision.ibq.model import IBQ
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.usefixtures("table")]
 
@@ -80,21 +78,7 @@ class Recipes:
         """An image tokenizer with the codebook's size and next to nothing else."""
         folder = self.folder / "vision"
         if not folder.exists():
-            folder.mkdir()
-            model = IBQ(
-                IBQConfig(
-                    ch=8,
-                    ch_mult=[1, 1],
-                    num_res_blocks=1,
-                    attn_resolutions=[],
-                    resolution=32,
-                    z_channels=4,
-                    embed_dim=4,
-                    n_embed=131_072,
-                    norm_groups=4,
-                )
-            )
-            write_folder(model, folder=folder)
+            write_tiny_ibq(folder, codes=131_072, z_channels=4, embed_dim=4)
         return folder
 
 

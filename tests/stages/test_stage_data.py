@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as Pictures
+from tiny_vision import write_tiny_ibq
 
 from emu35.cli import main
 from emu35.config.area import Area, parse_area
-from emu35.config.model import IBQConfig
 from emu35.config.tokenizer import TokenizerConfig
 from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
 from emu35.data.source import Source
 from emu35.errors import ConfigError, DataError
 from emu35.stages import data
 from emu35.vision.codec import load_codec
-from emu35.vision.ibq.folder import write_folder
-from emu35.vision.ibq.model import IBQ
 from emu35.vision.resize import open_image, to_pixels
 
 AREA = 48 * 48
@@ -29,20 +27,14 @@ AREA = 48 * 48
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer with random weights: factor 16, 64 codes."""
-    torch.manual_seed(0)
-    config = IBQConfig(
-        ch=32,
+    return write_tiny_ibq(
+        tmp_path_factory.mktemp("vision"),
+        codes=64,
         ch_mult=[1, 1, 1, 1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
         resolution=48,
         z_channels=16,
         embed_dim=16,
-        n_embed=64,
     )
-    folder = tmp_path_factory.mktemp("vision")
-    write_folder(IBQ(config), folder=folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Noisy copies train alike in every layout: the same noise, the same two losses, one gradient."""
 
-from collections.abc import Iterator
-
 import pytest
 from rank_pool import RankPool
 from test_layouts import LAYOUTS, MORE_LAYOUTS
@@ -10,12 +8,6 @@ from emu35.config import PathKind
 
 LORA = {"rank": 4, "alpha": 12.0}
 NO_MLP = {"recompute": "selective", "recompute_modules": ["core_attn", "layernorm"]}
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, RankPool]]:
-    with RankPool(1) as one, RankPool(2) as two, RankPool(4) as four:
-        yield {1: one, 2: two, 4: four}
 
 
 @pytest.fixture(scope="module")

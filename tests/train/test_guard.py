@@ -3,7 +3,6 @@
 import json
 import math
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,12 +70,6 @@ def test_settings_that_would_refuse_ordinary_steps_are_named() -> None:
         "guard.grad_norm_factor",
         "guard.loss_factor",
     ]
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, RankPool]]:
-    with RankPool(1) as one, RankPool(2) as two:
-        yield {1: one, 2: two}
 
 
 BAD = {"2": "gradient", "3": "loss"}

@@ -1,6 +1,5 @@
 """Adapters train alike in every layout, and as the plain matrices W + scale B A would."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,6 @@ MOMENT = "optimizer.state.exp_avg."
 # With beta1 = 0 the first moment in a checkpoint is the gradient of the last step.
 GRADIENT = {"betas": [0.0, 0.95], "clip_grad": 0.0}
 BEFORE = 3
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, RankPool]]:
-    with RankPool(1) as one, RankPool(2) as two, RankPool(4) as four:
-        yield {1: one, 2: two, 4: four}
 
 
 @pytest.fixture(scope="module")

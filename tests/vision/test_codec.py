@@ -8,7 +8,7 @@ import yaml
 
 from emu35.config import IBQConfig
 from emu35.errors import DataError, ReleaseError
-from emu35.vision.codec import load_codec
+from emu35.vision.codec import load_codec, read_codebook
 from emu35.vision.ibq import codec as ibq_codec
 from emu35.vision.ibq.folder import read_config, read_folder, write_folder
 from emu35.vision.ibq.model import IBQ
@@ -75,6 +75,18 @@ def test_a_diverged_tokenizer_gives_no_codes(folder, name, value):
     edit_weights(folder, lambda state: state[name].view(-1)[-1:].fill_(value))
     with pytest.raises(DataError, match=r"vision_tokenizer diverged: its (latents|codebook) must"):
         load_codec(folder).encode(torch.rand(1, 3, 8, 8) * 2 - 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_codebook_is_refused_by_who_reads_it_alone(folder, value):
+    name = "quantize.embedding.weight"
+    assert read_codebook(folder).shape == read_folder(folder).quantize.codebook_KD.shape
+    edit_weights(folder, lambda state: state[name].view(-1)[-1:].fill_(value))
+    with pytest.raises(ReleaseError, match="holds NaN or infinity: the tokenizer diverged"):
+        read_codebook(folder)
+    edit_weights(folder, lambda state: state.pop(name))
+    with pytest.raises(ReleaseError, match="is missing"):
+        read_codebook(folder)
 
 
 def test_codes_of_another_tokenizer_are_refused(folder):

@@ -94,14 +94,19 @@ def ibq_codebook(folder: Path) -> torch.Tensor:
     """
     config = read_config(folder)
     path = folder / WEIGHTS
-    codebook_KD = _read_weights(path).get(CODEBOOK)
+    codebook_KD = _read_weights(path, mapped=True).get(CODEBOOK)
     if codebook_KD is None or codebook_KD.shape != (config.n_embed, config.embed_dim):
         found = "missing" if codebook_KD is None else f"of shape {list(codebook_KD.shape)}"
         raise ReleaseError(
             f"{path}: {CODEBOOK} is {found}, but {CONFIG} describes "
             f"[{config.n_embed}, {config.embed_dim}]; copy the folder again"
         )
-    return codebook_KD.float()
+    if not bool(codebook_KD.isfinite().all()):
+        raise ReleaseError(
+            f"{path}: {CODEBOOK} holds NaN or infinity: the tokenizer diverged; train it again "
+            "with a lower optim.lr, or use another one"
+        )
+    return codebook_KD.float().clone()  # the file may change under a mapping
 
 
 def read_config(folder: Path) -> IBQConfig:
@@ -181,11 +186,15 @@ def _is_a(value: object, *, kind: Any) -> bool:
     return isinstance(value, list) and all(_is_a(item, kind=int) for item in value)
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+def _read_weights(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
+    """All tensors; ``mapped``, their bytes are read when they are used, where the format permits
+    it, so that who wants one reads one."""
     try:
-        # Mapped, so that who wants one tensor reads one; torch cannot map its oldest format.
         state = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            path,
+            map_location="cpu",
+            weights_only=True,
+            mmap=mapped and zipfile.is_zipfile(path),
         )
     except FileNotFoundError as error:
         raise ReleaseError(f"{path} is missing; the folder must hold {CONFIG} and it") from error

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as Picture
-from tiny_source import CODES, PROMPTS, options, rows, write_vision
+from tiny_source import CODES, PROMPTS, options, rows
+from tiny_vision import write_tiny_ibq
 
 from emu35.errors import CheckpointError, ConfigError, DataError
 from emu35.inference.ask import SamplingOverride, parse_size, prompt_seed
@@ -226,7 +227,7 @@ def test_all_problems_are_named_together(run: Path, tmp_path: Path) -> None:
 
 
 def test_another_codebook_is_refused(run: Path, tmp_path: Path) -> None:
-    write_vision(tmp_path / "vision", codes=CODES * 2)
+    write_tiny_ibq(tmp_path / "vision", codes=CODES * 2)
     with pytest.raises(ConfigError, match="128 codes, but the language model has 64"):
         generate(options(run, tmp_path / "out", vision=tmp_path / "vision"))
 

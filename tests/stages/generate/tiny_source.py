@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tiny_vision import write_tiny_ibq
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.manager import CheckpointManager
 from emu35.config import (
     CheckpointConfig,
-    IBQConfig,
     LMConfig,
     LMStageConfig,
     PretrainConfig,
@@ -27,26 +27,9 @@ from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import single_process_mesh
 from emu35.stages.generate.options import GenerateOptions
 from emu35.tokens.vocabulary import vocabulary_of
-from emu35.vision.ibq.folder import write_folder
-from emu35.vision.ibq.model import IBQ
 
 CODES = 64
 PROMPTS = ["a red circle", "two blue squares on the left", "x"]
-
-
-def write_vision(folder: Path, *, codes: int = CODES) -> None:
-    torch.manual_seed(0)
-    config = IBQConfig(
-        ch=32,
-        ch_mult=[1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        resolution=8,
-        z_channels=8,
-        embed_dim=8,
-        n_embed=codes,
-    )
-    write_folder(IBQ(config), folder=folder)
 
 
 def write_run(
@@ -60,7 +43,7 @@ def write_run(
     """A run folder below ``root`` as ``stage`` (pretraining) leaves it. A model that ``draws``
     begins an image about every thirty tokens of text, and hardly ever ends its answer. Adapters
     that the stage trains have learned something."""
-    write_vision(root / "vision")
+    write_tiny_ibq(root / "vision", codes=CODES)
     model = LMConfig(
         num_layers=1,
         hidden_size=32,

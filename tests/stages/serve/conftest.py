@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 import torch
+from tiny_vision import write_tiny_ibq
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.manager import CheckpointManager
@@ -17,7 +18,6 @@ from emu35.checkpoint.source import describe
 from emu35.config import (
     CheckpointConfig,
     DiDAConfig,
-    IBQConfig,
     LMConfig,
     RunConfig,
     TokenizerConfig,
@@ -30,26 +30,14 @@ from emu35.stages.serve.options import ServeOptions
 from emu35.stages.serve.server import build_server, build_service
 from emu35.stages.serve.service import Service
 from emu35.tokens.vocabulary import vocabulary_of
-from emu35.vision.ibq.folder import write_folder
-from emu35.vision.ibq.model import IBQ
 
 CODES = 64
 POSITIONS = 512
 
 
 def write_vision(folder: Path, *, codes: int = CODES) -> None:
-    torch.manual_seed(0)
-    config = IBQConfig(
-        ch=64,  # a group of its norms has two values even in a picture of one code
-        ch_mult=[1, 1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        resolution=8,
-        z_channels=8,
-        embed_dim=8,
-        n_embed=codes,
-    )
-    write_folder(IBQ(config), folder=folder)
+    # A group of its norms has two values even in a picture of one code.
+    write_tiny_ibq(folder, codes=codes, ch=64)
 
 
 @pytest.fixture
