@@ -14,15 +14,18 @@ remdm           accepts at random, as many as the time says, and gives some acce
 ==============  ================================================================================
 
 The last three come from masked diffusion. An *accepted* code is x1 and stays; the others are masked
-or, where the path has no mask, drawn anew from p_t(. | x1) of the next time, which is what the
-network has seen in training at that time. The last step takes every x1 that is not accepted yet.
+or, where the path has no mask, drawn anew from p_t(. | x1) of the next time. The last step takes
+every x1 that is not accepted yet. Without a mask the network cannot see which codes are accepted,
+and such a canvas, part x1 and part noise, is cleaner than any of its time in training. Only
+kinetic_euler keeps to canvases that training has shown on every path, hence the default.
 
 How true a single code stays to what the network says of it, in total variation with an exact
-network (tests/dida/test_samplers.py): remdm is exact. kinetic_euler is on two paths, and on the
-metric one up to the size of its steps: 6% off at 8 of them, 3% at 25, 0.7% at 100. entropy_bound is
-exact where there is a mask; without one, whether a code looks certain depends on the noise it got,
-and choosing by that prefers some codes (12% off at 25 steps on the metric path). maskgit prefers
-likely codes everywhere, which is its point.
+network (tests/dida/test_samplers.py): with a mask, all are exact but maskgit, which prefers likely
+codes everywhere; that is its point. kinetic_euler is also exact on mixture_uniform, and on the
+metric path up to the size of its steps: 6% off at 8 of them, 3% at 25, 0.7% at 100. remdm is
+exact without a mask for a network that is told what is accepted, and 8 to 10% off at 25 steps for
+one that reads the noise off the canvas. entropy_bound prefers some codes there, because whether a
+code looks certain depends on the noise it got (12% off at 25 steps on the metric path).
 
 Everything here costs a few numbers a code, but for the path's own draws and jumps, which work in
 chunks.

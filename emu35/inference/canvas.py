@@ -20,7 +20,7 @@ from emu35.tokens.vocabulary import Vocabulary
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Canvas:
-    """One picture. All tensors lie on the engine's device: some twenty bytes a code.
+    """One picture. All tensors lie on the engine's device: some forty bytes a code.
 
     Attributes:
         first: number of the first body token in the answer; draws are numbered by place in it.
@@ -76,7 +76,8 @@ class Canvas:
     @property
     def guides(self) -> bool:
         """Whether the step to come looks at the unconditional stream."""
-        return self.guided and self._times[self.done] < self.options.guidance_until
+        # Times such as 0.2 are rounded in the schedule, and no step must fall to either side.
+        return self.guided and self._times[self.done] < self.options.guidance_until - 1e-9
 
     @property
     def finished(self) -> bool:

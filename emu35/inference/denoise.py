@@ -162,6 +162,8 @@ class Denoising:
             )
             parts.append(drawn)
             if bounded:
+                # Of all codes: top-k and top-p cut off what they take to be unlikely, which says
+                # nothing of how sure the network is.
                 entropies.append(entropy(scores_CK / (request.visual.temperature or 1.0)))
         return _Drawn(
             prediction=Prediction(

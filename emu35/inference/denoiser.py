@@ -46,22 +46,15 @@ class DenoiserSource:
 
 def find_denoiser(described: Described, *, chosen: Folder | None = None) -> DenoiserSource | None:
     """What an engine of ``described`` decodes pictures in parallel with; None where the model was
-    not adapted to that. ``chosen`` overrides the source's own image tokenizer.
-
-    Raises:
-        ConfigError: the path measures distances in a codebook that is not there.
-    """
+    not adapted to that, or where its path measures distances in a codebook that is not there.
+    ``chosen`` overrides the source's own image tokenizer."""
     if described.noise is None:
         return None
     folder = None
     if described.noise.kind is PathKind.metric:
         folder = codec_folder(described, chosen=chosen)
         if folder is None:
-            raise ConfigError(
-                f"{described.path} was adapted to parallel decoding with distances in a codebook, "
-                f"but the image tokenizer {chosen or described.vision_folder} is not there; give "
-                "its folder (config.yaml and model.ckpt) with --vision FOLDER"
-            )
+            return None
     return DenoiserSource(
         path=described.noise, codes=described.tokenizer.codebook_size, folder=folder
     )
@@ -71,12 +64,18 @@ def needed_denoiser(described: Described, *, chosen: Folder | None = None) -> De
     """The same where some request decodes in parallel.
 
     Raises:
-        ConfigError: as :func:`find_denoiser`, and where the model was not adapted.
+        ConfigError: there is none, and why.
     """
     found = find_denoiser(described, chosen=chosen)
-    if found is None:
+    if found is not None:
+        return found
+    if described.noise is None:
         raise ConfigError(
             f"{described.path} was not adapted to parallel decoding; use a run or a release of "
             "stage=dida, or decoder ar"
         )
-    return found
+    raise ConfigError(
+        f"{described.path} was adapted to parallel decoding with distances in a codebook, but the "
+        f"image tokenizer {chosen or described.vision_folder} is not there; give its folder "
+        "(config.yaml and model.ckpt) with --vision FOLDER"
+    )

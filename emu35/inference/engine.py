@@ -32,9 +32,9 @@ from emu35.tokens.vocabulary import Vocabulary
 class EngineStats:
     """How full the engine is, and what it has done since it was made. ``cache_used`` and
     ``cache_tokens`` count slots; ``forced`` tokens are among ``tokens_generated``; ``projected_*``
-    count hidden rows projected on a part of the vocabulary. ``denoise_steps`` counts the steps of
-    all canvases, of which one forward may take many, ``images_denoised`` the pictures that came of
-    them."""
+    count hidden rows that choose one token, by the part of the vocabulary that they are projected
+    on; those of canvases are not among them. ``denoise_steps`` counts the steps of all canvases,
+    of which one forward may take many, ``images_denoised`` the pictures that came of them."""
 
     waiting: int
     active: int
@@ -66,8 +66,9 @@ class Engine:
         max_requests: requests in flight at once.
         max_waiting: requests in line beyond those; None for any number.
         prefill_chunk: prompt tokens fed by one forward at most.
-        canvas_chunk: tokens of canvases fed by one forward at most, but for one picture larger than
-            that; bounds the memory of a step while pictures are decoded in parallel.
+        canvas_chunk: tokens of canvases fed by one forward at most, those of pictures that are done
+            and fed once more among them; bounds the memory of a step while pictures are decoded in
+            parallel. One canvas goes ahead whatever its size, and all that are done go together.
         denoiser: lets requests decode pictures in parallel (``Request.denoise``).
         headroom: slots kept free for each growing stream when another request is let in. Fewer
             fill the cache better, more make it rarer that a request is pushed out and starts over.
@@ -249,8 +250,9 @@ class Engine:
         found: list[str] = []
         if request.denoise is not None and self._denoising is None:
             found.append(
-                "the request decodes pictures in parallel, but this model was not adapted to that; "
-                "use a run or a release of stage=dida, or decode token by token (decoder ar)"
+                "the request decodes pictures in parallel, but this model was not adapted to that, "
+                "or its image tokenizer is not there; use a run or a release of stage=dida with an "
+                "image tokenizer, or decode token by token (decoder ar)"
             )
         if request.slots > self.max_length:
             found.append(

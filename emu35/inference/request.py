@@ -32,7 +32,7 @@ class Decoder(StrEnum):
 
 
 MOST_STEPS = 1000
-"""Of denoising: a picture's codes are fewer than that where more would help."""
+"""Of denoising: beyond a hundred hardly anything changes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -218,7 +218,10 @@ class Scheduler:
         """The canvases whose streams hold all that is before them when ``feeds`` are taken, oldest
         first, as many as ``canvas_chunk`` permits."""
         counts = {id(feed.stream): feed.count for feed in feeds}
-        total = 0
+        # Prompts have a bound of their own; pictures that are done are fed whole.
+        done = [feed.count for feed in feeds if SHORT < feed.count <= feed.stream.at_once]
+        total = sum(done)
+        first = True
         for sequence in self.active:
             canvas, streams = sequence.canvas, sequence.canvas_streams
             if canvas is None or any(
@@ -226,8 +229,9 @@ class Scheduler:
             ):
                 continue
             total += canvas.length * len(streams)
-            if total > self.canvas_chunk and total > canvas.length * len(streams):
+            if total > self.canvas_chunk and not first:
                 return
+            first = False
             for stream in streams:
                 yield Feed(stream=stream, count=canvas.length, canvas=canvas)
 

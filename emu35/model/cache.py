@@ -53,7 +53,7 @@ class KVCache:
 
 class CachedForward:
     """What one forward of a row of tokens [1, S] does with the cache: ``spans`` cover the row in
-    order, each belonging to another sequence."""
+    order. A prefix and the span behind it that is not causal may belong to one sequence."""
 
     def __init__(self, cache: KVCache, *, spans: Sequence[Span]) -> None:
         self.cache = cache

@@ -46,8 +46,11 @@ def sample(
     steps: int,
     seed: int = 0,
     first: int = 0,
+    told: bool = True,
 ) -> Sampled:
-    """Denoise N codes that are independent of each other, with the probabilities ``truth_NK``."""
+    """Denoise N codes that are independent of each other, with the probabilities ``truth_NK``. A
+    network that is not ``told`` which codes are accepted takes all of them for noisy, as noisy as
+    the canvas looks."""
     path = toy_path(kind)
     positions_N = torch.arange(first, first + len(truth_NK))
     states_N = begin(path, seed=seed, positions_N=positions_N)
@@ -56,10 +59,15 @@ def sample(
     sampled = Sampled(codes_N=states_N)
     for number in range(steps):
         step = Step(number=number, count=steps, time=times[number], next=times[number + 1])
-        scores_NK = oracle(path, truth_NK=truth_NK, states_N=states_N, time=step.time)
+        time = step.time
+        if not told:
+            time = apparent_time(
+                path, truth_NK[0], time=time, accepted=float(accepted_N.float().mean())
+            )
+        scores_NK = oracle(path, truth_NK=truth_NK, states_N=states_N, time=time)
         known_NK = torch.full_like(scores_NK, -torch.inf)
         known_NK[:, :].scatter_(1, states_N.clamp(max=CODES - 1)[:, None], 0.0)
-        scores_NK = torch.where(accepted_N[:, None], known_NK, scores_NK)
+        scores_NK = torch.where(accepted_N[:, None] & told, known_NK, scores_NK)
         noise_NK = gumbel(
             torch.full_like(positions_N, draw_seed(seed, step=step)),
             positions_N=positions_N,
@@ -97,6 +105,19 @@ def oracle(
     """log p(x1 | x_t), up to a constant a row: that of x1 and that of its noise being x_t."""
     noise_KS = path.probabilities(torch.arange(CODES), times_N=torch.full((CODES,), time))
     return truth_NK.log() + noise_KS.t()[states_N].log()
+
+
+def apparent_time(path: Path, truth_K: torch.Tensor, *, time: float, accepted: float) -> float:
+    """The time at which as many codes are clean as on a canvas of which the share ``accepted`` is
+    clean and the rest is at ``time``."""
+
+    def clean(at: float) -> float:
+        kept_KS = path.probabilities(torch.arange(CODES), times_N=torch.full((CODES,), at))
+        return float((kept_KS.diagonal() * truth_K).sum())
+
+    times = torch.linspace(0, 0.9999, 2000).tolist()
+    wanted = accepted + (1 - accepted) * clean(time)
+    return min(times, key=lambda at: abs(clean(at) - wanted))
 
 
 def variation(codes_N: torch.Tensor, truth_K: torch.Tensor) -> float:
@@ -138,6 +159,15 @@ def test_on_the_metric_path_the_error_is_that_of_euler_steps() -> None:
     assert found == sorted(found, reverse=True)
 
 
+@pytest.mark.parametrize("kind", [PathKind.mixture_uniform, PathKind.metric])
+def test_without_a_mask_remdm_errs_where_the_network_must_read_the_noise_off_the_canvas(
+    kind: PathKind,
+) -> None:
+    truth_NK = UNEVEN.repeat(20_000, 1)
+    made = sample(Sampler.remdm, kind=kind, truth_NK=truth_NK, steps=25, told=False)
+    assert 0.05 < variation(made.codes_N, UNEVEN) < 0.12
+
+
 def test_maskgit_prefers_likely_codes() -> None:
     made = sample(
         Sampler.maskgit, kind=PathKind.absorbing, truth_NK=UNEVEN.repeat(5000, 1), steps=8
@@ -176,6 +206,26 @@ def test_maskgit_follows_the_cosine_and_remdm_the_time() -> None:
     made = sample(Sampler.remdm, kind=PathKind.absorbing, truth_NK=truth_NK, steps=4)
     for accepted, share in zip(made.accepted, (0.25, 0.5, 0.75, 1.0), strict=True):
         assert accepted / 2000 == pytest.approx(share, abs=0.04)
+
+
+@pytest.mark.parametrize(("time", "following"), [(0.5, 0.52), (0.95, 0.98)])
+def test_remdm_gives_a_capped_share_of_what_it_accepted_up_again(
+    time: float, following: float
+) -> None:
+    codes_N = torch.zeros(20_000, dtype=torch.int64)
+    advanced = advance(
+        Sampler.remdm,
+        path=toy_path(PathKind.absorbing),
+        states_N=codes_N,
+        accepted_N=torch.ones_like(codes_N, dtype=torch.bool),
+        prediction=Prediction(codes_N=codes_N, logprobs_N=torch.zeros(20_000)),
+        step=Step(number=1, count=4, time=time, next=following),
+        seed=0,
+        positions_N=torch.arange(20_000),
+    )
+    given_up = float((~advanced.accepted_N).float().mean())
+    assert given_up == pytest.approx(min(0.04, (1 - following) / time), abs=0.005)
+    assert bool((advanced.states_N[~advanced.accepted_N] == CODES).all()), "they are masked again"
 
 
 @pytest.mark.parametrize("sampler", [Sampler.kinetic_euler, Sampler.remdm])

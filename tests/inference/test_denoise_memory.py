@@ -3,6 +3,8 @@
 Also: rows of adapters, which are told of canvases alone.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from emu35.config import LoRAConfig
 from emu35.dida.samplers import Sampler
 from emu35.inference.engine import Engine
 from emu35.inference.grammar import GrammarOptions, GridSize
-from emu35.model.logits import vocabulary_logits
+from emu35.model.logits import RangeProjection, vocabulary_logits
 from emu35.model.lora import adapted_linears, train_adapters
 
 LARGE = GridSize(height=24, width=24)
@@ -46,8 +48,37 @@ class Allocations(TorchDispatchMode):
         return found
 
 
+@contextmanager
+def watched(engine: Engine) -> Iterator[Callable[[], tuple[int, int]]]:
+    """Tells where the ids of the one forward lay that was made, and the scores of its canvases."""
+    fed: set[int] = set()
+    scored: list[int] = []
+    project = RangeProjection.__call__
+
+    def note_scores(self: RangeProjection, hidden_CH: torch.Tensor) -> torch.Tensor:
+        scores_CK = project(self, hidden_CH)
+        scored.append(scores_CK.untyped_storage().data_ptr())
+        return scores_CK
+
+    def note_ids(module: Any, given: tuple[torch.Tensor, ...]) -> None:
+        fed.add(given[0].untyped_storage().data_ptr())
+
+    def place() -> tuple[int, int]:
+        assert len(scored) >= 2, "two canvases"
+        ((ids,), (scores,)) = fed, set(scored)
+        return ids, scores
+
+    hook = engine.model.register_forward_pre_hook(note_ids)
+    RangeProjection.__call__ = note_scores
+    try:
+        yield place
+    finally:
+        hook.remove()
+        RangeProjection.__call__ = project
+
+
 @pytest.mark.parametrize("sampler", list(Sampler))
-def test_a_step_allocates_what_the_one_before_it_did(sampler: Sampler) -> None:
+def test_a_step_takes_its_memory_where_the_one_before_it_did(sampler: Sampler) -> None:
     engine = denoise_engine(max_length=800, max_requests=2)
     for seed in range(2):
         engine.submit(
@@ -63,18 +94,15 @@ def test_a_step_allocates_what_the_one_before_it_did(sampler: Sampler) -> None:
         )
     for _ in range(2):
         engine.step()  # prompts are read, and everything is warm
-    row = engine._row._tokens_1S.data_ptr()
-    scores = engine._denoising._project._part_CR.data_ptr()  # type: ignore[union-attr]
-    largest, totals = [], []
+    places: list[tuple[int, int]] = []
+    totals: list[int] = []
     for _ in range(3):
-        with Allocations() as made:
+        with Allocations() as made, watched(engine) as place:
             engine.step()
-        largest.append(max(made.sizes))
+        places.append(place())
         totals.append(sum(size for size in made.sizes if size > 1 << 16))
-    assert len(set(largest)) == 1
+    assert len(set(places)) == 1, "ids and scores lie where those of the step before lay"
     assert totals[1:] == pytest.approx(totals[:-1], rel=0.25)
-    assert engine._row._tokens_1S.data_ptr() == row
-    assert engine._denoising._project._part_CR.data_ptr() == scores  # type: ignore[union-attr]
     canvases = [sequence.canvas for sequence in engine._scheduler.active]
     assert all(canvas is not None and canvas.done == 5 for canvas in canvases), "in the middle"
 

@@ -124,8 +124,12 @@ class Answering:
         tokens = [token for update in updates for token in update.tokens]
         wanted = self._look.return_token_ids or self._look.logprobs is not None
         newest = {e.number: e for e in events if isinstance(e, ImageProgress)}
+        # Of a picture decoded in parallel everything comes at once.
+        done = {e.number for e in events if isinstance(e, ImageDone)}
         for event in events:
-            if isinstance(event, ImageProgress) and newest[event.number] is not event:
+            if isinstance(event, ImageProgress) and (
+                event.number in done or newest[event.number] is not event
+            ):
                 continue
             piece = await self._piece(place, event)
             if piece is not None:

@@ -70,5 +70,7 @@ class _EngineCollector(Collector):
         for name, text, value in (
             ("forwards", "forward passes of the model", stats.forwards),
             ("preemptions", "requests put back because the cache was full", stats.preemptions),
+            ("denoise_steps", "steps of pictures decoded in parallel", stats.denoise_steps),
+            ("images_denoised", "pictures decoded in parallel", stats.images_denoised),
         ):
             yield CounterMetricFamily(f"emu35_{name}", text, value=value)

@@ -136,6 +136,8 @@ async def _serve(
             message(f"emu35: ready: {service.name}")
             if not service.pictures.available:
                 message("emu35: no image tokenizer: pictures stay ids (see --vision)")
+                if described.noise and find_denoiser(described, chosen=options.vision) is None:
+                    message("emu35: nor can they be decoded in parallel, in distances of its codes")
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             serving.result()

@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 from tiny_source import options, rows, write_run
 
+from emu35.checkpoint.source import describe
 from emu35.cli import main
 from emu35.config import Adapter, DiDAConfig, LoRAConfig, PathConfig, PathKind
 from emu35.dida.samplers import Sampler
 from emu35.errors import ConfigError
-from emu35.inference.request import Decoder
+from emu35.inference.denoiser import needed_denoiser
+from emu35.inference.request import Decoder, DenoiseOptions, Request
 from emu35.stages.generate.run import generate
 from emu35.stages.release import ExportOptions, ImportOptions, export, import_
+from emu35.stages.serve.options import ServeOptions
+from emu35.stages.serve.server import engine_maker
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +117,19 @@ def test_the_command_line(adapted: Path, tmp_path: Path) -> None:
     chosen = ["--decoder", "dida", "--denoise-steps", "2", "--sampler", "entropy_bound"]
     assert main([*call, *chosen, "--out", str(out)]) == 0
     assert len(rows(out)) == 1
+
+
+def test_a_server_without_the_codebook_answers_token_by_token(
+    adapted: Path, tmp_path: Path
+) -> None:
+    described = describe(adapted, step=None, message=print)
+    nowhere = tmp_path / "nowhere"
+    engine = engine_maker(ServeOptions(source=adapted, vision=nowhere), described=described)()
+    prompt = [engine.vocabulary.bos]
+    engine.submit(Request(prompt=prompt, max_new_tokens=4))
+    (answer,) = engine.run()
+    assert answer.tokens
+    with pytest.raises(ConfigError, match=r"image tokenizer is not there.*decoder ar"):
+        engine.submit(Request(prompt=prompt, denoise=DenoiseOptions()))
+    with pytest.raises(ConfigError, match=r"nowhere is not there; give its folder.*--vision"):
+        needed_denoiser(described, chosen=nowhere)
