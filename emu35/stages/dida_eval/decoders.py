@@ -78,21 +78,24 @@ class Decoding:
 class Drawn:
     """What came of the prompts, in their order: codes [H, W], None where no picture came.
 
-    ``forwards`` are those of the engine while the prompt was in flight, for text before the picture
-    included; ``tokens`` were fed in all
-    of them together, by both streams where there is guidance; ``seconds`` is wall time.
+    ``forwards`` are those of the engine while the prompt was in flight, those for text before the
+    picture among them; ``tokens`` were fed in all of them together, by both streams where there is
+    guidance. ``seconds`` are wall time, ``cpu_seconds`` what this process computed on all its
+    cores, which others on the machine disturb less.
     """
 
     codes: list[Codes | None]
     forwards: list[int]
     tokens: int
     seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderRow:
     """A decoder in figures, of one picture on average: ``forwards`` (``most_forwards`` at worst),
-    ``tokens`` fed and ``seconds`` in a batch of ``batch_size``. ``codes`` as of :class:`Drawn`."""
+    ``tokens`` fed, ``seconds`` and ``cpu_seconds`` in a batch of ``batch_size``. ``codes`` are as
+    :class:`Drawn` has them."""
 
     name: str
     sampler: str | None
@@ -103,6 +106,7 @@ class DecoderRow:
     most_forwards: int
     tokens: float
     seconds: float
+    cpu_seconds: float
     quality: SceneQuality
     codes: list[Codes | None]
 
@@ -210,6 +214,7 @@ def evaluate_decoder(
         most_forwards=max(drawn.forwards),
         tokens=drawn.tokens / len(prompts),
         seconds=drawn.seconds / len(prompts),
+        cpu_seconds=drawn.cpu_seconds / len(prompts),
         quality=summarise(
             [reading.score for reading in readings],
             pictures=sum(picture is not None for picture in pictures),
@@ -233,7 +238,7 @@ def draw(engine: Engine, requests: Sequence[Request], *, batch_size: int) -> Dra
     codes: list[Codes | None] = []
     forwards: list[int] = []
     fed = engine.stats.tokens_fed
-    began = time.perf_counter()
+    began, computed = time.perf_counter(), time.process_time()
     for first in range(0, len(requests), batch_size):
         flight = {
             engine.submit(request): at
@@ -256,6 +261,7 @@ def draw(engine: Engine, requests: Sequence[Request], *, batch_size: int) -> Dra
         forwards=forwards,
         tokens=engine.stats.tokens_fed - fed,
         seconds=time.perf_counter() - began,
+        cpu_seconds=time.process_time() - computed,
     )
 
 

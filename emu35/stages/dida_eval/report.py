@@ -90,7 +90,7 @@ class Evaluation:
 
 HEAD = (
     *("decoder", "accuracy", "right", "count", "colour", "shape", "size", "place"),
-    *("forwards", "tokens", "seconds", "speed", "to AR", "to true"),
+    *("forwards", "tokens", "seconds", "speed", "CPU s", "to AR", "to true"),
 )
 
 
@@ -112,6 +112,7 @@ def _cells(line: Line, *, reference: DecoderRow) -> list[str]:
         f"{row.tokens:.0f}" if row else "",
         f"{row.seconds:.4f}" if row else "",
         f"{reference.seconds / row.seconds:.2f}x" if row else "",
+        f"{row.cpu_seconds:.4f}" if row else "",
         _number(line.distances.to_ar),
         _number(line.distances.to_true),
     ]
@@ -129,9 +130,9 @@ LEGEND = (
     "accuracy: right attributes (colour, shape, size, place) of all asked for, in percent with a "
     "95% interval bootstrapped over prompts. right: prompts whose picture has as many objects as "
     "asked for, each of the right colour in the right place, with Wilson's 95% interval. forwards, "
-    "tokens fed (both streams of guidance) and seconds are of one picture, the last within a "
-    "batch. speed: against the first line. to AR, to true: Frechet distance to the pictures of the "
-    "first line and to true ones."
+    "tokens fed (both streams of guidance), seconds and CPU seconds (of the process, on all its "
+    "cores) are of one picture, times within a batch. speed: against the first line, by seconds. "
+    "to AR, to true: Frechet distance to the pictures of the first line and to true ones."
 )
 
 
