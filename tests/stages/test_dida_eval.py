@@ -319,6 +319,16 @@ def test_what_the_model_cannot_do_is_refused_before_it_draws(
     assert not (tmp_path / "run" / "rows").exists(), "nothing was drawn"
 
 
+def test_held_out_codes_of_another_tokenizer_are_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_tiny_ibq(tmp_path / "other", codes=CODES, seed=1)
+    shards = write_shards(tmp_path / "pictures", tokenizer=other, parts=PICTURES)
+    assert evaluate(source, tmp_path / "run", f"data.validation.seen.path={shards}") == 2
+    assert "encoded by an image tokenizer with weights" in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "rows").glob("*.npz")), "nothing was drawn"
+
+
 def test_a_source_that_was_not_adapted_is_refused(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

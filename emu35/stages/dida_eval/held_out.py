@@ -20,10 +20,12 @@ from emu35.data.batch import Batch, BatchChange, as_it_is
 from emu35.data.loader import ValidationSet
 from emu35.data.scenes.quality import ScenePrompt
 from emu35.data.shards import ShardMeta
+from emu35.data.source import Source, check_vision
 from emu35.data.writer import ShardWriter
 from emu35.dida.corrupt import Corruption
 from emu35.dida.layout import NoisyCopies
 from emu35.dida.path import Path as ProbabilityPath
+from emu35.errors import DataError
 from emu35.model.context import AttentionContext
 from emu35.model.logits import weighted_cross_entropy
 from emu35.model.transformer import Emu35Model
@@ -41,6 +43,7 @@ from emu35.train.objective import (
     response_weights,
     weights_by_modality,
 )
+from emu35.vision.codec import weights_digest
 
 ROWS_AT_ONCE = 4
 """Packed rows that go through the model at once."""
@@ -172,6 +175,22 @@ def shards_of(
                     TokenSequence(tokens=tokens, modality=modality), document_id=str(number)
                 )
         yield ValidationConfig(path=folder, modality=Modality.visual, max_documents=len(prompts))
+
+
+def check_codes(section: ValidationConfig, *, vocabulary: Vocabulary, vision: Path) -> None:
+    """Check that the pictures of shards have codes of the image tokenizer in ``vision``.
+
+    Raises:
+        DataError: they are of another one, or the shards cannot be read.
+    """
+    source = Source(name=Path(section.path).name, path=Path(section.path), vocabulary=vocabulary)
+    encoded = check_vision([source])
+    if encoded is not None and encoded.digest != (ours := weights_digest(vision)):
+        raise DataError(
+            f"shard {encoded.shard} holds pictures encoded by an image tokenizer with weights "
+            f"{encoded.digest[:12]}, but that of the model, {vision}, has weights {ours[:12]}; "
+            "give shards that were made with this one"
+        )
 
 
 def without_cuts(data: TokenDataConfig) -> TokenDataConfig:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from emu35.config.dida_eval import Features
-from emu35.errors import DataError
+from emu35.errors import ConfigError, DataError
 from emu35.stages.dida_eval.features import BATCH, FeaturesOf, Picture, require_inception
 from emu35.vision.codec import ImageCodec
 
@@ -18,7 +18,7 @@ def open_features(features: Features, *, codec: ImageCodec, device: torch.device
     """What turns pictures into vectors.
 
     Raises:
-        ConfigError: its package is not installed.
+        ConfigError: its package is not installed, or cannot be imported.
         DataError: its weights cannot be fetched.
     """
     if features is Features.tokenizer:
@@ -43,7 +43,15 @@ def tokenizer_features(pictures: Sequence[Picture], *, codec: ImageCodec) -> NDA
 def _open_inception(device: torch.device) -> Any:
     """The network that FID was defined with, as torch-fidelity ports it."""
     require_inception()
-    module = import_module("torch_fidelity.feature_extractor_inceptionv3")
+    try:
+        module = import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except (ImportError, OSError, RuntimeError) as error:
+        # The last is what torchvision says where its own library cannot be loaded.
+        raise ConfigError(
+            f"stage.features=inception: torch-fidelity cannot be imported ({error}); it needs the "
+            f"torchvision that was built for torch {torch.__version__}, or use "
+            "stage.features=tokenizer"
+        ) from error
     try:
         network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     except (OSError, RuntimeError) as error:

@@ -131,7 +131,8 @@ LEGEND = (
     "95% interval bootstrapped over prompts. right: prompts whose picture has as many objects as "
     "asked for, each of the right colour in the right place, with Wilson's 95% interval. forwards, "
     "tokens fed (both streams of guidance), seconds and CPU seconds (of the process, on all its "
-    "cores) are of one picture, times within a batch. speed: against the first line, by seconds. "
+    "cores) are of one picture, times within a batch. speed: against the first line, by seconds; "
+    "that of the same decoder with another seed tells how quiet the machine was. "
     "to AR, to true: Frechet distance to the pictures of the first line and to true ones."
 )
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from emu35.checkpoint.codec import codec_folder
 from emu35.checkpoint.source import Described, describe
 from emu35.config import RunConfig, TokenDataConfig, ValidationConfig
 from emu35.config.dida_eval import DiDAEvalConfig
@@ -36,8 +37,13 @@ from emu35.stages.dida_eval.decoders import (
     open_evaluation,
     pictures_of,
 )
-from emu35.stages.dida_eval.features import Picture
-from emu35.stages.dida_eval.held_out import HeldOutLosses, shards_of, without_cuts
+from emu35.stages.dida_eval.features import FeaturesOf, Picture
+from emu35.stages.dida_eval.held_out import (
+    HeldOutLosses,
+    check_codes,
+    shards_of,
+    without_cuts,
+)
 from emu35.stages.dida_eval.networks import open_features
 from emu35.stages.dida_eval.report import (
     CLEAN,
@@ -73,6 +79,7 @@ class _Work:
     prompts: list[ScenePrompt]
     asking: Asking
     opened: Opened
+    features: FeaturesOf
     rows: Rows
 
     @property
@@ -87,6 +94,10 @@ def run(config: RunConfig, *, run_dir: Path) -> Evaluation:
         Emu35Error: for anything a user can mend, before anything is drawn where that can be told.
     """
     work = _prepare(config, run_dir=run_dir)
+    true = true_pictures(work.prompts, size=work.asking.size, codec=work.opened.codec)
+    seen = _encoded(true, codec=work.opened.codec)
+    # Before anything is drawn: what is wrong with the data is then told at once.
+    losses = _losses(work, seen=seen)
     rows: list[DecoderRow] = []
     for decoding in decodings(work.stage):
         row, known = work.rows.decoder(
@@ -101,12 +112,10 @@ def run(config: RunConfig, *, run_dir: Path) -> Evaluation:
         )
         rows.append(row)
         _tell(row, known=known)
-    true = true_pictures(work.prompts, size=work.asking.size, codec=work.opened.codec)
-    seen = _encoded(true, codec=work.opened.codec)
     lines, notes = _lines(work, rows=rows, true=true, seen=seen)
     evaluation = Evaluation(
         lines=lines,
-        losses=_losses(work, seen=seen),
+        losses=losses,
         notes=notes,
         facts=facts_of(config, step=work.described.step, device=_device_name()),
     )
@@ -154,6 +163,7 @@ def _prepare(config: RunConfig, *, run_dir: Path) -> _Work:
     for decoding in decodings(stage):
         # What is wrong with the last decoder is told before the first one draws.
         build_requests(prompts[:1], decoding=decoding, asking=asking, tokenizer=opened.tokenizer)
+    features = open_features(stage.features, codec=opened.codec, device=local_device())
     rows = Rows(run_dir=run_dir, size=(stage.size[0], stage.size[1]))
     rows.claim({"step": described.step, "prompts": digest(path), "device": _device_name()})
     return _Work(
@@ -163,6 +173,7 @@ def _prepare(config: RunConfig, *, run_dir: Path) -> _Work:
         prompts=prompts,
         asking=asking,
         opened=opened,
+        features=features,
         rows=rows,
     )
 
@@ -187,8 +198,7 @@ def _lines(
 ) -> tuple[list[Line], list[str]]:
     """The table, and why it lacks what it lacks. The last two lines are the true pictures through
     the image tokenizer, which is the most that any decoder can show, and as they are."""
-    codec = work.opened.codec
-    features = open_features(work.stage.features, codec=codec, device=local_device())
+    codec, features = work.opened.codec, work.features
     through = pictures_of(seen, codec=codec)
     drawn = [pictures_of(row.codes, codec=codec) for row in rows]
     sets = [[picture for picture in each if picture is not None] for each in (*drawn, through)]
@@ -208,7 +218,7 @@ def _lines(
     return [
         *(
             Line(name=row.name, quality=row.quality, row=row, distances=distance)
-            for row, distance in zip(rows, distances, strict=False)
+            for row, distance in zip(rows, distances[:-1], strict=True)
         ),
         Line(name="true, through the tokenizer", quality=bounds[0], distances=distances[-1]),
         Line(name="true", quality=bounds[1], distances=Distances(to_ar=to_ar)),
@@ -275,6 +285,10 @@ def _sections(
     data = work.config.data
     assert isinstance(data, TokenDataConfig)
     if data.validation or not work.stage.times:
+        vision = codec_folder(work.described, chosen=work.vision)
+        assert vision is not None  # its codec is open
+        for section in data.validation.values():
+            check_codes(section, vocabulary=work.opened.tokenizer.vocabulary, vision=vision)
         return data.validation
     count = min(work.stage.documents, len(work.prompts))
     made = shards_of(
