@@ -26,10 +26,11 @@ CLEAN = "clean"
 """Where losses by time have that of codes predicted one after another."""
 
 _STYLE = """<style>
-table { border-collapse: collapse; margin: 0 0 18px; font-size: 13px; display: block;
+table { border-collapse: collapse; margin: 0 0 18px; font-size: 12px; display: block;
   overflow-x: auto; }
-th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line); }
+th, td { padding: 4px 7px; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
+td:nth-child(-n+3) { white-space: nowrap; }
 .strip { margin: 16px 0; } .strip img { max-width: 100%; image-rendering: pixelated; }
 </style>"""
 
@@ -230,8 +231,15 @@ def _by_steps(decoders: Sequence[Line], *, value: Callable[[Line], float | None]
 
 
 def _by_time(decoders: Sequence[Line], *, value: Callable[[Line], float | None]) -> list[Series]:
-    """A curve a sampler and a point for each decoding token by token."""
-    return _curves(decoders, value=value, x=lambda row: 1000 * row.seconds, whole=True)
+    """A curve a sampler, in the order of its steps, and a point for each decoding token by
+    token."""
+    curves = _curves(decoders, value=value, x=lambda row: 1000 * row.seconds)
+    for line in decoders:
+        level = value(line)
+        if line.row and line.row.steps is None and level is not None:
+            points = [(1000 * line.row.seconds, level)]
+            curves.append(Series(name=line.name, points=points, marked=True))
+    return curves
 
 
 def _curves(
@@ -239,15 +247,17 @@ def _curves(
     *,
     value: Callable[[Line], float | None],
     x: Callable[[DecoderRow], float],
-    whole: bool = False,
 ) -> list[Series]:
-    found: dict[str, list[tuple[float, float]]] = {}
+    """One a sampler, its points in the order of their steps."""
+    found: dict[str, dict[int, tuple[float, float]]] = {}
     for line in decoders:
-        y = value(line)
-        if line.row is None or y is None or (line.row.sampler is None and not whole):
-            continue
-        found.setdefault(line.row.sampler or line.name, []).append((x(line.row), y))
-    return [Series(name=name, points=sorted(points), marked=True) for name, points in found.items()]
+        row, y = line.row, value(line)
+        if row and row.sampler is not None and row.steps is not None and y is not None:
+            found.setdefault(row.sampler, {})[row.steps] = (x(row), y)
+    return [
+        Series(name=name, points=[points[steps] for steps in sorted(points)], marked=True)
+        for name, points in found.items()
+    ]
 
 
 def _losses(evaluation: Evaluation) -> list[Series]:
