@@ -21,7 +21,8 @@ from emu35.config.data import (
     TokenDataConfig,
     ValidationConfig,
 )
-from emu35.config.dida import DiDAConfig, PathConfig, PathKind
+from emu35.config.dida import DiDAConfig, PathConfig, PathKind, Sampler
+from emu35.config.dida_eval import DiDAEvalConfig, Features
 from emu35.config.engine import (
     FP8,
     EngineConfig,
@@ -61,8 +62,10 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DiDAConfig",
+    "DiDAEvalConfig",
     "EngineConfig",
     "FP8Recipe",
+    "Features",
     "GuardConfig",
     "IBQConfig",
     "IBQStageConfig",
@@ -91,6 +94,7 @@ __all__ = [
     "RecomputeModule",
     "RunConfig",
     "SFTConfig",
+    "Sampler",
     "Schedule",
     "SourceConfig",
     "StageConfig",

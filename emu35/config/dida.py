@@ -23,6 +23,15 @@ class PathKind(StrEnum):
     absorbing = "absorbing"
 
 
+class Sampler(StrEnum):
+    """How a prediction becomes the next canvas (:mod:`emu35.dida.samplers`)."""
+
+    kinetic_euler = "kinetic_euler"
+    entropy_bound = "entropy_bound"
+    maskgit = "maskgit"
+    remdm = "remdm"
+
+
 @dataclass(kw_only=True, slots=True)
 class PathConfig:
     """The corruption. ``c`` and ``alpha`` shape the metric path, beta_t = c (t / (1 - t))^alpha,

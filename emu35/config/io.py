@@ -41,11 +41,18 @@ MAY_CHANGE = (
     "data.validation.*.area",
     "stage.micro_batch_size",
     "stage.loss_chunk",
+    "stage.samplers",
+    "stage.denoise_steps",
+    "stage.ar_seeds",
+    "stage.times",
+    "stage.features",
+    "stage.shown",
 )
 """Keys (patterns) that a resumed run may change: where it runs and how something is computed.
 
-What is computed may not change. ``stage.steps`` is absent on purpose: the cosine schedule depends
-on it, so other steps are another run. The trainer holds checkpoints to the same rule.
+What is computed may not change, though more of an evaluation may be asked for. ``stage.steps`` is
+absent on purpose: the cosine schedule depends on it, so other steps are another run. The trainer
+holds checkpoints to the same rule.
 """
 
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from emu35.config.checkpoint import CheckpointConfig
 from emu35.config.data import DataConfig, ImageDataConfig, TokenDataConfig
 from emu35.config.dida import DiDAConfig
+from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.engine import EngineConfig
 from emu35.config.guard import GuardConfig
 from emu35.config.launch import LaunchConfig
@@ -26,6 +27,7 @@ KINDS: Mapping[str, Mapping[str, type]] = MappingProxyType(
                 "pretrain": PretrainConfig,
                 "sft": SFTConfig,
                 "dida": DiDAConfig,
+                "dida_eval": DiDAEvalConfig,
                 "ibq": IBQStageConfig,
             }
         ),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from emu35.config.check import divisors
 from emu35.config.data import ImageDataConfig, Overlong, TokenDataConfig
 from emu35.config.dida import DiDAConfig, row_length
+from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.engine import FP8, FP8Recipe, LayerSpec, Recompute, RecomputeModule
 from emu35.config.model import IBQConfig, LMConfig
 from emu35.config.parallel import CPCommType, ParallelConfig
@@ -50,6 +51,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     ):
         yield from section.problems()
     yield from _stage_parts(config)
+    yield from _evaluation(config)
     yield from _adapters(config)
     yield from _layout(config)
     yield from _engine(config)
@@ -99,6 +101,19 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
                 f"data.crop={config.data.crop} is not a multiple of the "
                 f"tokenizer's factor {config.model.factor}"
             )
+
+
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    stage = config.stage
+    if not isinstance(stage, DiDAEvalConfig):
+        return
+    if config.parallel.model_ranks > 1 or config.launch.world_size > 1:
+        yield (
+            f"stage={stage.kind} works in one process; set parallel.tp, pp and cp, launch.nproc "
+            "and launch.nodes to 1"
+        )
+    if not isinstance(config.data, TokenDataConfig):
+        yield f"stage={stage.kind} reads token shards, but data.kind={config.data.kind}"
 
 
 def _adapters(config: RunConfig) -> Iterator[str]:

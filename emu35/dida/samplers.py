@@ -33,10 +33,10 @@ chunks.
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 
+from emu35.config.dida import Sampler
 from emu35.dida.path import Path
 from emu35.parallel.noise import gumbel, seed_for, uniform
 
@@ -49,15 +49,6 @@ CHOICE_TEMPERATURE = 4.5
 
 REMASKED = 0.04
 """Share of the accepted codes that one step of remdm gives up at most."""
-
-
-class Sampler(StrEnum):
-    """How a prediction becomes the next canvas."""
-
-    kinetic_euler = "kinetic_euler"
-    entropy_bound = "entropy_bound"
-    maskgit = "maskgit"
-    remdm = "remdm"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

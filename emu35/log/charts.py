@@ -81,15 +81,15 @@ def line_chart(
     )
 
 
-def chart_page(charts: str, *, title: str, lead: str) -> str:
+def chart_page(charts: str, *, title: str, lead: str, above: str = "", below: str = "") -> str:
     """A whole page that shows ``charts``, figures of :func:`line_chart`, below a title and a few
-    words; one file, to be opened anywhere."""
+    words, with HTML ``above`` and ``below`` them; one file, to be opened anywhere."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1><p>{escape(lead)}</p>"
-        f'<div class="charts">{charts}</div></body></html>\n'
+        f'{above}<div class="charts">{charts}</div>{below}</body></html>\n'
     )
 
 

@@ -5,9 +5,11 @@ from typing import Any
 
 from emu35.config.data import TokenDataConfig
 from emu35.config.dida import row_length
+from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.model import LMConfig
 from emu35.config.root import RunConfig
 from emu35.config.stage import LMStageConfig, adapters_of
+from emu35.errors import ConfigError
 from emu35.model.shapes import adapter_count
 from emu35.planner.memory import (
     GRADIENT_BYTES,
@@ -23,7 +25,16 @@ GIB = 2**30
 
 
 def make_plan(config: RunConfig) -> dict[str, Any]:
-    """Sizes of the validated ``config``: JSON-ready; bytes are those of the fullest rank."""
+    """Sizes of the validated ``config``: JSON-ready; bytes are those of the fullest rank.
+
+    Raises:
+        ConfigError: its stage trains nothing.
+    """
+    if isinstance(config.stage, DiDAEvalConfig):
+        raise ConfigError(
+            f"stage={config.stage.kind} trains nothing, so there is nothing to plan; plan the run "
+            "that it evaluates"
+        )
     vocabulary_size = vocabulary_of(config.tokenizer).size
     parameters = count_parameters(config.model, vocabulary_size=vocabulary_size)
     world = config.launch.world_size

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from emu35.checkpoint.published import start_problems
 from emu35.config.data import ImageDataConfig, TokenDataConfig
+from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.io import CONFIG_FILE
 from emu35.config.model import LMConfig
 from emu35.config.root import RunConfig
@@ -35,6 +36,8 @@ def check_named(config: RunConfig) -> None:
 
 def _unnamed(config: RunConfig) -> Iterator[str]:
     data = config.data
+    if isinstance(config.stage, DiDAEvalConfig):
+        return  # it trains on none
     if isinstance(data, TokenDataConfig) and not data.sources:
         yield (
             "data.sources is empty; name token shards as in "
@@ -61,6 +64,11 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 
 def _start(config: RunConfig) -> Iterator[str]:
+    if isinstance(config.stage, DiDAEvalConfig):
+        from emu35.stages.dida_eval.inputs import input_problems
+
+        yield from input_problems(config.stage)
+        return
     if config.stage.init_from is None:
         return
     # A run that resumes has weights of its own; its parent may be gone by then.

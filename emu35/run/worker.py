@@ -58,6 +58,12 @@ def _dida(config: RunConfig, run_dir: Path) -> object:
     return dida.run(config, run_dir=run_dir)
 
 
+def _dida_eval(config: RunConfig, run_dir: Path) -> object:
+    from emu35.stages.dida_eval import stage
+
+    return stage.run(config, run_dir=run_dir)
+
+
 def _ibq(config: RunConfig, run_dir: Path) -> object:
     from emu35.stages import ibq
 
@@ -65,7 +71,7 @@ def _ibq(config: RunConfig, run_dir: Path) -> object:
 
 
 STAGES: Mapping[str, Callable[[RunConfig, Path], object]] = MappingProxyType(
-    {"pretrain": _pretrain, "sft": _sft, "dida": _dida, "ibq": _ibq}
+    {"pretrain": _pretrain, "sft": _sft, "dida": _dida, "dida_eval": _dida_eval, "ibq": _ibq}
 )
 """``stage.kind`` -> the function that runs it; each imports its stage only when called."""
 

@@ -39,6 +39,14 @@ class ImageCodec(Protocol):
         """
         ...
 
+    def latents(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """What ``encode`` finds codes for: fp32 vectors ``[B, D, H / factor, W / factor]``.
+
+        Raises:
+            DataError: as ``encode``.
+        """
+        ...
+
 
 def load_codec(folder: Path, *, device: torch.device | None = None) -> ImageCodec:
     """The tokenizer kept in a release's ``vision_tokenizer`` folder, on ``device`` (CPU if None).

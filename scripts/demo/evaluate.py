@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from emu35.data.scenes.describe import Colour, Scene, Shape
-from emu35.data.scenes.verify import FoundObject, accuracy, chance, read_scene, score
+from emu35.data.scenes.quality import read_pictures
+from emu35.data.scenes.verify import FoundObject, accuracy, chance
 
 
 def evaluate(prompts: list[dict[str, Any]], *, pictures: dict[str, Path]) -> dict[str, Any]:
@@ -18,31 +20,32 @@ def evaluate(prompts: list[dict[str, Any]], *, pictures: dict[str, Path]) -> dic
     A prompt without a picture counts as a picture with nothing in it.
     """
     scenes = [Scene.from_json(prompt["scene"]) for prompt in prompts]
-    founds = [_read(pictures.get(prompt["id"])) for prompt in prompts]
-    scores = [score(found, scene=scene) for found, scene in zip(founds, scenes, strict=True)]
+    pixels = [_read(pictures.get(prompt["id"])) for prompt in prompts]
+    readings = read_pictures(pixels, scenes=scenes)
+    scores = [reading.score for reading in readings]
     single = [result for result in scores if result.objects == 1]
     return {
         "accuracy": asdict(accuracy(scores)),
         "accuracy_single": asdict(accuracy(single)),
-        "chance": asdict(chance(founds, scenes=scenes)),
+        "chance": asdict(chance([reading.found for reading in readings], scenes=scenes)),
         "uniform": {"colour": 1 / len(Colour), "shape": 1 / len(Shape)},
         "prompts": [
             {
                 **prompt,
                 "picture": pictures[prompt["id"]].name if prompt["id"] in pictures else None,
-                "found": [_words(item) for item in found],
-                "score": {**asdict(result), "count_correct": result.count_correct},
+                "found": [_words(item) for item in reading.found],
+                "score": {**asdict(reading.score), "count_correct": reading.score.count_correct},
             }
-            for prompt, found, result in zip(prompts, founds, scores, strict=True)
+            for prompt, reading in zip(prompts, readings, strict=True)
         ],
     }
 
 
-def _read(path: Path | None) -> list[FoundObject]:
+def _read(path: Path | None) -> NDArray[np.uint8] | None:
     if path is None:
-        return []
+        return None
     with Image.open(path) as image:
-        return read_scene(np.asarray(image.convert("RGB")))
+        return np.asarray(image.convert("RGB"))
 
 
 def _words(item: FoundObject) -> str:

@@ -44,6 +44,19 @@ def test_codec_reports_its_geometry_and_makes_grids(folder):
     assert not pixels_B3HW.requires_grad
 
 
+def test_a_code_is_the_nearest_to_its_latent_vector(folder, monkeypatch):
+    codec = load_codec(folder)
+    pixels_B3HW = torch.rand(3, 3, 8, 12) * 2 - 1
+    latents_BDHW = codec.latents(pixels_B3HW)
+    assert latents_BDHW.shape == (3, CONFIG["embed_dim"], 2, 3)
+    products_BKHW = torch.einsum("bdhw,kd->bkhw", latents_BDHW, read_codebook(folder))
+    assert torch.equal(products_BKHW.argmax(1), codec.encode(pixels_B3HW))
+    monkeypatch.setattr(ibq_codec, "BATCH_PIXELS", 1)
+    assert torch.allclose(codec.latents(pixels_B3HW), latents_BDHW, atol=1e-6)
+    with pytest.raises(DataError, match="multiples of 4"):
+        codec.latents(pixels_B3HW[..., :7])
+
+
 def test_cutting_a_batch_changes_nothing(folder, monkeypatch):
     codec = load_codec(folder)
     pixels_B3HW = torch.rand(5, 3, 8, 8) * 2 - 1

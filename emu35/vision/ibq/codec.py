@@ -1,6 +1,6 @@
 """A trained IBQ as an :class:`~emu35.vision.codec.ImageCodec`: evaluation mode, fp32, batched."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -41,6 +41,23 @@ class IBQCodec:
             DataError: the pixels are not ``[B, 3, H, W]``, a side is no multiple of ``factor``, or
                 the tokenizer diverged, so that there is no nearest code.
         """
+        with _exact(self._device):
+            codes = [self._model.codes(self._latents(part)) for part in self._parts(pixels_B3HW)]
+        return torch.cat(codes).to(pixels_B3HW.device)
+
+    def latents(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        """Latent vectors ``[B, D, H / factor, W / factor]`` fp32 of pixels in [-1, 1], before
+        quantization.
+
+        Raises:
+            DataError: as :meth:`encode`.
+        """
+        with _exact(self._device):
+            latents = [self._latents(part) for part in self._parts(pixels_B3HW)]
+        return torch.cat(latents).to(pixels_B3HW.device)
+
+    def _parts(self, pixels_B3HW: torch.Tensor) -> Sequence[torch.Tensor]:
+        """As many pictures at a time as go through the network at once."""
         shape, factor = tuple(pixels_B3HW.shape), self.factor
         if len(shape) != 4 or shape[1] != 3:
             raise DataError(f"pixels of shape {shape}: an image codec encodes [B, 3, H, W]")
@@ -50,13 +67,10 @@ class IBQCodec:
                 f"picture of {width} x {height} pixels: both sides must be multiples of {factor}; "
                 "resize it with smart_resize first"
             )
-        parts = pixels_B3HW.split(max(1, BATCH_PIXELS // (height * width)))
-        with _exact(self._device):
-            codes = [self._codes(part.to(self._device, torch.float32)) for part in parts]
-        return torch.cat(codes).to(pixels_B3HW.device)
+        return pixels_B3HW.split(max(1, BATCH_PIXELS // (height * width)))
 
-    def _codes(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        z_BDHW = self._model.latents(pixels_B3HW)
+    def _latents(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
+        z_BDHW = self._model.latents(pixels_B3HW.to(self._device, torch.float32))
         # No comparison with NaN holds, so the search would answer 0 everywhere, as if it were sure.
         for what, values in (("latents", z_BDHW), ("codebook", self._model.quantize.codebook_KD)):
             if not bool(values.isfinite().all()):
@@ -64,7 +78,7 @@ class IBQCodec:
                     f"{self._name} diverged: its {what} must be finite numbers, but hold NaN or "
                     "infinity; train it again with a lower optim.lr, or use another tokenizer"
                 )
-        return self._model.codes(z_BDHW)
+        return z_BDHW
 
     def decode(self, codes_BHW: torch.Tensor) -> torch.Tensor:
         """Pixels ``[B, 3, H * factor, W * factor]``, clamped to [-1, 1].
