@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import cast
 
 from emu35.config.schema import did_you_mean
 from emu35.errors import ConfigError
@@ -42,4 +43,5 @@ def find_reward(name: str) -> NamedReward:
             f"reward {name!r}: {attribute} {what} in {module.__file__}; name a function of "
             "(record, pictures) that gives a number"
         )
-    return NamedReward(name=name, function=found)
+    # What it takes and gives shows when it is called.
+    return NamedReward(name=name, function=cast(Reward, found))

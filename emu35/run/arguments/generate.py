@@ -15,7 +15,7 @@ SAMPLERS = ("kinetic_euler", "entropy_bound", "maskgit", "remdm")
 TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla", "chat")
 
 RECORDS = """\
-A line of the file of prompts is a JSON object with a prompt. It may also set id, task, images (paths
+A line of the prompts' file is a JSON object with a prompt. It may also set id, task, images (paths
 relative to the file), size, ratio, seed, guidance, temperature, top_k, top_p, text_temperature,
 text_top_k, text_top_p, max_new_tokens, steps, stop, decoder, denoise_steps and sampler, each in
 place of what the call says."""

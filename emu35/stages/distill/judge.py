@@ -14,7 +14,7 @@ from emu35.stages.distill.options import DistillOptions
 from emu35.stages.distill.prompts import Prompt
 from emu35.stages.generate.files import decode_pixels
 from emu35.tokens.answer import ESS, read_answer
-from emu35.tokens.document import Document, Image, Special, Text
+from emu35.tokens.document import Document, Image, Part, Special
 from emu35.tokens.serialize import TokenSequence, serialize, split_parts
 from emu35.tokens.template import answer_ids, question_parts
 from emu35.tokens.text import TextTokenizer
@@ -192,16 +192,12 @@ def document_parts(
     answer: Generated,
     references: Sequence[NDArray[np.integer]],
     tokenizer: TextTokenizer,
-) -> list[Text | Special | Image]:
+) -> list[Part]:
     """The question in the form of its task and the answer as generated, ended as in training.
 
     The form is that of fine-tuning whatever the form of the prompt was that the model was asked in.
     """
     images = [Image(codes_HW) for codes_HW in references]
     ids = answer_ids(answer.ids, vocabulary=tokenizer.vocabulary)
-    parts: list[Text | Special | Image] = []
-    parts += question_parts(prompt.wish.task, prompt.wish.prompt, images=images)
-    parts += [
-        part for part in split_parts(ids, tokenizer) if isinstance(part, Text | Special | Image)
-    ]
-    return [*parts, Special(ESS)]
+    asked = question_parts(prompt.wish.task, prompt.wish.prompt, images=images)
+    return [*asked, *split_parts(ids, tokenizer), Special(ESS)]

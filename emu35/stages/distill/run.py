@@ -81,10 +81,10 @@ class DistillSummary:
             rows.append(f"{self.skipped} prompts were done already")
         rows += [f"dropped: {count} x {why}" for why, count in sorted(self.drops.items())]
         if self.scored:
-            after = f"; {np.mean(self.kept_scores):.4f} of those kept" if self.kept_scores else ""
-            rows.append(
-                f"mean reward: {np.mean(self.scored):.4f} of {len(self.scored)} whole answers{after}"
-            )
+            means = f"{np.mean(self.scored):.4f} of {len(self.scored)} whole answers"
+            if self.kept_scores:
+                means += f"; {np.mean(self.kept_scores):.4f} of those kept"
+            rows.append(f"mean reward: {means}")
         return rows
 
 
