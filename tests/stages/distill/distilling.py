@@ -16,6 +16,7 @@ from emu35.stages.distill.options import DistillOptions
 from emu35.stages.generate.options import GenerateOptions
 
 PROMPTS = [{"prompt": f"a picture of {n}", "id": f"p{n}"} for n in range(5)]
+SETTINGS: dict[str, Any] = {"samples": 2, "reward": "distilling:stopping", "keep_best": 1}
 stop_after: int | None = None
 """How many scores may be given before :func:`stopping` presses Ctrl-C."""
 
