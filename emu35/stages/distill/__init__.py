@@ -17,7 +17,12 @@ A stretch of ``prompts_per_shard`` prompts is a unit of work, as an input file i
 its shards are moved into place together, and the books (:mod:`emu35.data.ingest.manifest`) then
 name it as done. An interrupted run goes on behind the last such stretch and leaves what an
 uninterrupted one leaves: a sample's seed follows from the call's seed, the prompt's place in the
-file and the sample's number alone, and tokens do not depend on what else is in flight.
+file and the sample's number alone, and its tokens do not depend on what else is in flight (on a
+GPU as far as its kernels round alike in batches of other sizes).
+
+Jobs that share a set (``part``) answer neighbouring prompts each and write into one folder, which
+is one source to train on: shards ``NAME-2-of-8-000000.tar`` with ``samples-2-of-8.jsonl``, books
+and a lock of their own.
 
 Beside the shards ``samples.jsonl`` tells of every sample its seed, its reward, whether it was kept
 and if not, why::
