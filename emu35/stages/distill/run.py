@@ -4,8 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,9 +100,62 @@ def distill(options: DistillOptions) -> DistillSummary:
         Interrupted: on Ctrl-C, if anything was committed; else KeyboardInterrupt.
     """
     begin = time.monotonic()
+    console = Console(stream=sys.stderr)
+    plan = _plan(options, console=console)
+    units = plan.units
+    with lock_folder(options.ask.out, part=options.part.name):
+        manifest = open_books(
+            out=options.ask.out,
+            folders=["."],
+            identity=_identity(options, described=plan.described, meta=plan.meta),
+            existing=options.existing,
+            part=options.part.name,
+        )
+        # Changed prompts are refused before anything is dropped for being damaged.
+        for unit in units:
+            manifest.find(unit)
+        for line in manifest.drop_damaged(units):
+            console.line(line)
+        todo = [unit for unit in units if manifest.find(unit) is None]
+        try:
+            if todo:
+                job = _Job(options=options, plan=plan, manifest=manifest)
+                job.run(todo)
+        finally:
+            _join_samples(manifest, units=units)
+    summary = _summary(manifest, units=units)
+    summary.skipped = plan.prompts - sum(len(unit.prompts) for unit in todo)
+    summary.seconds = time.monotonic() - begin
+    print(f"{options.ask.out}: " + "\n".join(summary.lines()))
+    if summary.kept == 0:
+        kept = ". The earlier shards were kept" if manifest.retired else ""
+        raise DataError(
+            f"none of {summary.samples} samples was kept; {samples_path(manifest)} says why{kept}"
+        )
+    return summary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """What is known before anything is written and any weight of the model is read."""
+
+    units: list[Stretch]
+    described: Described
+    tokenizer: TextTokenizer
+    references: Callable[[], References]
+    fit: Fit
+    meta: ShardMeta
+    judge: Judge
+
+    @property
+    def prompts(self) -> int:
+        return sum(len(unit.prompts) for unit in self.units)
+
+
+def _plan(options: DistillOptions, *, console: Console) -> _Plan:
+    """Check everything that can be checked."""
     reward = find_reward(options.reward) if options.reward is not None else None
     prompts = own_prompts(read_prompts(options, reward=reward), part=options.part)
-    console = Console(stream=sys.stderr)
     described = describe(options.ask.source, step=options.ask.step, message=console.line)
     codec = open_codec(described, chosen=options.ask.vision)
     folder = codec_folder(described, chosen=options.ask.vision)
@@ -114,58 +166,27 @@ def distill(options: DistillOptions) -> DistillSummary:
         positions = described.config.max_position_embeddings
         return References(codec=codec, area=options.ask.image_area, positions=positions)
 
-    fit = check_fit(
-        prompts,
-        options=options,
+    return _Plan(
+        units=stretches(prompts, length=options.prompts_per_shard),
         described=described,
         tokenizer=tokenizer,
-        references=references(),
+        references=references,
+        fit=check_fit(
+            prompts,
+            options=options,
+            described=described,
+            tokenizer=tokenizer,
+            references=references(),
+        ),
+        meta=ShardMeta(
+            source=options.source,
+            kind=described.tokenizer.kind.value,
+            n_text=tokenizer.vocabulary.n_text,
+            codebook_size=described.tokenizer.codebook_size,
+            vision=weights_digest(folder),
+        ),
+        judge=Judge(options=options, tokenizer=tokenizer, codec=codec, reward=reward),
     )
-    meta = ShardMeta(
-        source=options.source,
-        kind=described.tokenizer.kind.value,
-        n_text=tokenizer.vocabulary.n_text,
-        codebook_size=described.tokenizer.codebook_size,
-        vision=weights_digest(folder),
-    )
-    units = stretches(prompts, length=options.prompts_per_shard)
-    with lock_folder(options.ask.out, part=options.part.name):
-        manifest = open_books(
-            out=options.ask.out,
-            folders=["."],
-            identity=_identity(options, described=described, meta=meta),
-            existing=options.existing,
-            part=options.part.name,
-        )
-        for unit in units:
-            manifest.find(unit)
-        for line in manifest.drop_damaged(units):
-            console.line(line)
-        todo = [unit for unit in units if manifest.find(unit) is None]
-        if todo:
-            job = _Job(
-                options=options,
-                described=described,
-                tokenizer=tokenizer,
-                manifest=manifest,
-                meta=meta,
-                judge=Judge(options=options, tokenizer=tokenizer, codec=codec, reward=reward),
-                references=references,
-            )
-            with _joining(manifest, units=units):
-                job.run(todo, fit=fit, of=len(prompts))
-        else:
-            _join_samples(manifest, units=units)
-    summary = _summary(manifest, units=units)
-    summary.skipped = len(prompts) - sum(len(unit.prompts) for unit in todo)
-    summary.seconds = time.monotonic() - begin
-    print(f"{options.ask.out}: " + "\n".join(summary.lines()))
-    if summary.kept == 0:
-        kept = ". The earlier shards were kept" if manifest.retired else ""
-        raise DataError(
-            f"none of {summary.samples} samples was kept; {samples_path(manifest)} says why{kept}"
-        )
-    return summary
 
 
 def samples_path(manifest: Manifest) -> Path:
@@ -197,30 +218,27 @@ class _Job:
     """The parts of a running distillation."""
 
     options: DistillOptions
-    described: Described
-    tokenizer: TextTokenizer
+    plan: _Plan
     manifest: Manifest
-    meta: ShardMeta
-    judge: Judge
-    references: Callable[[], References]
 
-    def run(self, todo: Sequence[Stretch], *, fit: Fit, of: int) -> None:
-        """Answer and commit ``todo``, of a part of ``of`` prompts.
+    def run(self, todo: Sequence[Stretch]) -> None:
+        """Answer and commit ``todo``.
 
         Raises:
             Interrupted, KeyboardInterrupt: on Ctrl-C, after the step that was under way.
         """
-        engine = self._engine(fit)
+        of = self.plan.prompts
+        engine = self._engine()
         left = sum(len(stretch.prompts) for stretch in todo)
         progress = Progress(label=f"distill {self.options.source}", total=of, items="prompts")
         progress.skip(of - left)
         progress.begin(size=left)
         work = Work(
             engine=engine,
-            judge=self.judge,
+            judge=self.plan.judge,
             todo=todo,
             make=self._request,
-            references=self.references,
+            references=self.plan.references,
             ahead=self.options.ask.batch_size,
         )
         done = 0
@@ -245,18 +263,18 @@ class _Job:
             "goes on with the others"
         )
 
-    def _engine(self, fit: Fit) -> Engine:
-        ask = self.options.ask
+    def _engine(self) -> Engine:
+        ask, fit = self.options.ask, self.plan.fit
         model = load_model(
-            self.described,
-            precision=ask.precision or self.described.precision,
+            self.plan.described,
+            precision=ask.precision or self.plan.described.precision,
             parallel=ParallelConfig(tp=ask.tp),
         )
         at_once = len(fit.largest)
         slots = ask.cache_tokens or cache_tokens(fit.largest, model=model, at_once=at_once)
         return build_engine(
             model=model,
-            tokenizer=self.tokenizer,
+            tokenizer=self.plan.tokenizer,
             max_requests=at_once,
             max_length=fit.max_length,
             cache_tokens=slots,
@@ -265,9 +283,9 @@ class _Job:
     def _request(self, prompt: Prompt, codes: Sequence[NDArray[np.integer]]) -> Request:
         return build_request(
             prompt.wish.ask(images=codes, seed=prompt.seed(0)),
-            tokenizer=self.tokenizer,
-            template=self.options.ask.template or self.described.template,
-            max_positions=self.described.config.max_position_embeddings,
+            tokenizer=self.plan.tokenizer,
+            template=self.options.ask.template or self.plan.described.template,
+            max_positions=self.plan.described.config.max_position_embeddings,
         )
 
     def _commit(self, stretch: Stretch, *, samples: Sequence[Sample]) -> None:
@@ -279,7 +297,7 @@ class _Job:
         tokens = visual = 0
         with ShardWriter(
             folder=self.manifest.staging,
-            meta=self.meta,
+            meta=self.plan.meta,
             shard_bytes=self.options.shard_bytes,
             taken=self.manifest.shard_numbers("."),
             stem=self.manifest.stem,
@@ -304,15 +322,6 @@ class _Job:
                 rejects=drops,
             )
         )
-
-
-@contextmanager
-def _joining(manifest: Manifest, *, units: Sequence[Stretch]) -> Iterator[None]:
-    """Whatever ends the body, tell of the samples that there are."""
-    try:
-        yield
-    finally:
-        _join_samples(manifest, units=units)
 
 
 def _join_samples(manifest: Manifest, *, units: Sequence[Stretch]) -> None:
