@@ -29,7 +29,8 @@ _SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class ShardWriter:
-    """Appends documents to ``<source>-NNNNNN.tar`` files of about ``shard_bytes`` each.
+    """Appends documents to ``<stem>-NNNNNN.tar`` files of about ``shard_bytes`` each; the stem is
+    the name of the source unless another is given.
 
     A shard appears under its name only when complete, followed by its index. Used as a context
     manager, an exception discards the shard being written and keeps the complete ones. Shards take
@@ -43,6 +44,7 @@ class ShardWriter:
         meta: ShardMeta,
         shard_bytes: int = 256 * 2**20,
         taken: Collection[int] = (),
+        stem: str | None = None,
     ) -> None:
         if not _SOURCE_NAME.fullmatch(meta.source):
             raise DataError(
@@ -52,6 +54,7 @@ class ShardWriter:
         self.paths: list[Path] = []
         self._folder = folder
         self._meta = meta
+        self._stem = stem or meta.source
         self._vocabulary = meta.vocabulary()
         self._shard_bytes = shard_bytes
         self._taken = taken
@@ -125,7 +128,7 @@ class ShardWriter:
         return next(n for n in itertools.count(number) if n not in self._taken)
 
     def _path(self) -> Path:
-        return self._folder / f"{self._meta.source}-{self._number:06d}.tar"
+        return self._folder / f"{self._stem}-{self._number:06d}.tar"
 
     def _begin(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ class VisionPictures:
 
 
 @contextlib.contextmanager
-def _file_errors() -> Generator[None, None, None]:
+def file_errors() -> Generator[None, None, None]:
     """Turn what the file system refuses (permissions, full disks) into an error of the user's."""
     try:
         yield
@@ -107,7 +107,7 @@ def _file_errors() -> Generator[None, None, None]:
         ) from error
 
 
-@_file_errors()
+@file_errors()
 def ingest(options: IngestOptions) -> IngestSummary:
     """Ingest as asked and print a summary; run again, it goes on where it was stopped.
 
@@ -134,7 +134,7 @@ class IndexOptions:
     verify: bool = False
 
 
-@_file_errors()
+@file_errors()
 def index(options: IndexOptions) -> None:
     """Rebuild every index, or hash every shard and compare; prints a line a folder.
 
@@ -165,7 +165,7 @@ class StatsOptions:
     sequence_length: int = 32768
 
 
-@_file_errors()
+@file_errors()
 def stats(options: StatsOptions) -> None:
     """Print documents, tokens, lengths, modality shares and packing fill of each source.
 
@@ -194,7 +194,7 @@ class InspectOptions:
     table: str | None = None
 
 
-@_file_errors()
+@file_errors()
 def inspect(options: InspectOptions) -> None:
     """Print documents as text with pictures as ``[image 6x6]``; optionally decode the pictures.
 

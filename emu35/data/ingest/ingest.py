@@ -1,8 +1,6 @@
 """One ingestion from options to shards and a summary."""
 
-import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +26,8 @@ from emu35.tokens.serialize import Modality, serialize
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
 
 REJECTS = "rejects.jsonl"
+_KIND = "rejects"
+"""Folder of the books for the rejects of each input."""
 
 
 def ingest(options: IngestOptions, *, encoder: PictureEncoder | None) -> IngestSummary:
@@ -173,7 +173,8 @@ class _Job:
             sequence_length=self.options.sequence_length,
         )
         with ExitStack() as stack:
-            file = stack.enter_context(atomic_file(_rejects_path(self.manifest, path=source.path)))
+            notes = self.manifest.notes(_KIND, path=source.path)
+            file = stack.enter_context(atomic_file(notes))
             outputs = [self._output(folder, stack=stack) for folder in self.manifest.folders]
             for outcome in stage.run(source.read()):
                 if isinstance(outcome, EncodedRecord):
@@ -279,25 +280,12 @@ def _identity(options: IngestOptions, *, encoder: PictureEncoder | None) -> dict
     }
 
 
-def _rejects_path(manifest: Manifest, *, path: Path) -> Path:
-    """Where the rejects of one input are kept.
-
-    The options are part of the name, so that a replacement that comes to nothing leaves the rejects
-    of the earlier ingestion alone.
-    """
-    options = json.dumps(manifest.identity, sort_keys=True).encode()
-    name = hashlib.sha256(os.fsencode(path) + b"\0" + options).hexdigest()[:16]
-    folder = manifest.books / "rejects"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name}.jsonl"
-
-
 def _join_rejects(manifest: Manifest, *, failed: Sequence[InputFile]) -> None:
     """Write ``rejects.jsonl`` anew from the rejects of each input."""
     paths = [Path(entry.path) for entry in manifest.done] + [source.path for source in failed]
     with atomic_file(manifest.out / REJECTS) as file:
         for path in paths:
-            found = _rejects_path(manifest, path=path)
+            found = manifest.notes(_KIND, path=path)
             if found.is_file():
                 file.write(found.read_bytes())
 

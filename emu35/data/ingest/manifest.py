@@ -4,6 +4,9 @@
 shards that are coming or going; ``rejects/`` holds a file of rejects for each input; ``staging/``
 the shards of the input being worked on; ``lock`` keeps two runs out of one folder.
 
+A folder can also be filled in parts, each by a job of its own: part ``1-of-4`` keeps its books in
+``.ingest-1-of-4`` and writes shards ``SOURCE-1-of-4-000000.tar``, and none touches another's.
+
 The manifest is written before shards are put in place or removed, and names them as unsettled, not
 as done. A run that finds unsettled shards removes whatever is left of them; any other shard that
 the manifest does not know is someone else's, and is never touched.
@@ -11,6 +14,7 @@ the manifest does not know is someone else's, and is never touched.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -18,11 +22,10 @@ import shutil
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from emu35.data.index import index_path, read_index
 from emu35.data.ingest.options import Existing
-from emu35.data.readers.discover import InputFile
 from emu35.data.shards import atomic_file
 from emu35.errors import DataError
 from emu35.files import sync_folder
@@ -33,6 +36,17 @@ _LATER_OPTIONS = {"starts": "random", "layout": None}
 """Options that books of an earlier version do not name, with what they come to."""
 # How many files a message names before it counts the rest.
 _NAMED = 6
+
+
+class Unit(Protocol):
+    """What is committed as a whole: an input file, or a stretch of one. ``path`` names it among
+    its like, ``fingerprint`` changes with its content."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,6 +71,7 @@ class Manifest:
         unsettled: shards that may be in place and are not done: about to be published or removed.
         retired: whole shards of an earlier ingestion, which the first ones committed will replace.
             Until then the manifest on disk is the earlier one, and nothing here is written to it.
+        part: which part of the folder's shards these are, such as ``1-of-4``; empty for all.
     """
 
     out: Path
@@ -65,10 +80,16 @@ class Manifest:
     done: list[DoneInput] = field(default_factory=list[DoneInput])
     unsettled: list[str] = field(default_factory=list[str])
     retired: list[str] = field(default_factory=list[str])
+    part: str = ""
 
     @property
     def books(self) -> Path:
-        return self.out / _BOOKS
+        return _books(self.out, part=self.part)
+
+    @property
+    def stem(self) -> str:
+        """What the names of the shards begin with."""
+        return _named(self.identity["source"], part=self.part)
 
     @property
     def path(self) -> Path:
@@ -78,12 +99,24 @@ class Manifest:
     def staging(self) -> Path:
         return self.books / "staging"
 
+    def notes(self, kind: str, *, path: Path) -> Path:
+        """The file of ``kind`` (a folder of the books) that is kept beside the shards of ``path``.
+
+        The options are part of the name, so that a replacement that comes to nothing leaves what
+        was noted of the earlier shards alone.
+        """
+        options = json.dumps(self.identity, sort_keys=True).encode()
+        name = hashlib.sha256(os.fsencode(path) + b"\0" + options).hexdigest()[:16]
+        folder = self.books / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.jsonl"
+
     def shard_numbers(self, folder: str) -> set[int]:
         """Numbers of the shards in ``folder`` that are done."""
         names = (Path(shard) for entry in self.done for shard in entry.shards)
         return {int(name.stem.rpartition("-")[2]) for name in names if name.parent == Path(folder)}
 
-    def find(self, source: InputFile) -> DoneInput | None:
+    def find(self, source: Unit) -> DoneInput | None:
         """The entry of an input that is done.
 
         Raises:
@@ -139,7 +172,7 @@ class Manifest:
             self.unsettled = []
             self.save()
 
-    def drop_damaged(self, inputs: Sequence[InputFile]) -> list[str]:
+    def drop_damaged(self, inputs: Sequence[Unit]) -> list[str]:
         """Forget inputs of which a shard is gone or damaged, with all their shards.
 
         Returns:
@@ -175,7 +208,7 @@ class Manifest:
         own = {self.out / name for name in names}
         own |= {index_path(path) for path in own}
         # Anything under another name is the user's own business.
-        pattern = re.compile(re.escape(self.identity["source"]) + r"-\d+\.(tar|idx)")
+        pattern = _pattern(self.stem)
         strangers = [
             path.relative_to(self.out).as_posix()
             for folder in self.folders
@@ -227,16 +260,23 @@ class Manifest:
 
 
 def open_books(
-    *, out: Path, folders: Sequence[str], identity: dict[str, Any], existing: Existing
+    *,
+    out: Path,
+    folders: Sequence[str],
+    identity: dict[str, Any],
+    existing: Existing,
+    part: str = "",
 ) -> Manifest:
     """Read the books of ``out``, or begin new ones; remove what a killed run left behind.
 
     With ``Existing.replace`` the earlier shards stay, and stay done, until new ones are committed.
 
     Raises:
-        DataError: if the folder holds shards of unknown origin, or was ingested with other options.
+        DataError: if the folder holds shards of unknown origin, of another split into parts, or
+            made with other options.
     """
-    manifest = Manifest(out=out, folders=list(folders), identity=identity)
+    manifest = Manifest(out=out, folders=list(folders), identity=identity, part=part)
+    _refuse_other_splits(manifest)
     if manifest.path.is_file():
         body = _read(manifest.path)
         earlier = Manifest(
@@ -245,6 +285,7 @@ def open_books(
             identity=_LATER_OPTIONS | body["identity"],
             done=[DoneInput(**entry) for entry in body["done"]],
             unsettled=body.get("unsettled", []),
+            part=part,
         )
         earlier.settle()
         if existing is Existing.replace:
@@ -255,6 +296,9 @@ def open_books(
         manifest.refuse_strangers()
     else:
         strays = [path for folder in folders for path in _shards(out / folder)]
+        if part:
+            # The other parts' shards lie in the same folder.
+            strays = [path for path in strays if _pattern(manifest.stem).fullmatch(path.name)]
         if strays:
             raise DataError(
                 f"{out} already holds shards ({strays[0].name}) but no record of how they were "
@@ -263,10 +307,27 @@ def open_books(
         manifest.books.mkdir(parents=True, exist_ok=True)
         manifest.save()
     manifest.clear_staging()
-    for folder in (out, manifest.books, manifest.books / "rejects"):
-        for temporary in folder.glob(".*.json*.tmp"):
-            temporary.unlink()
+    own = f".*{_named('', part=part)}.json*.tmp"
+    for temporary in (*out.glob(own), *manifest.books.rglob(".*.json*.tmp")):
+        temporary.unlink()
     return manifest
+
+
+def _refuse_other_splits(manifest: Manifest) -> None:
+    """Raises: DataError if the folder was filled in other parts, so that documents would stand in
+    it twice."""
+    of = manifest.part.rpartition("-")[2]
+    for path in sorted(manifest.out.glob(f"{_BOOKS}*/manifest.json")):
+        other = path.parent.name.removeprefix(_BOOKS).removeprefix("-")
+        if other.rpartition("-")[2] != of and _read(path)["done"]:
+            raise DataError(
+                f"{manifest.out} holds shards of {_split(other)}, and this is "
+                f"{_split(manifest.part)}; go on with the same parts, or choose another folder"
+            )
+
+
+def _split(part: str) -> str:
+    return f"part {part}" if part else "the whole, in one part"
 
 
 def _refuse_changes(manifest: Manifest, *, earlier: Manifest) -> None:
@@ -279,28 +340,44 @@ def _refuse_changes(manifest: Manifest, *, earlier: Manifest) -> None:
     ]
     if changes:
         raise DataError(
-            f"{manifest.out} was ingested with other options: " + "; ".join(changes) + ". "
+            f"{manifest.out} holds shards that were made with other options: "
+            + "; ".join(changes)
+            + ". "
             "Use them again, choose another folder, or start over with --replace"
         )
 
 
 @contextlib.contextmanager
-def lock_folder(out: Path) -> Generator[None, None, None]:
-    """Hold ``out`` for one ingestion.
+def lock_folder(out: Path, *, part: str = "") -> Generator[None, None, None]:
+    """Hold ``out``, or a part of it, for one ingestion.
 
     Raises:
         DataError: if another process holds it.
     """
-    books = out / _BOOKS
+    books = _books(out, part=part)
     books.mkdir(parents=True, exist_ok=True)
     with (books / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(
-                f"another ingestion is writing to {out}; wait for it or choose another folder"
+                f"another run is writing to {books.parent}{f' (part {part})' if part else ''}; "
+                "wait for it or choose another folder"
             ) from error
         yield
+
+
+def _books(out: Path, *, part: str) -> Path:
+    return out / _named(_BOOKS, part=part)
+
+
+def _named(name: str, *, part: str) -> str:
+    return f"{name}-{part}" if part else name
+
+
+def _pattern(stem: str) -> re.Pattern[str]:
+    """Names of the shards that begin with ``stem``, and of their indices."""
+    return re.compile(re.escape(stem) + r"-\d+\.(tar|idx)")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""``emu35 data ingest|tasks|index|stats|inspect``: token shards in and out."""
+"""``emu35 data ingest|distill|tasks|index|stats|inspect``: token shards in and out."""
 
 import argparse
 from pathlib import Path
 
 from emu35.config.area import parse_area
 from emu35.errors import ConfigError
-from emu35.run.arguments import Commands
+from emu35.run.arguments import Commands, distill
 from emu35.run.arguments.recipe import Recipe, read_recipe
 from emu35.run.arguments.tokenizer import add_tokenizer, explicit_tokenizer, tokenizer_config
 
@@ -24,6 +24,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
         required=True, metavar="ACTION"
     )
     _add_ingest(actions)
+    distill.add(actions)
     _add_tasks(actions)
     _add_index(actions)
     _add_stats(actions)

@@ -1,16 +1,21 @@
 """``emu35 generate``: prompts to pictures and text, from a run or a release."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emu35.run.arguments import Commands
 from emu35.run.arguments.source import add_source, end_without_leading, read_source
 
+if TYPE_CHECKING:
+    from emu35.stages.generate.options import GenerateOptions
+
 SAMPLERS = ("kinetic_euler", "entropy_bound", "maskgit", "remdm")
 TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla", "chat")
 
-_RECORDS = """\
-A line of --prompts-file is a JSON object with a prompt. It may also set id, task, images (paths
+RECORDS = """\
+A line of the prompts' file is a JSON object with a prompt. It may also set id, task, images (paths
 relative to the file), size, ratio, seed, guidance, temperature, top_k, top_p, text_temperature,
 text_top_k, text_top_p, max_new_tokens, steps, stop, decoder, denoise_steps and sampler, each in
 place of what the call says."""
@@ -19,9 +24,8 @@ place of what the call says."""
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Describe the subcommand."""
     text = "pictures and text from prompts, by a run or a release"
-    command = commands.add_parser("generate", help=text, description=text, epilog=_RECORDS)
+    command = commands.add_parser("generate", help=text, description=text, epilog=RECORDS)
     add_source(command)
-    command.add_argument("--task", choices=TASKS, default="t2i")
     command.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be repeated"
     )
@@ -42,6 +46,15 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
         metavar="FILE",
         help="reference image of every prompt; may be repeated",
     )
+    add_asked(command)
+    _add_decoder(command)
+    _add_output(command)
+    command.set_defaults(handler=_generate)
+
+
+def add_asked(command: argparse.ArgumentParser) -> None:
+    """Describe what is asked of every prompt, and how many at a time."""
+    command.add_argument("--task", choices=TASKS, default="t2i")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--batch-size", type=int, default=16, help="prompts at a time")
     command.add_argument(
@@ -53,9 +66,6 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     _add_form(command)
     _add_end(command)
     _add_sampling(command)
-    _add_decoder(command)
-    _add_output(command)
-    command.set_defaults(handler=_generate)
 
 
 def _add_form(command: argparse.ArgumentParser) -> None:
@@ -129,25 +139,18 @@ def _add_decoder(command: argparse.ArgumentParser) -> None:
     group.add_argument("--sampler", choices=SAMPLERS, help="of the steps (kinetic_euler)")
 
 
-def _generate(arguments: argparse.Namespace) -> int:
-    if (code := end_without_leading(arguments)) is not None:
-        return code
-    from emu35.dida.samplers import Sampler
+def read_asked(arguments: argparse.Namespace) -> "GenerateOptions":
+    """What the options of :func:`add_asked` say, for a source and a folder to write."""
     from emu35.inference.ask import SamplingOverride, parse_size
-    from emu35.inference.request import Decoder
-    from emu35.stages.generate.interactive import interactive
     from emu35.stages.generate.options import GenerateOptions
-    from emu35.stages.generate.run import generate
     from emu35.tokens.template import Task
 
     chosen = read_source(arguments)
-    options = GenerateOptions(
+    return GenerateOptions(
         source=arguments.source,
-        prompts=arguments.prompt,
         prompts_file=arguments.prompts_file,
         out=arguments.out,
         task=Task(arguments.task),
-        images=arguments.image,
         vision=arguments.vision,
         template=chosen.template,
         step=arguments.step,
@@ -170,16 +173,31 @@ def _generate(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         steps=arguments.steps,
         stop=arguments.stop,
+        batch_size=arguments.batch_size,
+        cache_tokens=arguments.cache_tokens,
+        tp=arguments.tp,
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    if (code := end_without_leading(arguments)) is not None:
+        return code
+    from emu35.dida.samplers import Sampler
+    from emu35.inference.request import Decoder
+    from emu35.stages.generate.interactive import interactive
+    from emu35.stages.generate.run import generate
+
+    options = replace(
+        read_asked(arguments),
+        prompts=arguments.prompt,
+        images=arguments.image,
         decoder=Decoder(arguments.decoder),
         denoise_steps=arguments.denoise_steps,
         sampler=Sampler(arguments.sampler) if arguments.sampler else None,
-        batch_size=arguments.batch_size,
         logprobs=arguments.logprobs,
         page=arguments.page,
         story=arguments.story,
         stream=arguments.stream,
-        cache_tokens=arguments.cache_tokens,
-        tp=arguments.tp,
     )
     if arguments.interactive:
         interactive(options)

@@ -269,17 +269,23 @@ class GeneratedFiles:
 def decode_images(grids: Sequence[NDArray[np.integer]], *, codec: ImageCodec | None) -> list[bytes]:
     """PNG bytes of every grid of codes [H, W]; grids of one size are decoded together. No codec is
     needed where there are none."""
+    return [png_of(pixels_3HW) for pixels_3HW in decode_pixels(grids, codec=codec)]
+
+
+def decode_pixels(
+    grids: Sequence[NDArray[np.integer]], *, codec: ImageCodec | None
+) -> list[NDArray[np.floating]]:
+    """Pixels [3, H, W] in about [-1, 1] of every grid of codes, as :func:`decode_images`."""
     places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for at, codes_HW in enumerate(grids):
         places[codes_HW.shape].append(at)
-    pictures: list[bytes] = [b""] * len(grids)
+    found: dict[int, NDArray[np.floating]] = {}
     for chosen in places.values():
         assert codec is not None, "an answer has an image that its request did not permit"
         codes_BHW = torch.from_numpy(np.stack([grids[at] for at in chosen]).astype(np.int64))
         pixels_B3HW = codec.decode(codes_BHW).cpu().numpy()
-        for at, pixels_3HW in zip(chosen, pixels_B3HW, strict=True):
-            pictures[at] = png_of(pixels_3HW)
-    return pictures
+        found.update(zip(chosen, pixels_B3HW, strict=True))
+    return [found[at] for at in range(len(grids))]
 
 
 def png_of(pixels_3HW: NDArray[np.floating]) -> bytes:

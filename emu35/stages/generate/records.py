@@ -131,16 +131,9 @@ def read_records(
     Raises:
         DataError: the file cannot be read at all.
     """
-    try:
-        # Not splitlines(): U+2028 inside a prompt is no end of a line of JSON.
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error}); give a UTF-8 file of prompts") from None
     wishes: list[Wish] = []
     wrong: list[tuple[str, list[str]]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in record_lines(file):
         where = f"{file}, line {number}"
         values, problems = _read(line)
         if problems:
@@ -148,6 +141,20 @@ def read_records(
         else:
             wishes.append(_wish(values, options=options, where=where, folder=file.parent))
     return wishes, wrong
+
+
+def record_lines(file: Path) -> list[tuple[int, str]]:
+    """The lines of ``file`` that are not blank, each with its number, counted from 1.
+
+    Raises:
+        DataError: the file cannot be read at all.
+    """
+    try:
+        # Not splitlines(): U+2028 inside a prompt is no end of a line of JSON.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({error}); give a UTF-8 file of prompts") from None
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _read(line: str) -> tuple[dict[str, Any], list[str]]:

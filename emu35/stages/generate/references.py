@@ -1,6 +1,7 @@
 """Reference images: files to codes, each read once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from emu35.stages.generate.files import png_of
 from emu35.stages.generate.options import Wish
 from emu35.tokens.template import TASKS, Task
 from emu35.vision.codec import ImageCodec
-from emu35.vision.resize import RejectedImage, open_image, to_pixels
+from emu35.vision.resize import RejectedImage, open_image, smart_resize, to_pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -83,16 +84,35 @@ class References:
         codec = self.require_codec(f"image {path}")
         key = (path, self._area or TASKS[task].image_area)
         if key not in self._found:
-            try:
-                picture = open_image(path)
-                pixels_3HW = to_pixels(picture, area=key[1], factor=codec.factor)
-            except RejectedImage as error:
-                raise DataError(f"reference image {path}: {error}") from error
+            with _naming(path):
+                pixels_3HW = to_pixels(open_image(path), area=key[1], factor=codec.factor)
             codes_1HW = codec.encode(torch.from_numpy(pixels_3HW)[None])
             self._found[key] = Reference(
                 codes_HW=codes_1HW[0].cpu().numpy(), png=png_of(pixels_3HW)
             )
         return self._found[key]
+
+    def shape(self, path: Path, *, task: Task) -> tuple[int, int]:
+        """Rows and columns of the codes that :meth:`open` would make, without making them.
+
+        Raises:
+            DataError: naming the file and what is wrong with it.
+        """
+        factor = self.require_codec(f"image {path}").factor
+        area = self._area or TASKS[task].image_area
+        with _naming(path):
+            width, height = open_image(path).size
+            width, height = smart_resize(width=width, height=height, area=area, factor=factor)
+        return height // factor, width // factor
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which reference was refused."""
+    try:
+        yield
+    except RejectedImage as error:
+        raise DataError(f"reference image {path}: {error}") from error
 
 
 def _check_area(area: int, *, factor: int, positions: int) -> None:

@@ -14,7 +14,7 @@ from emu35.errors import ConfigError, DataError
 from emu35.inference.ask import SamplingOverride
 from emu35.inference.grammar import GridSize
 from emu35.inference.request import Decoder
-from emu35.run.arguments.generate import _RECORDS
+from emu35.run.arguments.generate import RECORDS
 from emu35.stages.generate.options import GenerateOptions
 from emu35.stages.generate.records import FIELDS, read_records
 from emu35.stages.generate.run import check, generate
@@ -181,7 +181,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_the_help_lists_every_key() -> None:
-    assert all(name in _RECORDS for name in FIELDS)
+    assert all(name in RECORDS for name in FIELDS)
 
 
 def test_a_file_of_different_tasks(run: Path, tmp_path: Path) -> None:

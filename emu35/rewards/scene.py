@@ -1,0 +1,58 @@
+"""How much of a described scene its picture shows, read back from the pixels."""
+
+from typing import Any
+
+from emu35.data.scenes.describe import Scene
+from emu35.data.scenes.verify import read_scene, score
+from emu35.rewards.reward import Pictures, Record
+
+ATTRIBUTES = 4
+"""Of an object: colour, shape, size and place."""
+
+
+class SceneReward:
+    """The share in [0, 1] of the attributes of a prompt's objects that are read back right
+    (:func:`emu35.data.scenes.verify.score`), over all of its scenes.
+
+    The record says what its pictures are to show: ``scene`` for one picture, or for several the
+    ``scenes`` of ``expect``, as prompts of :mod:`emu35.data.scenes.tasks` have it. A picture that
+    is missing shows nothing; objects and pictures beyond those asked for count for nothing.
+    """
+
+    def __call__(self, record: Record, pictures: Pictures, /) -> float:
+        scenes = _scenes(record)
+        right = objects = 0
+        for number, scene in enumerate(scenes):
+            found = read_scene(pictures[number]) if number < len(pictures) else []
+            result = score(found, scene=scene)
+            objects += result.objects
+            right += result.colour_correct + result.shape_correct
+            right += result.size_correct + result.place_correct
+        return right / (ATTRIBUTES * objects)
+
+    def problems(self, record: Record) -> list[str]:
+        """Why the record describes no scene."""
+        try:
+            scenes = _scenes(record)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            return [f"its scene is none that reward scene can read ({why}); mend it"]
+        if not scenes:
+            return [
+                "reward scene needs what the picture should show under scene, or for several under "
+                "expect.scenes; add it, or use another reward"
+            ]
+        empty = any(not scene.objects for scene in scenes)
+        return ["its scene has no object that reward scene could look for"] if empty else []
+
+
+def _scenes(record: Record) -> list[Scene]:
+    """What the record's pictures are to show, in order; nothing where it does not say.
+
+    Raises:
+        KeyError, ValueError, TypeError, AttributeError: it says something that is no scene.
+    """
+    if record.get("scene") is not None:
+        return [Scene.from_json(record["scene"])]
+    expect: Any = record.get("expect") or {}
+    return [Scene.from_json(scene) for scene in expect.get("scenes") or ()]
