@@ -50,6 +50,7 @@ from emu35.config.stage import adapters_of, adapts_noisy_only
 from emu35.errors import CheckpointError, ConfigError, ReleaseError
 from emu35.model.build import build_model
 from emu35.model.names import weights_by_name
+from emu35.model.quantize import Quantization, quantize_linears, require_quantization
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import current_mesh, inference_mesh
 from emu35.tokens.release_files import text_tokenizer_config
@@ -176,7 +177,11 @@ def describe(path: Path, *, step: int | None = None, message: Message = print) -
 
 
 def load_model(
-    described: Described, *, precision: Precision, parallel: ParallelConfig | None = None
+    described: Described,
+    *,
+    precision: Precision,
+    parallel: ParallelConfig | None = None,
+    quantize: Quantization | None = None,
 ) -> Emu35Model:
     """Build the model, or this rank's part of it, and fill it; in evaluation mode.
 
@@ -186,10 +191,13 @@ def load_model(
         parallel: by default the whole model in this one process. With ``tp`` = N every one of N
             ranks (of torchrun, or below :mod:`emu35.run.tp`) calls this and reads only what it
             holds; the mesh is laid out if it is not yet.
+        quantize: what the linear maps of the layers become once they are filled; None leaves them.
 
     Raises:
-        ConfigError: the model cannot be split like that, or as many ranks were not started.
-        LaunchError: several ranks were started, but ``parallel`` asks for one.
+        ConfigError: the model cannot be split or quantised like that, or as many ranks were not
+            started.
+        LaunchError: several ranks were started, but ``parallel`` asks for one; or this machine
+            cannot compute what ``quantize`` asks for.
         CheckpointError, ReleaseError: the weights cannot be read or do not fit.
     """
     parallel = parallel or ParallelConfig()
@@ -197,6 +205,8 @@ def load_model(
     config = replace(described.config, attention_backend=AttentionBackend.segment)
     if problems := list(_layout_problems(parallel, config=config)):
         raise ConfigError(problems)
+    if quantize is not None:
+        require_quantization(quantize, config=config, precision=precision, tp=parallel.tp)
     inference_mesh(tp=parallel.tp)
     if len(steps := set(gather(described.step))) > 1:
         raise CheckpointError(
@@ -210,7 +220,10 @@ def load_model(
         precision=precision,
     )
     load_into([model], described=described, copies=True)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if quantize is not None:
+        quantize_linears(model, how=quantize)
+    return model
 
 
 def _layout_problems(parallel: ParallelConfig, *, config: LMConfig) -> Iterator[str]:

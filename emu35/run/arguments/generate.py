@@ -152,6 +152,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         template=chosen.template,
         step=arguments.step,
         precision=chosen.precision,
+        quantize=chosen.quantize,
         seed=arguments.seed,
         size=parse_size(arguments.size) if arguments.size else None,
         ratio=arguments.ratio,

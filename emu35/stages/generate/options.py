@@ -13,6 +13,7 @@ from emu35.dida.samplers import Sampler
 from emu35.inference.ask import Ask, SamplingOverride, Turn
 from emu35.inference.grammar import GridSize
 from emu35.inference.request import Decoder, denoise_options
+from emu35.model.quantize import Quantization
 from emu35.tokens.template import PromptTemplate, Task
 
 _SHOWN = 5
@@ -35,8 +36,8 @@ class GenerateOptions:
     adds to each row how likely every token was. ``page`` and ``story`` are the HTML page and
     protobuf. ``stream`` shows the text of a single prompt on standard output while it comes (None:
     where that is a terminal). ``cache_tokens`` are the slots of the engine's cache (None: as many
-    as needed, as far as memory goes). ``tp`` is over how many ranks the model is split; all of them
-    were started, and this is rank 0.
+    as needed, as far as memory goes). ``quantize`` gives the layers' weights eight bits. ``tp`` is
+    over how many ranks the model is split; all of them were started, and this is rank 0.
     """
 
     source: Path
@@ -49,6 +50,7 @@ class GenerateOptions:
     template: PromptTemplate | None = None
     step: int | None = None
     precision: Precision | None = None
+    quantize: Quantization | None = None
     seed: int = 0
     size: GridSize | None = None
     ratio: str | None = None
