@@ -12,8 +12,8 @@ TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla", "chat")
 _RECORDS = """\
 A line of --prompts-file is a JSON object with a prompt. It may also set id, task, images (paths
 relative to the file), size, ratio, seed, guidance, temperature, top_k, top_p, text_temperature,
-text_top_k, text_top_p, max_new_tokens, steps, stop, decoder, denoise_steps and sampler, each in
-place of what the call says."""
+text_top_k, text_top_p, max_new_tokens, steps, stop, decoder, denoise_steps, sampler,
+denoise_shift and guidance_until, each in place of what the call says."""
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -127,6 +127,18 @@ def _add_decoder(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--denoise-steps", type=int, metavar="N", help="forwards a picture (25)")
     group.add_argument("--sampler", choices=SAMPLERS, help="of the steps (kinetic_euler)")
+    group.add_argument(
+        "--denoise-shift",
+        type=float,
+        metavar="S",
+        help="above 1: more of the steps near the noise (1)",
+    )
+    group.add_argument(
+        "--guidance-until",
+        type=float,
+        metavar="TIME",
+        help="guidance ends at this time of 0 (noise) to 1; earlier is faster (0.9)",
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -174,6 +186,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         decoder=Decoder(arguments.decoder),
         denoise_steps=arguments.denoise_steps,
         sampler=Sampler(arguments.sampler) if arguments.sampler else None,
+        denoise_shift=arguments.denoise_shift,
+        guidance_until=arguments.guidance_until,
         batch_size=arguments.batch_size,
         logprobs=arguments.logprobs,
         page=arguments.page,
