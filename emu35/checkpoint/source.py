@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from emu35.checkpoint.agree import gather, on_all_ranks
+from emu35.checkpoint.dida_adapter import fill_adapters, read_adapter
 from emu35.checkpoint.hf import Shard, fill_from_hf, zero_padding
 from emu35.checkpoint.hf_config import (
     CONFIG_JSON,
@@ -49,6 +50,7 @@ from emu35.config.rules import split_problems
 from emu35.config.stage import adapters_of, adapts_noisy_only
 from emu35.errors import CheckpointError, ConfigError, ReleaseError
 from emu35.model.build import build_model
+from emu35.model.lora import attach_adapters
 from emu35.model.names import weights_by_name
 from emu35.model.quantize import Quantization, quantize_linears, require_quantization
 from emu35.model.transformer import Emu35Model
@@ -74,8 +76,9 @@ class Described:
     ``facts`` and ``weights`` for a release (``facts`` only for one of ours). ``adapters`` lie in
     the run's checkpoint beside the weights; whoever opens it sees them merged. ``copy_adapters``
     are those of noisy copies, which nothing is merged with: a model to generate with keeps them
-    beside its weights, and who starts from the run or exports it gets the weights alone. ``noise``
-    is the path from noise to pictures that the model was adapted to, None where it cannot decode in
+    beside its weights, and who starts from the run or release gets the weights alone.
+    ``copy_weights`` are their tensors, where ``state`` has those of the model. ``noise`` is the
+    path from noise to pictures that the model was adapted to, None where it cannot decode in
     parallel. ``extra`` is what an import kept of the release it came from.
     """
 
@@ -91,6 +94,7 @@ class Described:
     checkpoint: Checkpoint | None = None
     adapters: LoRAConfig | None = None
     copy_adapters: LoRAConfig | None = None
+    copy_weights: SafetensorFolder | None = None
     noise: PathConfig | None = None
     facts: ReleaseFacts | None = None
     weights: SafetensorFolder | None = None
@@ -100,11 +104,6 @@ class Described:
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
         return vocabulary_of(self.tokenizer).size
-
-    @property
-    def base(self) -> "Described":
-        """The same without adapters of noisy copies."""
-        return replace(self, copy_adapters=None)
 
     @property
     def tokenizer_ids(self) -> tuple[str, int]:
@@ -269,10 +268,17 @@ def load_into(chunks: list[Emu35Model], *, described: Described, copies: bool = 
         return
     state = described.state
     assert state is not None
+    adapters = described.copy_adapters if copies else None
 
     def read() -> None:
         for chunk in chunks:
             fill(chunk, state=state)
+            if adapters is not None:
+                assert described.copy_weights is not None
+                attach_adapters(chunk, config=adapters, noisy_only=True)
+                fill_adapters(
+                    chunk, state=described.copy_weights, adapters=adapters, shard=_own_shard()
+                )
 
     on_all_ranks(read, blame=lambda why: f"cannot load {described.path}: {why}")
 
@@ -362,6 +368,7 @@ def _describe_release(path: Path) -> Described:
     vision = path / VISION_FOLDER
     bf16 = weights.dtype is torch.bfloat16
     origin = facts.origin if facts else {}
+    adapter = read_adapter(path)
     area = IMAGE_AREA
     if "image_area" in content:
         area = read_size(content, name="image_area", where=where)
@@ -375,7 +382,9 @@ def _describe_release(path: Path) -> Described:
         precision=Precision.bf16 if bf16 else Precision.fp32,
         step=int(origin.get("step", 0)),
         extra={"image_area": area, "origin": origin},
-        noise=facts.noise if facts else None,
+        copy_adapters=adapter.config if adapter else None,
+        copy_weights=adapter.weights if adapter else None,
+        noise=adapter.noise if adapter else facts.noise if facts else None,
         facts=facts,
         weights=weights,
         state=weights,

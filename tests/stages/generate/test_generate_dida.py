@@ -102,9 +102,6 @@ def test_adapters_of_noisy_copies_leave_token_by_token_as_it_was(run: Path, tmp_
     ]
     assert logprobs[0] == logprobs[1], "bit for bit"
     assert answers["adapted", Decoder.dida] != answers["full", Decoder.dida]
-    release = export(ExportOptions(run=adapted, out=tmp_path / "release"))
-    with pytest.raises(ConfigError, match="not adapted to parallel decoding"):
-        generate(options(release, tmp_path / "none", decoder=Decoder.dida))
 
 
 def test_the_command_line(adapted: Path, tmp_path: Path) -> None:
