@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,9 @@ class Quantization(StrEnum):
 
 _CAPABILITY = (8, 9)
 """Of the first GPUs that multiply in FP8."""
+
+_SMALLEST = 1e-12
+"""Largest activation of a token below which all of them count as 0."""
 
 _TILE = 16
 """What the sides of a weight are multiples of, for the FP8 product."""
@@ -111,8 +115,10 @@ def quantize_linears(model: Emu35Model, *, how: Quantization) -> None:
         stand_in = torch.nn.Linear(1, 1, bias=False, device="meta")
         stand_in.weight = torch.nn.Parameter(weight_OI, requires_grad=False)
         torchao.quantize_(stand_in, _recipe(how))
-        quantized_OI: torch.Tensor = stand_in.weight
+        quantized_OI: Any = stand_in.weight
         assert type(quantized_OI) is not torch.nn.Parameter, f"{weight_OI.shape} was passed over"
+        if how is not Quantization.int8_weights:
+            _mend_zero_rows(quantized_OI, zero_O=(weight_OI == 0).all(dim=1))
         if split:
             quantized_OI = _own_columns(quantized_OI, linear=linear)
         linear.weight = torch.nn.Parameter(quantized_OI, requires_grad=False)
@@ -155,6 +161,12 @@ def _own_columns(whole_OI: torch.Tensor, *, linear: AdaptedLinear) -> torch.Tens
     return whole_OI[:, start : start + columns].clone(memory_format=torch.contiguous_format)
 
 
+def _mend_zero_rows(quantized_OI: Any, *, zero_O: torch.Tensor) -> None:
+    """A channel of zeros has the scale 0, by which torchao divides them into NaN."""
+    quantized_OI.qdata.view(torch.uint8)[zero_O] = 0
+    quantized_OI.scale[zero_O] = 1
+
+
 def _recipe(how: Quantization) -> object:
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
@@ -171,7 +183,10 @@ def _recipe(how: Quantization) -> object:
             return Float8WeightOnlyConfig(granularity=PerRow(), set_inductor_config=False)
         case Quantization.fp8_dynamic:
             return Float8DynamicActivationFloat8WeightConfig(
-                granularity=PerRow(), set_inductor_config=False
+                granularity=PerRow(),
+                # A token whose activations are all 0 (PAD's are) would come out as NaN.
+                activation_value_lb=_SMALLEST,
+                set_inductor_config=False,
             )
 
 

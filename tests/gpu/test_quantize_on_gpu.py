@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 LM = tiny_lm(hidden_size=256, ffn_hidden_size=512, head_dim=32, init_std=0.05)
 BOUND = {
     Quantization.int8_weights: 0.04,
-    Quantization.fp8_weights: 0.08,
-    Quantization.fp8_dynamic: 0.12,
+    Quantization.fp8_weights: 0.15,
+    Quantization.fp8_dynamic: 0.2,
 }
 
 
@@ -71,13 +71,14 @@ def test_logits_stay_close_and_weights_get_small(how: Quantization) -> None:
 
 
 def test_dynamic_products_equal_those_of_values_rounded_by_hand() -> None:
-    """Weights by output channel and activations by token, both to e4m3."""
+    """Weights by output channel and activations by token, both to e4m3, each with its scale in
+    the type that it comes in."""
     pytest.importorskip("torchao")
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU does not multiply in FP8")
 
     def rounded(values: torch.Tensor) -> torch.Tensor:
-        scale = values.float().abs().amax(dim=-1, keepdim=True) / 448
+        scale = (values.abs().amax(dim=-1, keepdim=True) / 448).float()
         return (values.float() / scale).to(torch.float8_e4m3fn).float() * scale
 
     whole = quantizable(built(None))

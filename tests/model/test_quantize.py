@@ -160,6 +160,57 @@ def test_adapters_of_noisy_copies_add_to_quantised_maps(how: Quantization) -> No
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", WEIGHT_ONLY)
+def test_a_channel_of_zeros_stays_one(how: Quantization) -> None:
+    """0 / 0 is a number of e4m3, too."""
+    model = built()
+    name, linear = next(iter(quantizable(model).items()))
+    linear.weight.data[3] = 0
+    quantize_linears(model, how=how)
+    found_OI = quantizable(model)[name].weight.dequantize()  # type: ignore[operator]
+    assert found_OI[3].abs().max() == 0
+    assert found_OI.isfinite().all()
+
+
+@pytest.fixture
+def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch multiplies in FP8 on a CPU as well, slowly; torchao asks for a GPU all the same."""
+    quantize._torchao()
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda _: None)
+
+
+@pytest.mark.usefixtures("any_machine")
+def test_dynamic_products_are_those_of_values_rounded_by_hand() -> None:
+    """Weights by output channel, activations by token; the scale is in their own type."""
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        scale = (values.abs().amax(dim=-1, keepdim=True) / 448).float()
+        return (values.float() / scale).to(torch.float8_e4m3fn).float() * scale
+
+    def model() -> Emu35Model:
+        single_process_mesh()
+        # Query, key and value of 4 + 2 * 2 heads have 128 rows, a multiple of the tile.
+        config = tiny_lm(init_std=0.1)
+        found = build_model(config, vocabulary_size=VOCABULARY, precision=Precision.bf16)
+        initialize(found, seed=3, pad_id=0)
+        return found.eval().requires_grad_(False)
+
+    small, whole = model(), quantizable(model())
+    quantize_linears(small, how=Quantization.fp8_dynamic)
+    for name, linear in quantizable(small).items():
+        weight_OI = whole[name].weight
+        generator = torch.Generator().manual_seed(0)
+        x_SBI = torch.randn(9, 2, weight_OI.shape[1], generator=generator).bfloat16()
+        x_SBI[4] = 0
+        expected = rounded(x_SBI.where(x_SBI != 0, 1e-9)) @ rounded(weight_OI).t()
+        found = linear(x_SBI)[0].float()
+        # What is left is the type of the result.
+        assert relative(found, expected=expected) < 0.003, name
+        assert found[4].abs().max() == 0
+    gap = relative(logits(small).float(), expected=logits(model()).float())
+    assert 0.005 < gap < 0.25
+
+
 def required(how: Quantization, *, hidden: int = 32, precision: Precision = Precision.bf16) -> None:
     require_quantization(how, config=tiny_lm(hidden_size=hidden), precision=precision, tp=1)
 
