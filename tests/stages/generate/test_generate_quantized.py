@@ -1,5 +1,7 @@
 """``emu35 generate --quantize``: both decoders, and what is refused before a weight is read."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,3 +96,22 @@ def test_a_loaded_model_is_smaller(full: Path) -> None:
     )
     saved = weight_bytes(whole) - weight_bytes(small)
     assert 0.7 * layers < saved < 0.75 * layers
+
+
+@pytest.mark.multiproc
+@pytest.mark.slow
+def test_ranks_that_follow_quantise_as_well(tmp_path: Path) -> None:
+    run = write_run(tmp_path, stage=DiDAConfig(path=UNIFORM, responses_only=False), kv_heads=2)
+    call = [sys.executable, "-m", "emu35", "generate", "--run", str(run), "--prompt", "a cat"]
+    call += ["--size", "3x4", "--quantize", "int8_weights", "--decoder", "dida"]
+    for tp in ("1", "2"):
+        done = subprocess.run(
+            [*call, "--tp", tp, "--out", str(tmp_path / tp)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Failed to load" not in done.stderr, "torchao keeps its kernels to itself"
+    assert rows(tmp_path / "1")[0]["ids"] == rows(tmp_path / "2")[0]["ids"]
