@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv and installs emu35 into it; the second time it only compares a stamp.
 #
-#   bash scripts/setup.sh EXTRA...          e.g. bash scripts/setup.sh demo dev serve verify
+#   bash scripts/setup.sh EXTRA...          e.g. bash scripts/setup.sh demo dev quantize serve verify
 #
 # The stamp holds a hash of pyproject.toml, constraints.txt and the Python version, and the extras
 # that are in. pip's own settings (index, certificates, proxy) are left as the machine has them.

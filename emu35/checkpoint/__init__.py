@@ -23,7 +23,8 @@ two apart, everyone else who opens it gets their sum.
 A *release* is the folder of the official code: ``config.json`` and safetensors under the official
 tensor names. :mod:`~emu35.checkpoint.hf` maps names and layouts both ways (pure functions on
 tensors), :mod:`~emu35.checkpoint.hf_config` maps the architecture, and
-:mod:`~emu35.checkpoint.safetensor_files` writes and reads the shards.
+:mod:`~emu35.checkpoint.safetensor_files` writes and reads the shards. Adapters of noisy copies lie
+in a folder of their own there (:mod:`~emu35.checkpoint.dida_adapter`).
 :mod:`~emu35.checkpoint.source` opens either form for generation and evaluation.
 
 A *start* (``stage.init_from``) may be either form, or a Qwen3 folder as published.

@@ -9,6 +9,7 @@
         text_tokenizer/...                see emu35.tokens.release_files
         vision_tokenizer/config.yaml      image tokenizer, where the run has one
         vision_tokenizer/model.ckpt
+        dida_adapter/...                  see emu35.checkpoint.dida_adapter, where the run has them
         emu35.json                        what the official code has no place for
 
 ``emu35.json`` records the kind of tokenizer, the form of prompts the model was trained with, where
@@ -42,7 +43,8 @@ FORMAT = 1
 @dataclass(kw_only=True, slots=True)
 class ReleaseFacts:
     """The contents of ``emu35.json``. ``noise`` is the path from noise to pictures that the model
-    was adapted to, None where it was not; ``origin`` the run's name and step."""
+    was adapted to, None where it was not, or adapters of their own hold it; ``origin`` the run's
+    name and step."""
 
     tokenizer: TokenizerConfig
     template: PromptTemplate

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from emu35.checkpoint.agree import gather, on_all_ranks
+from emu35.checkpoint.dida_adapter import fill_adapters, read_adapter
 from emu35.checkpoint.hf import Shard, fill_from_hf, zero_padding
 from emu35.checkpoint.hf_config import (
     CONFIG_JSON,
@@ -49,7 +50,9 @@ from emu35.config.rules import split_problems
 from emu35.config.stage import adapters_of, adapts_noisy_only
 from emu35.errors import CheckpointError, ConfigError, ReleaseError
 from emu35.model.build import build_model
+from emu35.model.lora import attach_adapters
 from emu35.model.names import weights_by_name
+from emu35.model.quantize import Quantization, quantize_linears, require_quantization
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import current_mesh, inference_mesh
 from emu35.tokens.release_files import text_tokenizer_config
@@ -73,8 +76,9 @@ class Described:
     ``facts`` and ``weights`` for a release (``facts`` only for one of ours). ``adapters`` lie in
     the run's checkpoint beside the weights; whoever opens it sees them merged. ``copy_adapters``
     are those of noisy copies, which nothing is merged with: a model to generate with keeps them
-    beside its weights, and who starts from the run or exports it gets the weights alone. ``noise``
-    is the path from noise to pictures that the model was adapted to, None where it cannot decode in
+    beside its weights, and who starts from the run or release gets the weights alone.
+    ``copy_weights`` are their tensors, where ``state`` has those of the model. ``noise`` is the
+    path from noise to pictures that the model was adapted to, None where it cannot decode in
     parallel. ``extra`` is what an import kept of the release it came from.
     """
 
@@ -90,6 +94,7 @@ class Described:
     checkpoint: Checkpoint | None = None
     adapters: LoRAConfig | None = None
     copy_adapters: LoRAConfig | None = None
+    copy_weights: SafetensorFolder | None = None
     noise: PathConfig | None = None
     facts: ReleaseFacts | None = None
     weights: SafetensorFolder | None = None
@@ -99,11 +104,6 @@ class Described:
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
         return vocabulary_of(self.tokenizer).size
-
-    @property
-    def base(self) -> "Described":
-        """The same without adapters of noisy copies."""
-        return replace(self, copy_adapters=None)
 
     @property
     def tokenizer_ids(self) -> tuple[str, int]:
@@ -176,7 +176,11 @@ def describe(path: Path, *, step: int | None = None, message: Message = print) -
 
 
 def load_model(
-    described: Described, *, precision: Precision, parallel: ParallelConfig | None = None
+    described: Described,
+    *,
+    precision: Precision,
+    parallel: ParallelConfig | None = None,
+    quantize: Quantization | None = None,
 ) -> Emu35Model:
     """Build the model, or this rank's part of it, and fill it; in evaluation mode.
 
@@ -186,10 +190,13 @@ def load_model(
         parallel: by default the whole model in this one process. With ``tp`` = N every one of N
             ranks (of torchrun, or below :mod:`emu35.run.tp`) calls this and reads only what it
             holds; the mesh is laid out if it is not yet.
+        quantize: what the linear maps of the layers become once they are filled; None leaves them.
 
     Raises:
-        ConfigError: the model cannot be split like that, or as many ranks were not started.
-        LaunchError: several ranks were started, but ``parallel`` asks for one.
+        ConfigError: the model cannot be split or quantised like that, or as many ranks were not
+            started.
+        LaunchError: several ranks were started, but ``parallel`` asks for one; or this machine
+            cannot compute what ``quantize`` asks for.
         CheckpointError, ReleaseError: the weights cannot be read or do not fit.
     """
     parallel = parallel or ParallelConfig()
@@ -197,6 +204,8 @@ def load_model(
     config = replace(described.config, attention_backend=AttentionBackend.segment)
     if problems := list(_layout_problems(parallel, config=config)):
         raise ConfigError(problems)
+    if quantize is not None:
+        require_quantization(quantize, config=config, precision=precision, tp=parallel.tp)
     inference_mesh(tp=parallel.tp)
     if len(steps := set(gather(described.step))) > 1:
         raise CheckpointError(
@@ -210,7 +219,10 @@ def load_model(
         precision=precision,
     )
     load_into([model], described=described, copies=True)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if quantize is not None:
+        quantize_linears(model, how=quantize)
+    return model
 
 
 def _layout_problems(parallel: ParallelConfig, *, config: LMConfig) -> Iterator[str]:
@@ -256,10 +268,17 @@ def load_into(chunks: list[Emu35Model], *, described: Described, copies: bool = 
         return
     state = described.state
     assert state is not None
+    adapters = described.copy_adapters if copies else None
 
     def read() -> None:
         for chunk in chunks:
             fill(chunk, state=state)
+            if adapters is not None:
+                assert described.copy_weights is not None
+                attach_adapters(chunk, config=adapters, noisy_only=True)
+                fill_adapters(
+                    chunk, state=described.copy_weights, adapters=adapters, shard=_own_shard()
+                )
 
     on_all_ranks(read, blame=lambda why: f"cannot load {described.path}: {why}")
 
@@ -349,6 +368,7 @@ def _describe_release(path: Path) -> Described:
     vision = path / VISION_FOLDER
     bf16 = weights.dtype is torch.bfloat16
     origin = facts.origin if facts else {}
+    adapter = read_adapter(path)
     area = IMAGE_AREA
     if "image_area" in content:
         area = read_size(content, name="image_area", where=where)
@@ -362,7 +382,9 @@ def _describe_release(path: Path) -> Described:
         precision=Precision.bf16 if bf16 else Precision.fp32,
         step=int(origin.get("step", 0)),
         extra={"image_area": area, "origin": origin},
-        noise=facts.noise if facts else None,
+        copy_adapters=adapter.config if adapter else None,
+        copy_weights=adapter.weights if adapter else None,
+        noise=adapter.noise if adapter else facts.noise if facts else None,
         facts=facts,
         weights=weights,
         state=weights,

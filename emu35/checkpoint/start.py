@@ -163,7 +163,8 @@ def _describe_release(
     expected = hf_shapes(config, vocabulary_size=found.vocabulary_size)
     check_tensors(found.weights, names=set(found.weights), expected=expected, what=str(path))
     _check_hashes(found)
-    message(f"weights of the release {path}: {len(found.weights)} tensors")
+    without = ", without its adapters of noisy copies" if found.copy_adapters else ""
+    message(f"weights of the release {path}: {len(found.weights)} tensors{without}")
     return found
 
 

@@ -23,6 +23,7 @@ from emu35.inference.denoise import Denoiser
 from emu35.inference.denoiser import DenoiserSource
 from emu35.inference.engine import Engine
 from emu35.inference.request import Request, Update
+from emu35.model.quantize import Quantization
 from emu35.model.transformer import Emu35Model
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
 
@@ -183,7 +184,14 @@ def follows() -> bool:
     return os.environ.get("RANK", "0") != "0"
 
 
-def follow(path: Path, *, step: int | None, precision: Precision | None, tp: int) -> None:
+def follow(
+    path: Path,
+    *,
+    step: int | None,
+    precision: Precision | None,
+    tp: int,
+    quantize: Quantization | None = None,
+) -> None:
     """Load this rank's part of the run or release ``path`` and do as rank 0 is told, until it
     closes its engine. Arguments as rank 0 has them.
 
@@ -195,6 +203,7 @@ def follow(path: Path, *, step: int | None, precision: Precision | None, tp: int
         described,
         precision=precision or described.precision,
         parallel=ParallelConfig(tp=tp),
+        quantize=quantize,
     )
     obey(model, tokenizer=build_text_tokenizer(described.tokenizer))
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from emu35.dida.samplers import Sampler
 from emu35.inference.grammar import MAX_DIGITS, GrammarOptions, NextKind
@@ -34,6 +35,9 @@ class Decoder(StrEnum):
 MOST_STEPS = 1000
 """Of denoising: beyond a hundred hardly anything changes."""
 
+MOST_SHIFT = 100
+"""Beyond it all steps but the last stand at the noise."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenoiseOptions:
@@ -59,22 +63,30 @@ class DenoiseOptions:
                 f"guidance_until={self.guidance_until} is a time and must lie in 0..1; "
                 "1 guides every step"
             )
-        if not 0 < self.shift <= 100:
-            found.append(f"denoise shift={self.shift} must be positive and at most 100")
+        if not 0 < self.shift <= MOST_SHIFT:
+            found.append(f"denoise shift={self.shift} must be positive and at most {MOST_SHIFT}")
         return found
 
 
 def denoise_options(
-    decoder: Decoder, *, steps: int | None, sampler: Sampler | None
+    decoder: Decoder,
+    *,
+    steps: int | None,
+    sampler: Sampler | None,
+    shift: float | None = None,
+    guidance_until: float | None = None,
 ) -> DenoiseOptions | None:
     """What a request of ``decoder`` says; None of a number takes the default. The numbers of dida
     mean nothing to ar."""
     if decoder is Decoder.ar:
         return None
-    default = DenoiseOptions()
-    return DenoiseOptions(
-        sampler=sampler or default.sampler, steps=default.steps if steps is None else steps
-    )
+    said: dict[str, Any] = {
+        "steps": steps,
+        "sampler": sampler,
+        "shift": shift,
+        "guidance_until": guidance_until,
+    }
+    return DenoiseOptions(**{name: value for name, value in said.items() if value is not None})
 
 
 class Finish(StrEnum):

@@ -182,6 +182,9 @@ class AdaptedLinear(torch.nn.Module):
     weight: torch.nn.Parameter
     rows_SB1: torch.Tensor | None = None
     """What the layer was told last: the rows that an adapter of noisy copies adds to."""
+    quantized: bool = False
+    """Whether the weight is a tensor of :mod:`emu35.model.quantize`."""
+    tp_group: dist.ProcessGroup
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -195,6 +198,16 @@ class AdaptedLinear(torch.nn.Module):
         if self.adapter is not None:
             output = self.adapter(input_, base_SBO=output, rows_SB1=self.rows_SB1)
         return output, bias
+
+    def _forward_impl(
+        self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """mcore's product; its autograd function knows no quantised weight."""
+        if self.quantized:
+            return F.linear(input, weight)
+        return super()._forward_impl(  # type: ignore[misc]
+            input, weight, *args, **kwargs
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

@@ -28,6 +28,15 @@ def weights_by_name(model: Emu35Model) -> dict[str, torch.nn.Parameter]:
     }
 
 
+def base_weights(model: Emu35Model) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a chunk without those of adapters, under its own names."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not name.endswith((".adapter.a", ".adapter.b"))
+    }
+
+
 def _separate_norm(name: str) -> str:
     for fused, separate in FUSED_NORM_NAMES.items():
         name = name.replace(f".{fused}", f".{separate}")

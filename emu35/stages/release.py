@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from emu35.checkpoint import sharded
+from emu35.checkpoint.dida_adapter import ADAPTER_FOLDER, write_adapter
 from emu35.checkpoint.hf import to_hf
 from emu35.checkpoint.hf_config import (
     CONFIG_JSON,
@@ -44,7 +45,9 @@ from emu35.checkpoint.source import (
 )
 from emu35.checkpoint.start import describe_qwen3
 from emu35.config import (
+    Adapter,
     CheckpointConfig,
+    DiDAConfig,
     Precision,
     PretrainConfig,
     RunConfig,
@@ -56,6 +59,7 @@ from emu35.config.io import write_config
 from emu35.config.stage import NewRowsConfig
 from emu35.errors import ReleaseError
 from emu35.model.build import build_model
+from emu35.model.names import base_weights
 from emu35.model.shapes import parameter_count
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import single_process_mesh
@@ -125,16 +129,17 @@ def export(options: ExportOptions, *, message: Message = print) -> Path:
     precision = options.dtype or found.precision
     if found.copy_adapters is not None:
         message(
-            f"{options.run} adapts noisy copies alone: the release holds its weights, which decode "
-            "token by token, and not the adapters, which stay in the run"
+            f"{options.run} adapts noisy copies alone: nothing is merged, the weights decode token "
+            f"by token as those it was adapted from; the adapters lie beside them in "
+            f"{ADAPTER_FOLDER}, for emu35 to decode in parallel"
         )
-    model = load_model(found.base, precision=found.precision)
+    model = load_model(found, precision=found.precision)
     vocabulary = vocabulary_of(found.tokenizer)
     area = int(found.extra.get("image_area", IMAGE_AREA))
     with appearing(options.out) as folder:
         write_safetensors(
             to_hf(
-                dict(model.named_parameters()),
+                base_weights(model),
                 config=found.config,
                 vocabulary_size=vocabulary.size,
             ),
@@ -147,6 +152,15 @@ def export(options: ExportOptions, *, message: Message = print) -> Path:
             path=folder / CONFIG_JSON,
         )
         write_json(generation_json(vocabulary), path=folder / GENERATION_JSON)
+        if found.copy_adapters is not None:
+            assert found.noise is not None
+            write_adapter(
+                model,
+                config=found.copy_adapters,
+                noise=found.noise,
+                release=folder,
+                dtype=DTYPES[precision],
+            )
         write_text_tokenizer(folder / TEXT_FOLDER, config=found.tokenizer)
         if found.vision_folder:
             copy_vision_tokenizer(found.vision_folder, folder=folder)
@@ -230,7 +244,8 @@ def _release(options: ImportOptions, *, message: Message) -> _Origin:
         kept={
             **found.extra,
             "template": (options.template or found.template).value,
-            **({"noise": asdict(found.noise)} if found.noise else {}),
+            # Adapters of noisy copies bring theirs into the stage's section.
+            **({"noise": asdict(found.noise)} if found.noise and not found.copy_adapters else {}),
         },
     )
 
@@ -253,18 +268,28 @@ def _qwen3(options: ImportOptions, *, message: Message) -> _Origin:
 
 
 def _run_config(origin: _Origin, *, out: Path) -> RunConfig:
-    longest = origin.found.config.max_position_embeddings
+    found = origin.found
+    longest = found.config.max_position_embeddings
+    stage = PretrainConfig(precision=found.precision)
+    if found.copy_adapters is not None:
+        assert found.noise is not None
+        stage = DiDAConfig(
+            precision=found.precision,
+            path=found.noise,
+            adapter=Adapter.lora_noisy_only,
+            lora=found.copy_adapters,
+        )
     return RunConfig(
-        name=origin.found.name,
+        name=found.name,
         run_dir=str(out),
-        model=origin.found.config,
+        model=found.config,
         tokenizer=TokenizerConfig(
             kind=origin.tokenizer.kind,
             codebook_size=origin.tokenizer.codebook_size,
             table=origin.tokenizer.table,
         ),
         data=TokenDataConfig(sequence_length=min(1024, longest)),
-        stage=PretrainConfig(precision=origin.found.precision),
+        stage=stage,
     )
 
 
@@ -290,5 +315,5 @@ def _filled(origin: _Origin) -> Emu35Model:
         vocabulary_size=vocabulary_of(origin.tokenizer).size,
         precision=origin.found.precision,
     )
-    load_into([model], described=origin.found)
+    load_into([model], described=origin.found, copies=True)
     return model

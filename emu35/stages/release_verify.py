@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from emu35.checkpoint.dida_adapter import adapter_shapes, adapter_tensors
 from emu35.checkpoint.hf import to_hf
 from emu35.checkpoint.hf_config import CONFIG_JSON, config_json, read_json
 from emu35.checkpoint.manifest import describe_file
@@ -24,6 +25,7 @@ from emu35.model.build import build_model
 from emu35.model.context import AttentionContext
 from emu35.model.logits import vocabulary_logits
 from emu35.model.mask import AttentionMask
+from emu35.model.names import base_weights
 from emu35.model.shapes import hf_shapes, parameter_count
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import single_process_mesh
@@ -130,6 +132,8 @@ def _all_checks(
     names = _names(found)
     yield names
     yield _types(found)
+    if found.copy_weights is not None:
+        yield _adapters(found)
     if options.transformers:
         yield _against_transformers(found)
     if not names.passed:
@@ -200,6 +204,18 @@ def _types(found: Described) -> Check:
     return Check(name="type", passed=stored in ("float32", "bfloat16"), detail=stored)
 
 
+def _adapters(found: Described) -> Check:
+    """Key set, shapes and type of the adapters of noisy copies."""
+    assert found.copy_adapters is not None
+    assert found.copy_weights is not None
+    expected = adapter_shapes(found.config, adapters=found.copy_adapters)
+    problems = _compare_shapes(found.copy_weights.shapes, expected=expected)
+    if found.copy_weights.dtype != DTYPES[found.precision]:
+        problems.append(f"their type is {found.copy_weights.dtype}, not that of the weights")
+    good = f"{len(expected)} tensors of noisy copies, rank {found.copy_adapters.rank}"
+    return Check(name="adapters", passed=not problems, detail=_few(problems) or good)
+
+
 def _against_transformers(found: Described) -> Check:
     try:
         from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -265,7 +281,7 @@ def _values(found: Described, *, reference: Described, length: int) -> Iterator[
     """Weights bit for bit, then logits."""
     assert found.weights is not None
     try:
-        state = _state(reference)
+        state, adapters = _tensors(reference)
     except Emu35Error as error:
         yield Check(name="weights", passed=False, detail=str(error))
         return
@@ -278,6 +294,8 @@ def _values(found: Described, *, reference: Described, length: int) -> Iterator[
     detail = f"{_few(different)} differ" if different else f"{len(rounded)} tensors bit-equal"
     measured = {"tensors_compared": len(rounded), "tensors_different": len(different)}
     yield Check(name="weights", passed=not different, detail=detail, measured=measured)
+    if found.copy_weights is not None or adapters:
+        yield _same_adapters(found, reference=reference, adapters=adapters)
     if not length:
         return
     model = _fp32_model(found, state=found.weights)
@@ -321,16 +339,41 @@ class _Rounded(Mapping[str, torch.Tensor]):
         return len(self.state)
 
 
-def _state(reference: Described) -> Mapping[str, torch.Tensor]:
-    """The reference's weights under official names."""
+def _same_adapters(
+    found: Described, *, reference: Described, adapters: Mapping[str, torch.Tensor]
+) -> Check:
+    """How they are built and what they were trained on, then every tensor, bit for bit."""
+    here, there = (
+        (each.copy_adapters, each.noise if each.copy_adapters else None)
+        for each in (found, reference)
+    )
+    if here != there:
+        return Check(name="same adapters", passed=False, detail=f"{here} here, {there} there")
+    assert found.copy_weights is not None
+    rounded = _Rounded(state=adapters, dtype=DTYPES[found.precision])
+    different = [
+        name
+        for name, tensor in rounded.items()
+        if name not in found.copy_weights or not torch.equal(found.copy_weights[name], tensor.cpu())
+    ]
+    good = f"{len(rounded)} tensors of noisy copies bit-equal"
+    detail = f"{_few(different)} differ" if different else good
+    return Check(name="same adapters", passed=not different, detail=detail)
+
+
+def _tensors(
+    reference: Described,
+) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+    """The reference's weights under official names, and its adapters of noisy copies."""
     if reference.weights is not None:
-        return reference.weights
-    model = load_model(reference.base, precision=reference.precision)
-    return to_hf(
-        dict(model.named_parameters()),
+        return reference.weights, reference.copy_weights or {}
+    model = load_model(reference, precision=reference.precision)
+    weights = to_hf(
+        base_weights(model),
         config=reference.config,
         vocabulary_size=reference.vocabulary_size,
     )
+    return weights, adapter_tensors(model)
 
 
 def _fp32_model(found: Described, *, state: Mapping[str, torch.Tensor]) -> Emu35Model:

@@ -1,5 +1,8 @@
 """Every backend against the dense oracle, forward and backward, on the device it is for."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +11,8 @@ from emu35.model.context import AttentionContext
 from emu35.model.mask import AttentionMask
 
 pytestmark = pytest.mark.gpu
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "dida"))
 
 LENGTH = 600
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-2}
@@ -29,9 +34,20 @@ def with_copies() -> AttentionMask:
     return mask
 
 
+def laid_out() -> AttentionMask:
+    """Rows of several documents and pictures with their copies, as the layout of training has them,
+    padding in both parts."""
+    from copies_batch import two_rows
+
+    batch = two_rows()
+    assert batch.intervals is not None
+    return AttentionMask.from_intervals(batch.intervals)
+
+
 def attend(backend, mask: AttentionMask, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    draws = [torch.randn(2, h, LENGTH, 64, generator=generator) for h in (4, 2, 2, 4)]
+    length = mask.start1_BS.shape[1]
+    draws = [torch.randn(2, h, length, 64, generator=generator) for h in (4, 2, 2, 4)]
     query, key, value = (t.to("cuda", dtype).requires_grad_() for t in draws[:3])
     output = backend(query, key_BGKD=key, value_BGKD=value, context=AttentionContext(mask=mask))
     output.backward(draws[3].to("cuda", dtype))
@@ -40,7 +56,7 @@ def attend(backend, mask: AttentionMask, dtype: torch.dtype) -> list[torch.Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("mask", [packed, with_copies])
+@pytest.mark.parametrize("mask", [packed, with_copies, laid_out])
 @pytest.mark.parametrize("backend", [flex.attend, segment.attend], ids=["flex", "segment"])
 def test_backend_equals_dense_forward_and_backward(backend, mask, dtype: torch.dtype) -> None:
     oracle = attend(dense.attend, mask(), torch.float32)

@@ -182,7 +182,16 @@ def test_its_release_is_that_of_the_base_and_says_so(
     said: list[str] = []
     for name, run in (("base", folder / "base"), ("adapted", adapted)):
         export(ExportOptions(run=run, out=tmp_path / name), message=said.append)
-    assert any("not the adapters" in text for text in said)
+    assert any("the adapters lie beside them in dida_adapter" in text for text in said)
+    assert json.loads((tmp_path / "adapted" / "dida_adapter" / "adapter.json").read_text()) == {
+        "format": 1,
+        "noisy_only": True,
+        "rank": 4,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "targets": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        "noise": {"kind": "metric", "c": 3.0, "alpha": 0.9},
+    }
     (ours,) = (tmp_path / "adapted").glob("*.safetensors")
     (theirs,) = (tmp_path / "base").glob("*.safetensors")
     assert ours.read_bytes() == theirs.read_bytes()
@@ -194,6 +203,10 @@ def test_a_run_that_starts_from_it_starts_from_the_base(
     first = adapt(tmp_path / "a", folder=folder, steps=1, prompt_drop=0.0)
     second = adapt(tmp_path / "b", folder=folder, steps=1, prompt_drop=0.0, init_from=str(adapted))
     assert first[0]["loss"] == second[0]["loss"]
+    assert "without its adapters of noisy copies" in capsys.readouterr().out
+    release = export(ExportOptions(run=adapted, out=tmp_path / "release"), message=silent)
+    third = adapt(tmp_path / "c", folder=folder, steps=1, prompt_drop=0.0, init_from=str(release))
+    assert first[0]["loss"] == third[0]["loss"]
     assert "without its adapters of noisy copies" in capsys.readouterr().out
 
 

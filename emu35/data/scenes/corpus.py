@@ -98,18 +98,26 @@ def sample_caption(scene: Scene, *, rng: random.Random, split: Split) -> tuple[L
     return language, caption(scene, rng=rng, language=language, detail=detail)
 
 
+ENOUGH_DRAWS = 1000
+"""After so many single objects that were all known, hardly any is left."""
+
+
 def sample_prompts(*, count: int, seed: int) -> list[dict[str, Any]]:
     """``count`` held-out captions to generate from: ``id``, ``prompt``, ``language``, ``scene``.
 
-    At least half of the scenes have a single object; no two have the same description.
+    At least half of the scenes have a single object, as long as there are any that are not taken
+    yet; no two have the same description.
     """
     rng = random.Random(f"{seed}-prompts")
     prompts: list[dict[str, Any]] = []
     seen: set[tuple[object, ...]] = set()
+    taken = 0  # draws in a row that were known
     while len(prompts) < count:
-        weights = (1.0,) if len(prompts) % 2 == 0 else (0.3, 0.45, 0.25)
+        single = len(prompts) % 2 == 0 and taken < ENOUGH_DRAWS
+        weights = (1.0,) if single else (0.3, 0.45, 0.25)
         scene = sample_scene(rng, split=Split.val, count_weights=weights)
-        if scene.objects in seen:
+        taken = taken + 1 if scene.objects in seen else 0
+        if taken:
             continue
         seen.add(scene.objects)
         language, text = sample_caption(scene, rng=rng, split=Split.val)

@@ -17,8 +17,8 @@ TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla", "chat")
 RECORDS = """\
 A line of the prompts' file is a JSON object with a prompt. It may also set id, task, images (paths
 relative to the file), size, ratio, seed, guidance, temperature, top_k, top_p, text_temperature,
-text_top_k, text_top_p, max_new_tokens, steps, stop, decoder, denoise_steps and sampler, each in
-place of what the call says."""
+text_top_k, text_top_p, max_new_tokens, steps, stop, decoder, denoise_steps, sampler,
+denoise_shift and guidance_until, each in place of what the call says."""
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -137,6 +137,18 @@ def _add_decoder(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--denoise-steps", type=int, metavar="N", help="forwards a picture (25)")
     group.add_argument("--sampler", choices=SAMPLERS, help="of the steps (kinetic_euler)")
+    group.add_argument(
+        "--denoise-shift",
+        type=float,
+        metavar="S",
+        help="above 1: more of the steps near the noise (1)",
+    )
+    group.add_argument(
+        "--guidance-until",
+        type=float,
+        metavar="TIME",
+        help="guidance ends at this time of 0 (noise) to 1; earlier is faster (0.9)",
+    )
 
 
 def read_asked(arguments: argparse.Namespace) -> "GenerateOptions":
@@ -155,6 +167,7 @@ def read_asked(arguments: argparse.Namespace) -> "GenerateOptions":
         template=chosen.template,
         step=arguments.step,
         precision=chosen.precision,
+        quantize=chosen.quantize,
         seed=arguments.seed,
         size=parse_size(arguments.size) if arguments.size else None,
         ratio=arguments.ratio,
@@ -194,6 +207,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         decoder=Decoder(arguments.decoder),
         denoise_steps=arguments.denoise_steps,
         sampler=Sampler(arguments.sampler) if arguments.sampler else None,
+        denoise_shift=arguments.denoise_shift,
+        guidance_until=arguments.guidance_until,
         logprobs=arguments.logprobs,
         page=arguments.page,
         story=arguments.story,

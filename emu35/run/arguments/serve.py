@@ -76,6 +76,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             vision=arguments.vision,
             template=chosen.template,
             precision=chosen.precision,
+            quantize=chosen.quantize,
             model_name=arguments.model_name,
             host=arguments.host,
             port=arguments.port,

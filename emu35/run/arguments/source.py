@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from emu35.config import Precision
+    from emu35.model.quantize import Quantization
     from emu35.tokens.template import PromptTemplate
 
+QUANTIZATIONS = ("int8_weights", "fp8_weights", "fp8_dynamic")
 TEMPLATES = ("auto", "official", "plain")
 PRECISIONS = ("fp32", "bf16")
 
@@ -30,6 +32,12 @@ def add_source(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--precision", choices=PRECISIONS, help="default: as trained")
     command.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="eight bits for the layers' weights, with fp8_dynamic for activations as well (a GPU "
+        "that multiplies in FP8); extra quantize",
+    )
+    command.add_argument(
         "--tp", type=int, default=1, metavar="N", help="split the model over N ranks of this host"
     )
 
@@ -40,17 +48,20 @@ class Chosen:
 
     template: "PromptTemplate | None"
     precision: "Precision | None"
+    quantize: "Quantization | None"
 
 
 def read_source(arguments: argparse.Namespace) -> Chosen:
-    """The template and precision; None stands for what the model was trained with."""
+    """The template, precision and quantisation; None stands for what the model was trained with."""
     from emu35.config import Precision
+    from emu35.model.quantize import Quantization
     from emu35.tokens.template import PromptTemplate
 
     template: str = arguments.template
     return Chosen(
         template=None if template == "auto" else PromptTemplate(template),
         precision=Precision(arguments.precision) if arguments.precision else None,
+        quantize=Quantization(arguments.quantize) if arguments.quantize else None,
     )
 
 
@@ -69,6 +80,12 @@ def end_without_leading(arguments: argparse.Namespace) -> int | None:
 
     if not follows():
         return None
-    precision = read_source(arguments).precision
-    follow(arguments.source, step=arguments.step, precision=precision, tp=arguments.tp)
+    chosen = read_source(arguments)
+    follow(
+        arguments.source,
+        step=arguments.step,
+        precision=chosen.precision,
+        tp=arguments.tp,
+        quantize=chosen.quantize,
+    )
     return 0

@@ -247,6 +247,7 @@ def interactive(options: GenerateOptions, *, read: ReadLine | None = None) -> li
         described,
         precision=options.precision or described.precision,
         parallel=ParallelConfig(tp=options.tp),
+        quantize=options.quantize,
     )
     session = Session(
         engine=build_engine(

@@ -13,6 +13,7 @@ from emu35.dida.samplers import Sampler
 from emu35.inference.ask import Ask, SamplingOverride, Turn
 from emu35.inference.grammar import GridSize
 from emu35.inference.request import Decoder, denoise_options
+from emu35.model.quantize import Quantization
 from emu35.tokens.template import PromptTemplate, Task
 
 _SHOWN = 5
@@ -31,12 +32,14 @@ class GenerateOptions:
     ``size`` counts codes, ``ratio`` is a name such as 16:9, ``image_area`` (pixels) is what
     references are resized to. ``images`` are references of every prompt. ``steps`` is the number of
     pictures after which an answer ends. ``decoder`` dida decodes pictures in parallel, by
-    ``sampler`` in ``denoise_steps`` steps. ``batch_size`` counts prompts in flight. ``logprobs``
-    adds to each row how likely every token was. ``page`` and ``story`` are the HTML page and
-    protobuf. ``stream`` shows the text of a single prompt on standard output while it comes (None:
-    where that is a terminal). ``cache_tokens`` are the slots of the engine's cache (None: as many
-    as needed, as far as memory goes). ``tp`` is over how many ranks the model is split; all of them
-    were started, and this is rank 0.
+    ``sampler`` in ``denoise_steps`` steps, of which ``denoise_shift`` above 1 spends more near the
+    noise, guided until the time ``guidance_until``. ``batch_size`` counts prompts in flight.
+    ``logprobs`` adds to each row how likely every token was. ``page`` and ``story`` are the HTML
+    page and protobuf. ``stream`` shows the text of a single prompt on standard output while it
+    comes (None: where that is a terminal). ``cache_tokens`` are the slots of the engine's cache
+    (None: as many as needed, as far as memory goes). ``quantize`` gives the layers' weights eight
+    bits. ``tp`` is over how many ranks the model is split; all of them were started, and this is
+    rank 0.
     """
 
     source: Path
@@ -49,6 +52,7 @@ class GenerateOptions:
     template: PromptTemplate | None = None
     step: int | None = None
     precision: Precision | None = None
+    quantize: Quantization | None = None
     seed: int = 0
     size: GridSize | None = None
     ratio: str | None = None
@@ -62,6 +66,8 @@ class GenerateOptions:
     decoder: Decoder = Decoder.ar
     denoise_steps: int | None = None
     sampler: Sampler | None = None
+    denoise_shift: float | None = None
+    guidance_until: float | None = None
     batch_size: int = 16
     logprobs: bool = False
     page: bool = True
@@ -94,6 +100,8 @@ class Wish:
     decoder: Decoder = Decoder.ar
     denoise_steps: int | None = None
     sampler: Sampler | None = None
+    denoise_shift: float | None = None
+    guidance_until: float | None = None
 
     @property
     def pictures(self) -> bool:
@@ -122,7 +130,13 @@ class Wish:
             max_new_tokens=self.max_new_tokens,
             steps=self.steps,
             stop=self.stop,
-            denoise=denoise_options(self.decoder, steps=self.denoise_steps, sampler=self.sampler),
+            denoise=denoise_options(
+                self.decoder,
+                steps=self.denoise_steps,
+                sampler=self.sampler,
+                shift=self.denoise_shift,
+                guidance_until=self.guidance_until,
+            ),
         )
 
     def problems(self) -> list[str]:
@@ -155,6 +169,8 @@ def wish_of(options: GenerateOptions, *, prompt: str, where: str) -> Wish:
         decoder=options.decoder,
         denoise_steps=options.denoise_steps,
         sampler=options.sampler,
+        denoise_shift=options.denoise_shift,
+        guidance_until=options.guidance_until,
     )
 
 
@@ -168,7 +184,12 @@ def call_problems(options: GenerateOptions) -> list[str]:
     ):
         if value is not None and value < 1:
             problems.append(f"{name}={value} is too small; use at least 1")
-    parallel = {"denoise_steps": options.denoise_steps, "sampler": options.sampler}
+    parallel = {
+        "denoise_steps": options.denoise_steps,
+        "sampler": options.sampler,
+        "denoise_shift": options.denoise_shift,
+        "guidance_until": options.guidance_until,
+    }
     said = [name for name, value in parallel.items() if value is not None]
     if said and options.decoder is Decoder.ar and options.prompts_file is None:
         problems.append(

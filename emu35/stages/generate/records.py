@@ -115,6 +115,8 @@ FIELDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "decoder": _decoder,
         "denoise_steps": _whole,
         "sampler": _sampler,
+        "denoise_shift": _number,
+        "guidance_until": _number,
     }
 )
 """The keys of a record and what reads each; null leaves a key to the call."""

@@ -86,6 +86,7 @@ def generate(options: GenerateOptions) -> GenerateResult:
         described,
         precision=options.precision or described.precision,
         parallel=ParallelConfig(tp=options.tp),
+        quantize=options.quantize,
     )
     at_once = min(options.batch_size, len(requests))
     engine = build_engine(

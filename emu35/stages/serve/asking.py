@@ -259,7 +259,13 @@ def _ask(body: GenerationBody, *, task: Task, question: str) -> Ask:
 
 
 def _denoise(body: GenerationBody) -> DenoiseOptions | None:
-    return denoise_options(body.decoder, steps=body.denoise_steps, sampler=body.sampler)
+    return denoise_options(
+        body.decoder,
+        steps=body.denoise_steps,
+        sampler=body.sampler,
+        shift=body.denoise_shift,
+        guidance_until=body.guidance_until,
+    )
 
 
 def _text_sampling(body: GenerationBody) -> SamplingOverride:

@@ -8,6 +8,7 @@ from pathlib import Path
 from emu35.config import Precision
 from emu35.errors import ConfigError
 from emu35.inference.ask import MAX_REFERENCES
+from emu35.model.quantize import Quantization
 from emu35.tokens.template import PromptTemplate
 
 DEFAULT_PORT = 8000
@@ -42,8 +43,8 @@ class ServeOptions:
     bound the memory. ``model_name`` is what clients call the model (None: as the source is called;
     :data:`ALIAS` does as well). ``port`` 0 takes a free one. ``grace``: seconds that running
     requests get after SIGTERM. ``api_key_env`` names the environment variable that holds the key
-    clients must send; the key itself never stands on a command line. ``tp`` ranks share the model,
-    of which this process is one.
+    clients must send; the key itself never stands on a command line. ``quantize`` gives the layers'
+    weights eight bits. ``tp`` ranks share the model, of which this process is one.
     """
 
     source: Path
@@ -51,6 +52,7 @@ class ServeOptions:
     vision: Path | None = None
     template: PromptTemplate | None = None
     precision: Precision | None = None
+    quantize: Quantization | None = None
     model_name: str | None = None
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from emu35.dida.samplers import Sampler
-from emu35.inference.request import MOST_STEPS, MOST_TOP_LOGPROBS, Decoder
+from emu35.inference.request import MOST_SHIFT, MOST_STEPS, MOST_TOP_LOGPROBS, Decoder
 from emu35.stages.serve.neutral import IGNORED, MESSAGE_NEUTRAL, NEUTRAL
 from emu35.stages.serve.refusal import shown
 from emu35.tokens.template import Task
@@ -116,7 +116,8 @@ class GenerationBody(Body):
     the unfinished picture every so many rows (true: about eight times a picture).
     ``return_images`` false leaves pictures undecoded, for callers that want ids. ``image_area`` is
     the number of pixels that references are resized to. ``decoder`` dida decodes pictures in
-    parallel, by ``sampler`` in ``denoise_steps`` steps, where the model was adapted to it.
+    parallel, where the model was adapted to it: by ``sampler`` in ``denoise_steps`` steps, of which
+    ``denoise_shift`` above 1 spends more near the noise, guided until the time ``guidance_until``.
     """
 
     model: str | None = None
@@ -142,6 +143,8 @@ class GenerationBody(Body):
     decoder: Decoder = Decoder.ar
     denoise_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     sampler: Sampler | None = None
+    denoise_shift: float | None = Field(default=None, gt=0, le=MOST_SHIFT)
+    guidance_until: float | None = Field(default=None, ge=0, le=1)
 
     neutral = NEUTRAL
     ignored = IGNORED

@@ -56,6 +56,7 @@ def engine_maker(options: ServeOptions, *, described: Described) -> Callable[[],
             described,
             precision=options.precision or described.precision,
             parallel=ParallelConfig(tp=options.tp),
+            quantize=options.quantize,
         )
         length = _max_length(options, described=described)
         fitting = min(2 * options.max_requests * whole_pages(length), free_slots(model))

@@ -75,3 +75,10 @@ def test_prompts_are_held_out_distinct_and_half_of_them_single() -> None:
     assert sum(len(scene.objects) == 1 for scene in found) >= 30
     assert {prompt["language"] for prompt in prompts} == {"en", "zh"}
     assert len({prompt["id"] for prompt in prompts}) == 60
+
+
+def test_more_prompts_than_there_are_single_objects_still_differ() -> None:
+    prompts = sample_prompts(count=300, seed=0)
+    objects = [json.dumps(prompt["scene"]["objects"]) for prompt in prompts]
+    assert len(set(objects)) == 300
+    assert 50 < sum(len(prompt["scene"]["objects"]) == 1 for prompt in prompts) < 150

@@ -106,9 +106,6 @@ def test_adapters_of_noisy_copies_leave_token_by_token_as_it_was(run: Path, tmp_
     ]
     assert logprobs[0] == logprobs[1], "bit for bit"
     assert answers["adapted", Decoder.dida] != answers["full", Decoder.dida]
-    release = export(ExportOptions(run=adapted, out=tmp_path / "release"))
-    with pytest.raises(ConfigError, match="not adapted to parallel decoding"):
-        generate(options(release, tmp_path / "none", decoder=Decoder.dida))
 
 
 def test_the_command_line(adapted: Path, tmp_path: Path) -> None:
@@ -133,3 +130,46 @@ def test_a_server_without_the_codebook_answers_token_by_token(
         engine.submit(Request(prompt=prompt, denoise=DenoiseOptions()))
     with pytest.raises(ConfigError, match=r"nowhere is not there; give its folder.*--vision"):
         needed_denoiser(described, chosen=nowhere)
+
+
+def test_how_steps_are_spread_and_how_long_they_are_guided(adapted: Path, tmp_path: Path) -> None:
+    """On the command line and in records: guidance that ends at once is none, and steps near the
+    noise give another picture."""
+    call = ["generate", "--run", str(adapted), "--size", "3x4", "--decoder", "dida", "--logprobs"]
+    call += ["--prompt", "a cat", "--denoise-steps", "6"]
+
+    def ids(name: str, *words: str) -> list[int]:
+        assert main([*call, *words, "--out", str(tmp_path / name)]) == 0
+        (row,) = rows(tmp_path / name)
+        return row["ids"]
+
+    guided = ids("guided", "--guidance", "3")
+    plain = ids("plain", "--guidance", "1")
+    assert guided != plain
+    assert ids("at_once", "--guidance", "3", "--guidance-until", "0") == plain
+    whole = ids("whole", "--guidance", "3", "--guidance-until", "1")
+    shifted = ids("shifted", "--guidance", "3", "--denoise-shift", "4")
+    assert shifted != guided
+    file = tmp_path / "prompts.jsonl"
+    records = [
+        {"prompt": "a cat", "seed": 0, "denoise_shift": 4},
+        {"prompt": "a cat", "seed": 0, "guidance_until": 1},
+        {"prompt": "a cat", "seed": 0},
+    ]
+    file.write_text("\n".join(json.dumps(record) for record in records))
+    asked = {"decoder": Decoder.dida, "denoise_steps": 6, "prompts": (), "prompts_file": file}
+    found = generate(options(adapted, tmp_path / "records", **asked))
+    assert [answer.ids for answer in found.answers] == [shifted, whole, guided]
+
+
+def test_numbers_of_denoising_that_make_no_sense_are_refused(
+    adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["generate", "--run", str(adapted), "--prompt", "a cat", "--out", str(tmp_path / "out")]
+    assert main([*call, "--denoise-shift", "2", "--guidance-until", "0.5"]) == 2
+    assert "denoise_shift and guidance_until hold for parallel decoding" in capsys.readouterr().err
+    wrong = ["--decoder", "dida", "--denoise-shift", "0", "--guidance-until", "1.5"]
+    assert main([*call, *wrong]) == 2
+    said = capsys.readouterr().err
+    assert "denoise shift=0.0 must be positive and at most 100" in said
+    assert "guidance_until=1.5 is a time and must lie in 0..1" in said

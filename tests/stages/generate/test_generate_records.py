@@ -13,7 +13,7 @@ from emu35.dida.samplers import Sampler
 from emu35.errors import ConfigError, DataError
 from emu35.inference.ask import SamplingOverride
 from emu35.inference.grammar import GridSize
-from emu35.inference.request import Decoder
+from emu35.inference.request import Decoder, DenoiseOptions
 from emu35.run.arguments.generate import RECORDS
 from emu35.stages.generate.options import GenerateOptions
 from emu35.stages.generate.records import FIELDS, read_records
@@ -61,6 +61,8 @@ def test_a_record_sets_what_holds_for_it_alone(tmp_path: Path) -> None:
         "decoder": "dida",
         "denoise_steps": 12,
         "sampler": "remdm",
+        "denoise_shift": 2,
+        "guidance_until": 0.5,
     }
     assert set(full) | {"ratio"} == set(FIELDS), "a key without a test"
     made = check(
@@ -80,7 +82,11 @@ def test_a_record_sets_what_holds_for_it_alone(tmp_path: Path) -> None:
     assert (one.max_new_tokens, one.steps, one.stop) == (99, 1, ("END",))
     chosen = (one.decoder, one.denoise_steps, one.sampler)
     assert chosen == (Decoder.dida, 12, Sampler.remdm)
+    assert (one.denoise_shift, one.guidance_until) == (2.0, 0.5)
+    asked = one.ask(images=(), seed=0).denoise
+    assert asked == DenoiseOptions(sampler=Sampler.remdm, steps=12, shift=2.0, guidance_until=0.5)
     assert (two.decoder, two.denoise_steps, two.sampler) == (Decoder.ar, None, None)
+    assert (two.denoise_shift, two.guidance_until) == (None, None)
     assert (two.prompt, two.id, two.task, two.images) == ("two", None, Task.t2i, ())
     assert (two.size, two.ratio, two.guidance) == (None, "1:1", 4.0)
     assert (two.seed, two.own_seed, two.steps) == (8, False, None)

@@ -139,6 +139,19 @@ def test_pictures_of_a_completion_may_be_decoded_in_parallel(server) -> None:
     assert images >= 2
 
 
+def test_a_call_says_how_steps_are_spread_and_how_long_they_are_guided(server) -> None:
+    asked = {"task": "t2i", "size": "3x5", "seed": 2, "max_tokens": None, "return_token_ids": True}
+    asked |= {"decoder": "dida", "denoise_steps": 6, "return_images": False}
+
+    def ids(**chosen: Any) -> tuple[int, ...]:
+        return tuple(complete(server, **asked, **chosen).choices[0].token_ids)
+
+    guided, plain = ids(guidance=200.0), ids(guidance=1.0)
+    assert guided != plain
+    assert ids(guidance=200.0, guidance_until=0) == plain
+    assert ids(guidance=200.0, denoise_shift=5) not in (guided, plain)
+
+
 def test_ids_with_images_are_prompts_and_answers_are_whole(server) -> None:
     tokenizer = server.service.asker.tokenizer
     vocabulary = tokenizer.vocabulary
