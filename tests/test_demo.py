@@ -21,7 +21,7 @@ PROMISED = [
     "release_logits_equal",
 ]
 STEPS = ["corpus", "tokenizer", "ingest", "pretrain", "generate", "tasks", "sft", "lora"]
-STEPS += ["answer", "release", "report"]
+STEPS += ["answer", "dida", "compare", "release", "report"]
 
 
 def start(out: Path, *arguments: str, repository: Path, cwd: Path) -> "subprocess.Popen[str]":
@@ -88,8 +88,13 @@ def test_every_step_in_two_attempts(tmp_path: Path, repository: Path) -> None:
     adapters = (out / "lora" / "config.yaml").read_text()
     assert "adapter: lora" in adapters
 
+    # Words before the pictures, which a model that knows nothing has many of, are the same.
+    assert summary["ar_forwards"] - summary["kinetic_euler_2_forwards"] == pytest.approx(62, abs=2)
+    assert len(list((out / "dida_eval" / "samples").iterdir())) == 4
+
     page = (out / "report.html").read_text()
     assert "adapters alone" in page
+    assert "in 2 steps" in page
     assert page.count("data:image/png;base64,") >= 2
     assert "<polyline" in page
     assert "http://" not in page
@@ -145,6 +150,7 @@ def test_the_summary_says_what_the_verification_found(
             "models": {"pretrain": {"accuracy": {"mean": 0.25}}},
             "chance": {"mean": 0.125},
         },
+        parallel={"ar_accuracy": 0.75},
         verification={"logits_equal": equal, "max_difference": 0.0 if equal else 0.25},
         seconds={"corpus": 1.0},
         budget="tiny",
@@ -152,3 +158,4 @@ def test_the_summary_says_what_the_verification_found(
     assert list(summary)[: len(PROMISED)] == PROMISED
     assert summary["release_logits_equal"] is equal
     assert summary["tasks_pretrain"] == 0.25
+    assert summary["ar_accuracy"] == 0.75

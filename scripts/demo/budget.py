@@ -24,6 +24,8 @@ class Budget:
     sft_overrides: tuple[str, ...]
     lora_overrides: tuple[str, ...]
     answer_options: tuple[str, ...]
+    dida_overrides: tuple[str, ...]
+    dida_eval_overrides: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,12 +58,17 @@ BUDGETS = {
         prompts=96,
         generate_options=("--guidance", "1.5", "--temperature", "0.4"),
         task_records={"t2i": 1500, "x2i": 2500, "story": 1000, "chat": 2000},
-        task_prompts=96,
+        task_prompts=80,
         sft_overrides=(),
-        lora_overrides=(),
+        lora_overrides=("stage.steps=600",),
         answer_options=(
             *("--guidance", "1", "--temperature", "0.1", "--text-temperature", "0.1"),
             *("--max-new-tokens", "256"),
+        ),
+        dida_overrides=(),
+        dida_eval_overrides=(
+            *("stage.denoise_steps=[8,25]", "stage.ar_seeds=1", "stage.shown=12"),
+            "stage.times=[0.25,0.5,0.75]",
         ),
     ),
     # Walks every step and learns nothing: the smoke test's.
@@ -87,5 +94,7 @@ BUDGETS = {
         sft_overrides=_TINY_MODEL,
         lora_overrides=_TINY_MODEL,
         answer_options=("--guidance", "1", "--max-new-tokens", "256"),
+        dida_overrides=_TINY_MODEL,
+        dida_eval_overrides=("stage.denoise_steps=[2]", "stage.ar_seeds=1", "stage.times=[0.5]"),
     ),
 }

@@ -30,7 +30,7 @@ class Reconstruction:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """What the page shows; ``summary`` is that of ``summary.json``, ``tasks`` the section on
-    fine-tuning."""
+    fine-tuning, ``parallel`` that on parallel decoding."""
 
     summary: dict[str, Any]
     evaluation: dict[str, Any]
@@ -40,6 +40,7 @@ class Report:
     sft_run: Path
     generated: Path
     tasks: str
+    parallel: str
     commands: Sequence[str]
 
     def html(self) -> str:
@@ -49,6 +50,7 @@ class Report:
             self._head(),
             self._generated(),
             self.tasks,
+            self.parallel,
             self._curves(),
             self._reconstructions(),
             self._accuracy(),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from budget import BUDGETS, Budget
 from emu35.errors import Emu35Error
+from parallel import Parallel
 from steps import Runner, Step, Stopped, duration, say, shown, write_json, write_text
 from tuning import Tuning
 
@@ -30,7 +31,7 @@ class Demo:
 
     @property
     def steps(self) -> list[Step]:
-        tuning = self.tuning
+        tuning, parallel = self.tuning, self.parallel
         return [
             Step(name="corpus", title="writing pictures, captions and text", run=self.corpus),
             Step(name="tokenizer", title="training the image tokenizer", run=self.tokenizer),
@@ -41,6 +42,8 @@ class Demo:
             Step(name="sft", title="fine-tuning on the tasks", run=tuning.sft),
             Step(name="lora", title="fine-tuning adapters alone", run=tuning.lora),
             Step(name="answer", title="answering held-out tasks", run=tuning.answer),
+            Step(name="dida", title="adapting to parallel decoding", run=parallel.adapt),
+            Step(name="compare", title="drawing captions both ways", run=parallel.compare),
             Step(name="release", title="writing and checking the release", run=self.release),
             Step(name="report", title="summary and report", run=self.report),
         ]
@@ -49,6 +52,15 @@ class Demo:
     def tuning(self) -> Tuning:
         return Tuning(
             out=self.out, budget=self.budget, runner=self.runner, seed=SEED, vision=self.vision
+        )
+
+    @property
+    def parallel(self) -> Parallel:
+        return Parallel(
+            out=self.out,
+            budget=self.budget,
+            runner=self.runner,
+            vision=self.vision,
         )
 
     # ------------------------------------------------------------------ where things lie
@@ -263,6 +275,7 @@ class Demo:
             evaluation,
             tasks=tasks,
             verification=json.loads(self.verification.read_text()),
+            parallel=self.parallel.summary(),
             seconds={name: self.runner.seconds(name) for name in names},
             budget=self.budget_name,
         )
@@ -280,6 +293,7 @@ class Demo:
             sft_run=self.sft_run,
             generated=self.generated,
             tasks=TaskSection(tasks=tasks, out=self.out).html(),
+            parallel=self.parallel.html(),
             commands=self.runner.commands,
         )
         write_text(self.out / "report.html", page.html())
@@ -306,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="demo.sh", description="From nothing to a trained, checked, released model."
     )
     names = ["corpus", "tokenizer", "ingest", "pretrain", "generate"]
-    names += ["tasks", "sft", "lora", "answer", "release", "report"]
+    names += ["tasks", "sft", "lora", "answer", "dida", "compare", "release", "report"]
     parser.add_argument("out", nargs="?", type=Path, default=Path("runs/demo"), metavar="OUT")
     parser.add_argument("--until", choices=names, help="stop after this step")
     parser.add_argument("--budget", choices=list(BUDGETS), default="default")

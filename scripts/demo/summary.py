@@ -22,13 +22,14 @@ def summarize(
     *,
     tasks: Mapping[str, Any],
     verification: Mapping[str, Any],
+    parallel: Mapping[str, Any],
     seconds: Mapping[str, float],
     budget: str,
 ) -> dict[str, Any]:
     """``summary.json``: flat keys, the first six as documented in README.
 
     ``verification`` is what ``emu35 convert verify --json`` printed, ``tasks`` what
-    :mod:`tuning` wrote.
+    :mod:`tuning` wrote, ``parallel`` flat facts of :mod:`parallel`.
     """
     got, by_chance = evaluation["accuracy"], evaluation["chance"]
     return {
@@ -44,6 +45,7 @@ def summarize(
         "count_accuracy": got["count"],
         **{f"tasks_{model}": found["accuracy"]["mean"] for model, found in tasks["models"].items()},
         "tasks_chance": tasks["chance"]["mean"],
+        **parallel,
         "prompts": len(evaluation["prompts"]),
         "budget": budget,
         "version_emu35": __version__,

@@ -35,10 +35,8 @@ class Tuning:
 
     @property
     def tokenizer_config(self) -> IBQConfig:
-        """That of the image tokenizer's run; what follows takes its numbers from there."""
-        model = read_config(self.vision.parent).model
-        assert isinstance(model, IBQConfig)
-        return model
+        """What follows takes its numbers from there."""
+        return tokenizer_of(self.vision)
 
     @property
     def heldout(self) -> Path:
@@ -140,6 +138,13 @@ class Tuning:
             shown(self.out / "answers" / name),
             *self.budget.answer_options,
         )
+
+
+def tokenizer_of(vision: Path) -> IBQConfig:
+    """The image tokenizer in the folder ``vision`` of its run."""
+    model = read_config(vision.parent).model
+    assert isinstance(model, IBQConfig)
+    return model
 
 
 def _answers(prompts: Sequence[Mapping[str, Any]], *, folder: Path) -> list[dict[str, Any]]:
