@@ -88,8 +88,8 @@ def test_every_step_in_two_attempts(tmp_path: Path, repository: Path) -> None:
     adapters = (out / "lora" / "config.yaml").read_text()
     assert "adapter: lora" in adapters
 
-    # Words before the pictures, which a model that knows nothing has many of, are the same.
-    assert summary["ar_forwards"] - summary["kinetic_euler_2_forwards"] == pytest.approx(62, abs=2)
+    # A model that knows nothing says words until its budget ends, and may not draw at all.
+    assert 0 < summary["kinetic_euler_2_forwards"] <= summary["ar_forwards"]
     assert len(list((out / "dida_eval" / "samples").iterdir())) == 4
 
     page = (out / "report.html").read_text()

@@ -32,27 +32,12 @@ class Parallel:
         return self.out / "dida_eval"
 
     def adapt(self) -> None:
-        """``stage=dida`` from the fine-tuned model, on a path that is fitted to the tokenizer."""
-        fitted = self.out / "path"
-        self.runner.emu35(
-            "dida",
-            "fit-path",
-            "--vision",
-            shown(self.vision),
-            "--shards",
-            shown(self._shards("t2i")),
-            "--out",
-            shown(fitted),
-            "--force",
-        )
-        path = json.loads((fitted / "path.json").read_text())
+        """``stage=dida`` from the fine-tuned model, on its own tasks."""
         self.runner.emu35(
             "run",
             "experiment=demo/dida",
             f"run_dir={shown(self.run)}",
             f"stage.init_from={shown(self.out / 'sft')}",
-            f"stage.path.c={path['c']}",
-            f"stage.path.alpha={path['alpha']}",
             f"tokenizer.vision={shown(self.vision)}",
             f"tokenizer.codebook_size={tokenizer_of(self.vision).n_embed}",
             *(f"data.sources.{task}.path={shown(self._shards(task))}" for task in TASKS),
