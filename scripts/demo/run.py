@@ -56,12 +56,7 @@ class Demo:
 
     @property
     def parallel(self) -> Parallel:
-        return Parallel(
-            out=self.out,
-            budget=self.budget,
-            runner=self.runner,
-            vision=self.vision,
-        )
+        return Parallel(out=self.out, budget=self.budget, runner=self.runner, tuning=self.tuning)
 
     # ------------------------------------------------------------------ where things lie
 

@@ -35,8 +35,10 @@ class Tuning:
 
     @property
     def tokenizer_config(self) -> IBQConfig:
-        """What follows takes its numbers from there."""
-        return tokenizer_of(self.vision)
+        """That of the image tokenizer's run; what follows takes its numbers from there."""
+        model = read_config(self.vision.parent).model
+        assert isinstance(model, IBQConfig)
+        return model
 
     @property
     def heldout(self) -> Path:
@@ -106,6 +108,15 @@ class Tuning:
         }
         write_json(self.out / "tasks.json", {"prompts": prompts, "models": models, **bounds})
 
+    def questions(self, name: str) -> float:
+        """Share of the held-out questions that the run ``name`` answers right."""
+        prompts = [prompt for prompt in read_lines(self.heldout) if prompt["task"] == "chat"]
+        asked = self.records / "questions.jsonl"
+        write_text(asked, "".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
+        self._generate(name, prompts=asked)
+        answers = _answers(prompts, folder=self.out / "answers" / name)
+        return _accuracy(prompts, answers=answers)["chat"]
+
     def _shards(self, task: str) -> Path:
         return self.out / "shards" / "tasks" / task
 
@@ -124,27 +135,20 @@ class Tuning:
             *overrides,
         )
 
-    def _generate(self, name: str) -> None:
+    def _generate(self, name: str, *, prompts: Path | None = None) -> None:
         """Each model is asked in the prompts that it was trained for."""
         self.runner.emu35(
             "generate",
             "--run",
             shown(self.out / name),
             "--prompts-file",
-            shown(self.heldout),
+            shown(prompts or self.heldout),
             "--image-area",
             str(self.budget.resolution**2),
             "--out",
             shown(self.out / "answers" / name),
             *self.budget.answer_options,
         )
-
-
-def tokenizer_of(vision: Path) -> IBQConfig:
-    """The image tokenizer in the folder ``vision`` of its run."""
-    model = read_config(vision.parent).model
-    assert isinstance(model, IBQConfig)
-    return model
 
 
 def _answers(prompts: Sequence[Mapping[str, Any]], *, folder: Path) -> list[dict[str, Any]]:
