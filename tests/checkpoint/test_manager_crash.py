@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import fork
 
 from emu35.checkpoint.durable import files_below
 from emu35.checkpoint.manager import CheckpointManager, find_checkpoint, list_steps
@@ -79,7 +80,7 @@ def watch_operations(root: Path) -> None:
 
 def run_child(action: Callable[[], None]) -> int:
     """Run ``action`` in a forked process; its wait status (0 when it came to its end)."""
-    child = os.fork()
+    child = fork()
     if child == 0:
         try:
             action()

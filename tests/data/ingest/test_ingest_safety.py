@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import fork
 from ingest_inputs import (
     GreyLevels,
     documents_of,
@@ -54,7 +55,7 @@ def texts_options(inputs: list[Path], out: Path, **changes: Any) -> IngestOption
 def run_until(change: int, *, options: IngestOptions) -> bool:
     """Ingest in a process that dies, as by SIGKILL, just before its ``change``-th change of the
     disk (opening to write, renaming, removing, making a folder); whether it died."""
-    child = os.fork()
+    child = fork()
     if child == 0:
         left = [change]
 
