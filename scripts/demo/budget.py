@@ -45,7 +45,7 @@ _TINY_MODEL = (
 )
 
 BUDGETS = {
-    # Aims at eighteen minutes on two cores, of which pretraining takes the most.
+    # Aims at twenty minutes on two cores, of which pretraining takes the most.
     "default": Budget(
         resolution=64,
         train_scenes=6000,
@@ -58,7 +58,7 @@ BUDGETS = {
         prompts=96,
         generate_options=("--guidance", "1.5", "--temperature", "0.4"),
         task_records={"t2i": 1500, "x2i": 2500, "story": 1000, "chat": 2000},
-        task_prompts=80,
+        task_prompts=64,
         sft_overrides=(),
         lora_overrides=("stage.steps=600",),
         answer_options=(
