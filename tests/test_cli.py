@@ -231,6 +231,7 @@ def test_choices_are_those_of_the_packages_that_read_them():
     from emu35.data.readers.discover import TextUnit
     from emu35.data.readers.task_documents import Starts
     from emu35.data.readers.task_table import TASK_FORMS
+    from emu35.dida.samplers import Sampler
     from emu35.tokens.template import PromptTemplate, Task
 
     def values(kind: type[StrEnum]) -> set[str]:
@@ -243,6 +244,7 @@ def test_choices_are_those_of_the_packages_that_read_them():
     assert tuple(TASK_FORMS) == data.TASKS
     assert set(data.LAYOUTS) == values(Layout)
     assert set(generate.TASKS) == values(Task)
+    assert set(generate.SAMPLERS) == values(Sampler)
     assert set(source.TEMPLATES) == values(PromptTemplate) | {"auto"}
     assert set(convert.TEMPLATES) == values(PromptTemplate)
     assert set(source.PRECISIONS) == set(convert.DTYPES) == values(Precision)

@@ -111,7 +111,7 @@ class PartReader(Protocol):
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class _Piece:
+class Piece:
     """Indices [start, stop) of dimension ``dim`` of the official tensor ``name``, and the view of
     a parameter that they fill, of as many elements in the same order."""
 
@@ -151,7 +151,7 @@ def fill_from_hf(
     else:
         # All of them, so that every rank comes to the same conclusion.
         check_tensors(state, names=set(state), expected=expected, what="the release")
-    for piece in _pieces(
+    for piece in held_pieces(
         parameters, config=config, vocabulary_size=vocabulary_size, shard=shard or Shard()
     ):
         if isinstance(state, PartReader):
@@ -175,7 +175,7 @@ def zero_padding(
             weight[real:] = 0
 
 
-def _copy(piece: _Piece, *, state: PartReader) -> None:
+def _copy(piece: Piece, *, state: PartReader) -> None:
     """Read a piece into its place, rows of the vocabulary a few at a time."""
     rows = _ROWS if piece.name in VOCABULARY_NAMES else max(1, piece.stop - piece.start)
     for start in range(piece.start, piece.stop, rows):
@@ -187,13 +187,13 @@ def _copy(piece: _Piece, *, state: PartReader) -> None:
         target.copy_(part.reshape(target.shape))
 
 
-def _pieces(
+def held_pieces(
     parameters: Mapping[str, torch.Tensor],
     *,
     config: LMConfig,
     vocabulary_size: int,
     shard: Shard,
-) -> Iterator[_Piece]:
+) -> Iterator[Piece]:
     """Every official tensor that this rank holds a part of, with that part."""
     for name, ours in GLOBAL_NAMES.items():
         if (weight := parameters.get(ours)) is None:
@@ -201,9 +201,9 @@ def _pieces(
         if name in VOCABULARY_NAMES:
             count = _real_rows(weight, vocabulary_size=vocabulary_size, shard=shard)
             start = min(shard.rank * len(weight), vocabulary_size)
-            yield _Piece(name=name, dim=0, start=start, stop=start + count, target=weight[:count])
+            yield Piece(name=name, dim=0, start=start, stop=start + count, target=weight[:count])
         else:
-            yield _Piece(name=name, dim=0, start=0, stop=len(weight), target=weight)
+            yield Piece(name=name, dim=0, start=0, stop=len(weight), target=weight)
     for layer in _held_layers(parameters):
         ours, theirs = f"{_LAYERS}{layer}.", f"model.layers.{layer}."
         for name, mcore in LAYER_NAMES.items():
@@ -211,14 +211,14 @@ def _pieces(
             dim = int(name in COLUMN_NAMES)
             start = shard.rank * weight.shape[1] if dim else 0
             stop = start + weight.shape[dim]
-            yield _Piece(name=theirs + name, dim=dim, start=start, stop=stop, target=weight)
+            yield Piece(name=theirs + name, dim=dim, start=start, stop=stop, target=weight)
         for name, target in {
             **_qkv_views(parameters[ours + QKV], config=config),
             **_fc1_views(parameters[ours + FC1]),
         }.items():
             rows = target.numel() // config.hidden_size
             start = shard.rank * rows
-            yield _Piece(name=theirs + name, dim=0, start=start, stop=start + rows, target=target)
+            yield Piece(name=theirs + name, dim=0, start=start, stop=start + rows, target=target)
 
 
 def _held_layers(parameters: Mapping[str, torch.Tensor]) -> list[int]:

@@ -45,6 +45,7 @@ from emu35.config import (
     TokenizerKind,
 )
 from emu35.config.dida import DiDAConfig
+from emu35.config.grpo import GRPOConfig
 from emu35.config.io import CONFIG_FILE, read_config
 from emu35.config.rules import split_problems
 from emu35.config.stage import adapters_of, adapts_noisy_only
@@ -337,7 +338,9 @@ def _describe_run(path: Path, *, step: int | None, message: Message) -> Describe
 def default_template(run: RunConfig) -> PromptTemplate:
     """Pretraining documents have no chat form; everything after it does."""
     stage = run.stage
-    tuned = isinstance(stage, SFTConfig) or (isinstance(stage, DiDAConfig) and stage.responses_only)
+    tuned = isinstance(stage, SFTConfig | GRPOConfig) or (
+        isinstance(stage, DiDAConfig) and stage.responses_only
+    )
     return PromptTemplate.official if tuned else PromptTemplate.plain
 
 

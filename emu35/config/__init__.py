@@ -31,12 +31,15 @@ from emu35.config.engine import (
     Recompute,
     RecomputeModule,
 )
+from emu35.config.grpo import GRPOConfig
 from emu35.config.guard import GuardConfig
 from emu35.config.launch import LaunchConfig, LaunchKind
 from emu35.config.log import LogConfig, WandbMode
 from emu35.config.model import AttentionBackend, IBQConfig, LMConfig, ModelConfig
 from emu35.config.optim import OptimConfig, Schedule
 from emu35.config.parallel import ParallelConfig
+from emu35.config.prompts import PromptDataConfig, PromptTaskConfig
+from emu35.config.reward import RewardConfig
 from emu35.config.root import KINDS, RunConfig
 from emu35.config.stage import (
     Adapter,
@@ -66,6 +69,7 @@ __all__ = [
     "EngineConfig",
     "FP8Recipe",
     "Features",
+    "GRPOConfig",
     "GuardConfig",
     "IBQConfig",
     "IBQStageConfig",
@@ -90,8 +94,11 @@ __all__ = [
     "PathKind",
     "Precision",
     "PretrainConfig",
+    "PromptDataConfig",
+    "PromptTaskConfig",
     "Recompute",
     "RecomputeModule",
+    "RewardConfig",
     "RunConfig",
     "SFTConfig",
     "Sampler",

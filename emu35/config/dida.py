@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from emu35.config.check import at_least, fraction
 from emu35.config.data import TokenDataConfig
+from emu35.config.prompts import PromptDataConfig
 from emu35.config.stage import LMStageConfig, StageConfig
 
 
@@ -94,6 +95,6 @@ class DiDAConfig(LMStageConfig):
             yield "stage.noisy_weight and stage.ar_weight are both 0; give one of them a weight"
 
 
-def row_length(stage: StageConfig, *, data: TokenDataConfig) -> int:
+def row_length(stage: StageConfig, *, data: TokenDataConfig | PromptDataConfig) -> int:
     """Tokens of a row as the model sees it: with room for noisy copies where ``stage`` has any."""
     return data.sequence_length + (stage.noisy_length if isinstance(stage, DiDAConfig) else 0)

@@ -47,6 +47,23 @@ MAY_CHANGE = (
     "stage.times",
     "stage.features",
     "stage.shown",
+    "stage.pages_every",
+    "stage.pages_groups",
+    "stage.unscored",
+    "stage.max_unscored",
+    "stage.rollout.batch_size",
+    "stage.rollout.cache_tokens",
+    "stage.rollout.bucket_bytes",
+    "stage.rollout.servers",
+    "stage.rollout.timeout",
+    "stage.rollout.save",
+    "stage.rewards.*.concurrency",
+    "stage.rewards.*.timeout",
+    "stage.rewards.*.retries",
+    "stage.rewards.*.backoff",
+    "stage.rewards.*.base_url",
+    "stage.rewards.*.api_key_env",
+    "stage.rewards.*.device",
 )
 """Keys (patterns) that a resumed run may change: where it runs and how something is computed.
 

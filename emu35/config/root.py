@@ -9,31 +9,41 @@ from emu35.config.data import DataConfig, ImageDataConfig, TokenDataConfig
 from emu35.config.dida import DiDAConfig
 from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.engine import EngineConfig
+from emu35.config.grpo import GRPOConfig
 from emu35.config.guard import GuardConfig
 from emu35.config.launch import LaunchConfig
 from emu35.config.log import LogConfig
 from emu35.config.model import IBQConfig, LMConfig, ModelConfig
 from emu35.config.optim import OptimConfig
 from emu35.config.parallel import ParallelConfig
+from emu35.config.prompts import PromptDataConfig
+from emu35.config.reward import RewardConfig
+from emu35.config.reward_kinds import REWARD_KINDS
 from emu35.config.stage import IBQStageConfig, PretrainConfig, SFTConfig, StageConfig
 from emu35.config.tokenizer import TokenizerConfig
 
 KINDS: Mapping[str, Mapping[str, type]] = MappingProxyType(
     {
         "model": MappingProxyType({"lm": LMConfig, "ibq": IBQConfig}),
-        "data": MappingProxyType({"tokens": TokenDataConfig, "images": ImageDataConfig}),
+        "data": MappingProxyType(
+            {"tokens": TokenDataConfig, "images": ImageDataConfig, "prompts": PromptDataConfig}
+        ),
         "stage": MappingProxyType(
             {
                 "pretrain": PretrainConfig,
                 "sft": SFTConfig,
                 "dida": DiDAConfig,
                 "dida_eval": DiDAEvalConfig,
+                "grpo": GRPOConfig,
                 "ibq": IBQStageConfig,
             }
         ),
     }
 )
 """Sections with several kinds: section name -> kind -> class."""
+
+ENTRY_KINDS: Mapping[type, Mapping[str, type]] = MappingProxyType({RewardConfig: REWARD_KINDS})
+"""The same for entries of named sections (``stage.rewards.NAME``), by their base class."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,8 +7,11 @@ from emu35.config.data import ImageDataConfig, Overlong, TokenDataConfig
 from emu35.config.dida import DiDAConfig, row_length
 from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.engine import FP8, FP8Recipe, LayerSpec, Recompute, RecomputeModule
+from emu35.config.grpo import GRPOConfig
+from emu35.config.grpo_rules import grpo_problems
 from emu35.config.model import IBQConfig, LMConfig
 from emu35.config.parallel import CPCommType, ParallelConfig
+from emu35.config.prompts import PromptDataConfig
 from emu35.config.root import RunConfig
 from emu35.config.stage import (
     IBQStageConfig,
@@ -63,9 +66,13 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
     if isinstance(stage, LMStageConfig):
         if not isinstance(config.model, LMConfig):
             yield f"stage={stage.kind} trains a language model, but model.kind={config.model.kind}"
-        if not isinstance(config.data, TokenDataConfig):
+        if isinstance(stage, GRPOConfig):
+            yield from grpo_problems(config, stage=stage)
+        elif not isinstance(config.data, TokenDataConfig):
             yield f"stage={stage.kind} reads token shards, but data.kind={config.data.kind}"
-        elif isinstance(config.model, LMConfig):
+        if isinstance(config.data, TokenDataConfig | PromptDataConfig) and isinstance(
+            config.model, LMConfig
+        ):
             longest, length = config.model.max_position_embeddings, config.data.sequence_length
             if length > longest:
                 yield (
@@ -75,7 +82,11 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
             learns_responses = isinstance(stage, SFTConfig) or (
                 isinstance(stage, DiDAConfig) and stage.responses_only
             )
-            if learns_responses and config.data.overlong is Overlong.cut:
+            if (
+                learns_responses
+                and isinstance(config.data, TokenDataConfig)
+                and config.data.overlong is Overlong.cut
+            ):
                 yield (
                     f"stage={stage.kind} learns responses, and data.overlong=cut would make "
                     "documents of the tails of long ones: a tail without its prompt teaches "
@@ -159,7 +170,7 @@ def _layout(config: RunConfig) -> Iterator[str]:
     yield from split_problems(parallel, model=model)
     yield from _exchanged_heads(parallel, model=model)
     yield from _stages(parallel, model=model)
-    if isinstance(config.data, TokenDataConfig):
+    if isinstance(config.data, TokenDataConfig | PromptDataConfig):
         lengths = {"data.sequence_length": config.data.sequence_length}
         if isinstance(config.stage, DiDAConfig):
             lengths["stage.noisy_length"] = config.stage.noisy_length
@@ -280,6 +291,8 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"launch.nproc={launch.nproc}; use a multiple of {ranks} ranks"
         )
         return
+    if isinstance(stage, GRPOConfig):
+        return  # as many rows as the answers fill, made up to what the layout needs
     dp = launch.world_size // ranks
     if stage.global_batch_size % (dp * stage.micro_batch_size):
         yield (

@@ -16,7 +16,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, TypeGuard, Union, get_args, get_origin, get_type_hints
 
-from emu35.config.root import KINDS, RunConfig
+from emu35.config.root import ENTRY_KINDS, KINDS, RunConfig
 
 Plain = Any
 """What YAML can hold: dict, list, str, int, float, bool or None."""
@@ -183,13 +183,14 @@ def _build_value(kind: Any, value: Plain, *, key: str, misfits: Misfits) -> Any:
 
 def _class_of(base: Any, value: Plain, *, key: str, misfits: Misfits) -> type | None:
     """The dataclass of a section: ``base``, or the subclass that its ``kind`` selects."""
-    if key not in KINDS or not is_mapping(value):
+    kinds = KINDS.get(key) or ENTRY_KINDS.get(base)
+    if kinds is None or not is_mapping(value):
         return base
     kind = value.get("kind", base().kind)
-    if kind in KINDS[key]:
-        return KINDS[key][kind]
-    known = ", ".join(KINDS[key])
-    hint = did_you_mean(str(kind), KINDS[key])
+    if kind in kinds:
+        return kinds[kind]
+    known = ", ".join(kinds)
+    hint = did_you_mean(str(kind), kinds)
     misfits.setdefault(key, f"{key}.kind={kind!r} is unknown; use one of {known}.{hint}")
     return None
 

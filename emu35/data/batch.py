@@ -88,7 +88,7 @@ class Batch:
             name: change(value) if isinstance(value, torch.Tensor) else value
             for name, value in values.items()
         }
-        return Batch(**changed)
+        return type(self)(**changed)
 
 
 def _padding(pad: int, *, width: int) -> dict[str, int]:

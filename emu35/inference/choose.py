@@ -14,6 +14,7 @@ Suffixes: N sequences chosen together, H hidden size, V ids of a legal range.
 from collections import defaultdict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from emu35.inference.grammar import Next, NextKind
@@ -134,6 +135,7 @@ def _draw_groups(
             positions_N=torch.tensor([len(s.tokens) for s in chosen], device=scores_NV.device),
             ids=ids,
             top=top,
+            keep=any(sequence.request.keep_candidates for sequence in chosen),
         )
         tokens |= zip(places, _tokens(drawn, chosen, kind=kind, ids=ids), strict=True)
     return [tokens[at] for at in range(len(sequences))]
@@ -145,8 +147,10 @@ def _tokens(
     columns, logprobs = drawn.columns_N.tolist(), drawn.logprobs_N.tolist()
     support = drawn.support_N.tolist()
     top_columns, top_logprobs = drawn.top_columns_NT.tolist(), drawn.top_logprobs_NT.tolist()
+    ids_V = np.arange(ids.start, ids.stop) if isinstance(ids, range) else np.array(ids)
     tokens: list[Token] = []
     for n, sequence in enumerate(sequences):
+        columns_K = drawn.kept[n] if sequence.request.keep_candidates else None
         pairs = zip(top_columns[n], top_logprobs[n], strict=True)
         best = [(ids[column], value) for column, value in pairs if value > -torch.inf]
         tokens.append(
@@ -156,6 +160,7 @@ def _tokens(
                 logprob=logprobs[n],
                 support=support[n],
                 top=tuple(best[: sequence.request.top_logprobs]),
+                candidates=None if columns_K is None else ids_V[columns_K.numpy()].astype(np.int32),
             )
         )
     return tokens

@@ -10,6 +10,8 @@ from itertools import accumulate
 
 import torch
 
+from emu35.checkpoint.buckets import Bucket, Receiver
+from emu35.checkpoint.gathered import receiver_of
 from emu35.errors import ConfigError, QueueFull
 from emu35.inference.arena import Arena, whole_pages
 from emu35.inference.choose import Chooser
@@ -120,6 +122,7 @@ class Engine:
             headroom=headroom,
             canvas_chunk=canvas_chunk,
         )
+        self._incoming: Receiver | None = None
         self._submitted = self._forwards = self._tokens_fed = self._generated = self._forced = 0
 
     @property
@@ -184,6 +187,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """One forward over everything that is pending, and the tokens that it makes possible."""
+        assert self._incoming is None, "the weights are neither the old nor the new ones"
         # Training may have had the model in between: dropout here would be silently wrong.
         self.model.eval()
         self._scheduler.admit()
@@ -241,6 +245,30 @@ class Engine:
             return None
         sequence.finish = Finish.abort
         return self._update(sequence)
+
+    def begin_weights(self) -> None:
+        """New weights come, and nothing is generated until :meth:`finish_weights`."""
+        assert not self.busy, "requests in flight have read keys and values of the old weights"
+        self._incoming = receiver_of(self.model)
+
+    def write_weights(self, bucket: Bucket) -> None:
+        """Put the next ``bucket`` into the model.
+
+        Raises:
+            CheckpointError: it does not belong here; nothing was changed.
+        """
+        assert self._incoming is not None, "begin_weights comes first"
+        self._incoming.write(bucket)
+
+    def finish_weights(self) -> None:
+        """All has come.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        assert self._incoming is not None, "begin_weights comes first"
+        self._incoming.finish()
+        self._incoming = None
 
     def close(self) -> None:
         """Nothing more will be asked. Only an engine of several ranks has anything to do."""

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
+from emu35.checkpoint.buckets import Bucket, Layout
 from emu35.checkpoint.source import describe, load_model
 from emu35.config import ParallelConfig, Precision
 from emu35.errors import Emu35Error, LaunchError
@@ -25,6 +26,7 @@ from emu35.inference.engine import Engine
 from emu35.inference.request import Request, Update
 from emu35.model.quantize import Quantization
 from emu35.model.transformer import Emu35Model
+from emu35.parallel.mesh import current_mesh
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
 
 _PATIENCE = timedelta(seconds=60)
@@ -50,6 +52,23 @@ class _Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class _BeginWeights:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Weights:
+    """A bucket follows, as a collective."""
+
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class _FinishWeights:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
 class _Step:
     pass
 
@@ -59,7 +78,9 @@ class _Close:
     pass
 
 
-_Word: TypeAlias = _Make | _Submit | _Abort | _Step | _Close
+_Word: TypeAlias = (
+    _Make | _Submit | _Abort | _BeginWeights | _Weights | _FinishWeights | _Step | _Close
+)
 
 
 class _Words:
@@ -147,6 +168,30 @@ class LeadingEngine(Engine):
         self._words.say(_Abort(index=index))
         return super().abort(index)
 
+    def begin_weights(self) -> None:
+        """As of :class:`Engine`, on all ranks."""
+        self._check()
+        self._words.say(_BeginWeights())
+        super().begin_weights()
+
+    def write_weights(self, bucket: Bucket) -> None:
+        """As of :class:`Engine`, on all ranks."""
+        self._check()
+        assert self._incoming is not None, "begin_weights comes first"
+        self._incoming.check(bucket.layout)
+        self._words.say(_Weights(layout=bucket.layout))
+        try:
+            super().write_weights(_share(bucket))
+        except BaseException as error:
+            self._broken = error
+            raise
+
+    def finish_weights(self) -> None:
+        """As of :class:`Engine`, on all ranks."""
+        self._check()
+        super().finish_weights()
+        self._words.say(_FinishWeights())
+
     def _check(self) -> None:
         if self._broken is not None:
             raise LaunchError(
@@ -173,6 +218,14 @@ def build_engine(
         return LeadingEngine(model=model, tokenizer=tokenizer, source=source, **numbers)
     denoiser = _open(source, model=model)
     return Engine(model=model, tokenizer=tokenizer, denoiser=denoiser, **numbers)
+
+
+def _share(bucket: Bucket) -> Bucket:
+    """``bucket`` as rank 0 has it, on the device of this rank. Collective."""
+    mesh = current_mesh()
+    data = bucket.data.to(mesh.device)
+    dist.broadcast(data, src=dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group)
+    return Bucket(layout=bucket.layout, data=data)
 
 
 def _open(source: DenoiserSource | None, *, model: Emu35Model) -> Denoiser | None:
@@ -224,6 +277,13 @@ def obey(model: Emu35Model, *, tokenizer: TextTokenizer) -> None:
                     engine.abort(word.index)
                 case _Step():
                     engine.step()
+                case _BeginWeights():
+                    engine.begin_weights()
+                case _Weights():
+                    device = model.output_weight.device
+                    engine.write_weights(_share(Bucket.empty(word.layout, device=device)))
+                case _FinishWeights():
+                    engine.finish_weights()
                 case _:
                     raise AssertionError(f"an engine that is in use was told {word}")
         except Emu35Error:

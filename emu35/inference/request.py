@@ -1,9 +1,12 @@
 """What goes into the engine and what comes out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from emu35.dida.samplers import Sampler
 from emu35.inference.grammar import MAX_DIGITS, GrammarOptions, NextKind
@@ -68,6 +71,18 @@ class DenoiseOptions:
         return found
 
 
+def stray_numbers(decoder: Decoder, said: Mapping[str, object]) -> list[str]:
+    """A sentence where numbers of parallel decoding are said to a decoder that knows none."""
+    names = [name for name, value in said.items() if value is not None]
+    if decoder is not Decoder.ar or not names:
+        return []
+    verb = "holds" if len(names) == 1 else "hold"
+    return [
+        f"{' and '.join(names)} {verb} for parallel decoding, but decoder is ar; ask for decoder "
+        "dida, or leave them out"
+    ]
+
+
 def denoise_options(
     decoder: Decoder,
     *,
@@ -108,7 +123,8 @@ class Request:
     ``max_images`` images (0: no limit), and with the token that completes one of the strings
     ``stop`` within a stretch of text; that token is part of the answer. ``top_logprobs`` asks for
     so many of the best candidates beside each sampled token (none beside codes decoded in
-    parallel). ``denoise`` decodes pictures in parallel, by an engine that can; None token by token.
+    parallel), ``keep_candidates`` for the ids that top-k and top-p left, where they did not
+    leave all. ``denoise`` decodes pictures in parallel, by an engine that can; None token by token.
     Equal requests with equal seeds give equal tokens.
     """
 
@@ -123,6 +139,7 @@ class Request:
     max_images: int = 0
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    keep_candidates: bool = False
     denoise: DenoiseOptions | None = None
 
     @property
@@ -196,7 +213,9 @@ class Token:
     legal set, temperature, top-k, top-p) chose ``id`` among ``support`` candidates; 0 where the
     grammar ``forced`` it. Greedy choices (temperature 0), which have no density, report that of
     temperature 1 over the legal set. ``top`` lists ids and log-probabilities of the best
-    candidates, best first, where the request asks for them.
+    candidates, best first, where the request asks for them; ``candidates`` all their ids, int32 and
+    ascending, where it asks for these and not everything legal was one. It takes no part in
+    comparisons.
 
     A code that was ``denoised`` was drawn together with the others of its picture: ``logprob`` is
     that of its last draw given the canvas at that step, not given the tokens before it.
@@ -208,6 +227,7 @@ class Token:
     support: int = 1
     top: tuple[tuple[int, float], ...] = ()
     denoised: bool = False
+    candidates: NDArray[np.int32] | None = field(default=None, compare=False)
 
     @property
     def forced(self) -> bool:

@@ -69,13 +69,15 @@ def guide_hidden(
 class Drawn:
     """The choice of every row: its column int64 [N], its log-probability fp32 [N] under the
     distribution it was drawn from, how many candidates that had, int64 [N], and the columns and
-    log-probabilities of the best, [N, T]."""
+    log-probabilities of the best, [N, T]. ``kept`` are, where asked for, the columns of the
+    candidates of each row, ascending, int64; None for rows where everything legal was one."""
 
     columns_N: torch.Tensor
     logprobs_N: torch.Tensor
     support_N: torch.Tensor
     top_columns_NT: torch.Tensor
     top_logprobs_NT: torch.Tensor
+    kept: Sequence[torch.Tensor | None] = ()
 
 
 def restrict(scores_NV: torch.Tensor, *, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +125,7 @@ def draw(
     positions_N: torch.Tensor,
     ids: Sequence[int] = range(1 << 62),
     top: int = 0,
+    keep: bool = False,
 ) -> Drawn:
     """One column a row, drawn with probability softmax(restricted scores); -inf marks columns that
     are not legal.
@@ -137,6 +140,7 @@ def draw(
         positions_N: int64 [N], how many tokens of the sequence were drawn or forced before.
         ids: the id of every column; its number by default.
         top: how many of the best candidates to report.
+        keep: whether to report all candidates, where they are fewer than the legal ids.
 
     Raises:
         CheckpointError: if a row holds NaN or has no finite score: the weights have diverged.
@@ -163,6 +167,9 @@ def draw(
         winner_N1 = (scores_NM + noise_NM).argmax(-1, keepdim=True)
         support_N = torch.isfinite(scores_NM).sum(-1)
     total_N1 = scores_NM.logsumexp(-1, keepdim=True)
+    kept: list[torch.Tensor | None] = []
+    if keep:
+        kept = _kept(scores_NM, columns_NM=columns_NM, legal_N=torch.isfinite(scores_NV).sum(-1))
     best_NT, places_NT = scores_NM.topk(min(top, scores_NM.shape[-1]))
     return Drawn(
         columns_N=(winner_N1 if columns_NM is None else columns_NM.gather(1, winner_N1))[:, 0],
@@ -170,4 +177,19 @@ def draw(
         support_N=support_N,
         top_columns_NT=places_NT if columns_NM is None else columns_NM.gather(1, places_NT),
         top_logprobs_NT=best_NT - total_N1,
+        kept=kept,
     )
+
+
+def _kept(
+    scores_NM: torch.Tensor, *, columns_NM: torch.Tensor | None, legal_N: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """The columns of each row's candidates, ascending; None where all that is legal is one."""
+    if columns_NM is None:  # greedy: reported over the whole legal set
+        return [None] * len(scores_NM)
+    finite_NM = torch.isfinite(scores_NM)
+    whole_N = (finite_NM.sum(-1) == legal_N).tolist()
+    return [
+        None if whole else columns_M[finite_M].sort().values.cpu()
+        for whole, columns_M, finite_M in zip(whole_N, columns_NM, finite_NM, strict=True)
+    ]

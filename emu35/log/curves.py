@@ -123,7 +123,7 @@ def _charts(tracks: dict[str, Track]) -> Iterable[str]:
     for title, belongs in _FAMILIES[3:]:
         families[title] = {key: left.pop(key) for key in list(left) if belongs(key)}
     for key in left:
-        families.setdefault(_words(key), {})[key] = tracks[key]
+        families.setdefault(_family(key), {})[key] = tracks[key]
     for title, members in families.items():
         series = [_series(key, track) for key, track in members.items()]
         if title.startswith(("Loss", "Validation")):
@@ -131,6 +131,20 @@ def _charts(tracks: dict[str, Track]) -> Iterable[str]:
             yield line_chart(series, x_label="step", title=title, lowest=None, highest=highest)
         else:
             yield line_chart(series, x_label="step", title=title)
+
+
+def _family(key: str) -> str:
+    """The title of the chart for a metric that belongs to no fixed family: rewards by task with
+    their parts, what is told of text and of pictures beside what holds for both."""
+    match key.split("/"):
+        case ["reward"] | ["reward", _]:
+            return "Reward"
+        case ["reward", task, _]:
+            return f"Reward of {_words(task)}"
+        case ["heldout", *_]:
+            return "Held-out rewards"
+        case _:
+            return _words(key.removesuffix("_text").removesuffix("_visual"))
 
 
 def _settled(series: list[Series]) -> float | None:
@@ -142,7 +156,7 @@ def _settled(series: list[Series]) -> float | None:
 
 def _series(key: str, track: Track) -> Series:
     points = track.drawn()
-    name = key.removeprefix("val/").removesuffix("/loss").split("/", 1)[-1]
+    name = _series_name(key)
     if key.startswith("loss"):
         points = smooth(points, window=1 + len(points) // 60)
     return Series(
@@ -151,6 +165,16 @@ def _series(key: str, track: Track) -> Series:
         marked=key.startswith("val/") and len(points) <= 40,
         newest=track.newest,
     )
+
+
+def _series_name(key: str) -> str:
+    """What the title of its chart does not say: the set, the source, the reward."""
+    parts = key.split("/")
+    if parts[0] == "val" and len(parts) > 2:
+        return "/".join(parts[1:-1])
+    if parts[0] == "reward" and len(parts) > 1:
+        return parts[-1]
+    return "/".join(parts[1:]) or key
 
 
 def _words(key: str) -> str:

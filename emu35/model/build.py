@@ -26,9 +26,11 @@ def build_model(
     engine: EngineConfig | None = None,
     precision: Precision = Precision.fp32,
     vp_stage: int | None = None,
+    whole: bool = False,
 ) -> Emu35Model:
     """One model chunk of this rank, uninitialised (see ``emu35.model.init``). The mesh must be
-    laid out first."""
+    laid out first; ``whole`` asks for all layers, wherever in a pipeline this rank stands (then
+    ``parallel`` has one stage)."""
     parallel, engine = parallel or ParallelConfig(), engine or EngineConfig()
     mcore_config = transformer_config(config, parallel=parallel, engine=engine, precision=precision)
     offset = get_transformer_layer_offset(mcore_config, vp_stage=vp_stage)
@@ -43,10 +45,12 @@ def build_model(
         transformer_layer_spec=specs,  # type: ignore[arg-type]  # mcore takes both
         vocab_size=padded_vocabulary(vocabulary_size, tp=parallel.tp),
         max_sequence_length=config.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(
+        pre_process=whole
+        or parallel_state.is_pipeline_first_stage(
             ignore_virtual=vp_stage is None, vp_stage=vp_stage
         ),
-        post_process=parallel_state.is_pipeline_last_stage(
+        post_process=whole
+        or parallel_state.is_pipeline_last_stage(
             ignore_virtual=vp_stage is None, vp_stage=vp_stage
         ),
         # Positions are applied inside our core attention.

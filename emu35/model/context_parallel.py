@@ -51,6 +51,12 @@ class SequenceSplit:
         key, value = gathered.index_select(0, self.inverse_S).chunk(2, -1)
         return key, value
 
+    def gather_rows(self, states_SBH: torch.Tensor) -> torch.Tensor:
+        """[S / cp, B, H] of this rank's rows -> [S, B, H] of all rows in their order; the gradient
+        of this rank's rows is the sum over ranks."""
+        gathered: torch.Tensor = _GatherRows.apply(states_SBH, self.group)  # type: ignore[assignment]
+        return gathered.index_select(0, self.inverse_S)
+
     def scatter_heads(self, states_SBND: torch.Tensor) -> torch.Tensor:
         """[S / cp, B, heads, D] of this rank's rows -> [S, B, heads / cp, D] of its heads. Fewer
         heads than ranks are repeated, each for the ranks that share it."""

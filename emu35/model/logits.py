@@ -30,7 +30,7 @@ _ROWS = 16_384
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class _Rows:
+class Rows:
     """This rank's part of the vocabulary: ids [start, start + count)."""
 
     start: int
@@ -60,12 +60,7 @@ def weighted_cross_entropy(
         The scalar loss (differentiable) and detached per-token losses fp32 [B, S] (0 where the
         weight is 0).
     """
-    if model.config.sequence_parallel:
-        hidden_SBH = gather_from_sequence_parallel_region(
-            hidden_SBH, tensor_parallel_output_grad=True
-        )
-    else:
-        hidden_SBH = copy_to_tensor_model_parallel_region(hidden_SBH)
+    hidden_SBH = hidden_for_projection(model, hidden_SBH)
     weights_N = weights_BS.t().reshape(-1)
     chosen = weights_N.nonzero().squeeze(1)
     hidden_NH = hidden_SBH.reshape(-1, hidden_SBH.shape[-1]).index_select(0, chosen)
@@ -74,12 +69,20 @@ def weighted_cross_entropy(
         model.output_weight,
         labels_BS.t().reshape(-1)[chosen],
         weights_N[chosen].float(),
-        _own_rows(model),
+        own_rows(model),
         chunk,
     )
     losses_N = torch.zeros_like(weights_N, dtype=torch.float32)
     losses_N[chosen] = losses_M
     return loss, losses_N.view(*hidden_SBH.shape[:2]).t()
+
+
+def hidden_for_projection(model: Emu35Model, hidden_SBH: torch.Tensor) -> torch.Tensor:
+    """Hidden states of all rows, as the split output layer wants them: gathered under sequence
+    parallelism, their gradient summed over tensor-parallel ranks."""
+    if model.config.sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=True)
+    return copy_to_tensor_model_parallel_region(hidden_SBH)
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
@@ -92,7 +95,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         weight_VH: torch.Tensor,
         labels_N: torch.Tensor,
         weights_N: torch.Tensor,
-        rows: _Rows,
+        rows: Rows,
         chunk: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weight_RH = weight_VH[: rows.count]
@@ -104,7 +107,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(
             weight_VH if trained else weight_VH[:0], dtype=torch.float32
         )
-        space = _Space.of(min(chunk, len(labels_N)), weight_RH=weight_RH)
+        space = Space.of(min(chunk, len(labels_N)), weight_RH=weight_RH)
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             exponentials_CR, sums_C, losses_N[part], local_C = _exponentials(
@@ -141,7 +144,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class _Space:
+class Space:
     """Memory for one chunk of logits, taken once for all: a new gigabyte for every chunk would be
     filled with zeros by the system first, and lie beside the old one at the turn of a chunk.
 
@@ -152,7 +155,8 @@ class _Space:
     projected_CR: torch.Tensor
 
     @classmethod
-    def of(cls, chunk: int, *, weight_RH: torch.Tensor) -> "_Space":
+    def of(cls, chunk: int, *, weight_RH: torch.Tensor) -> "Space":
+        """For chunks of up to ``chunk`` hidden rows."""
         logits_CR = weight_RH.new_empty((chunk, len(weight_RH)), dtype=torch.float32)
         whole = weight_RH.dtype == torch.float32
         return cls(
@@ -178,7 +182,7 @@ class _Space:
 
 
 def _exponentials(
-    logits_CR: torch.Tensor, *, labels_C: torch.Tensor, rows: _Rows
+    logits_CR: torch.Tensor, *, labels_C: torch.Tensor, rows: Rows
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """exp(logits - highest) over this rank's rows [C, R] in place of the logits, its sum over all
     rows [C], the cross-entropy [C], and the label's index among this rank's rows [C] (-1 where
@@ -211,11 +215,12 @@ def _accumulate(total_RH: torch.Tensor, *, grad_CR: torch.Tensor, hidden: torch.
             total += grad_CQ.t() @ hidden
 
 
-def _own_rows(model: Emu35Model) -> _Rows:
+def own_rows(model: Emu35Model) -> Rows:
+    """The part of the vocabulary that this rank holds."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     held = model.output_weight.shape[0]
     start = held * parallel_state.get_tensor_model_parallel_rank()
-    return _Rows(
+    return Rows(
         start=start,
         count=max(0, min(held, model.vocabulary_size - start)),
         group=current_mesh().tp_group if size > 1 else None,
@@ -235,7 +240,7 @@ def range_logits(
     """Logits fp32 [N, end - start] of a few hidden rows for the ids [start, end), gathered over
     tensor-parallel ranks. No other row of the projection is read. Meant for sampling; training goes
     through the chunked loss."""
-    rows = _own_rows(model)
+    rows = own_rows(model)
     first, last = max(start, rows.start), min(end, rows.start + rows.count)
     weight_RH = model.output_weight[first - rows.start : max(first, last) - rows.start]
     logits_NR = _project(hidden_NH, weight_RH=weight_RH)
@@ -265,7 +270,7 @@ class RangeProjection:
     """
 
     def __init__(self, model: Emu35Model, *, start: int, end: int, count: int) -> None:
-        rows, held = _own_rows(model), model.output_weight.shape[0]
+        rows, held = own_rows(model), model.output_weight.shape[0]
         ranks = 1 if rows.group is None else dist.get_world_size(rows.group)
         first, last = max(start, rows.start), min(end, rows.start + rows.count)
         self.count, self._group = count, rows.group
@@ -307,7 +312,7 @@ class RangeProjection:
 @torch.no_grad()
 def id_logits(model: Emu35Model, *, hidden_NH: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
     """Logits fp32 [N, len(ids)] of a few ids that need not be neighbours."""
-    rows = _own_rows(model)
+    rows = own_rows(model)
     ids_M = torch.tensor(ids, device=hidden_NH.device) - rows.start
     held_M = (ids_M >= 0) & (ids_M < rows.count)
     weight_MH = model.output_weight.index_select(0, ids_M.clamp(0, max(rows.count - 1, 0)))

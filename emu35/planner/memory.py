@@ -82,11 +82,11 @@ def language_model_memory(
     vocabulary_size: int,
     sequence_length: int,
     data_parallel: int,
+    micro_batches: int,
 ) -> Memory:
     """Memory of the fullest rank, which holds the parameters ``held``."""
     element = weight_bytes(stage.precision)
     shards = data_parallel * parallel.cp if parallel.zero1 else 1
-    micro_batches = stage.global_batch_size // (data_parallel * stage.micro_batch_size)
     tokens = stage.micro_batch_size * sequence_length // parallel.cp
     lora = adapters_of(stage)
     activations = _activations(

@@ -6,9 +6,11 @@ from typing import Any
 from emu35.config.data import TokenDataConfig
 from emu35.config.dida import row_length
 from emu35.config.dida_eval import DiDAEvalConfig
+from emu35.config.grpo import GRPOConfig
 from emu35.config.model import LMConfig
+from emu35.config.prompts import PromptDataConfig
 from emu35.config.root import RunConfig
-from emu35.config.stage import LMStageConfig, adapters_of
+from emu35.config.stage import LMStageConfig, StageConfig, adapters_of
 from emu35.errors import ConfigError
 from emu35.model.shapes import adapter_count
 from emu35.planner.memory import (
@@ -46,15 +48,21 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "parameters": parameters,
         "vocabulary_size": vocabulary_size,
         "steps": stage.steps,
-        "global_batch_size": stage.global_batch_size,
-        "micro_batches": stage.global_batch_size // (data_parallel * stage.micro_batch_size),
+        **_batch(stage, data_parallel=data_parallel),
         "world_size": world,
         "data_parallel": data_parallel,
         "tensor_parallel": config.parallel.tp,
         "pipeline_parallel": config.parallel.pp,
         "context_parallel": config.parallel.cp,
     }
-    if isinstance(config.data, TokenDataConfig):
+    if isinstance(stage, GRPOConfig):
+        assert isinstance(config.data, PromptDataConfig)
+        plan |= {
+            "sequence_length": config.data.sequence_length,
+            "answers_per_step": plan["global_batch_size"],
+            "answers": plan["global_batch_size"] * stage.steps,
+        }
+    elif isinstance(config.data, TokenDataConfig):
         tokens = stage.global_batch_size * config.data.sequence_length
         plan |= {
             "sequence_length": config.data.sequence_length,
@@ -77,14 +85,30 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "logits": memory.logits,
         "total": memory.total,
     }
+    if isinstance(stage, GRPOConfig) and stage.keeps_reference:
+        sizes = plan["memory_bytes_per_rank"]
+        total = sizes.pop("total") + memory.weights
+        sizes |= {"reference": memory.weights, "total": total}
     return plan
+
+
+def _batch(stage: StageConfig, *, data_parallel: int) -> dict[str, int]:
+    """Sequences of a step and how many micro-batches a replica makes of them. How many answers
+    share a row is not known beforehand: one a row is the most that it can take."""
+    size = stage.global_batch_size
+    if isinstance(stage, GRPOConfig):
+        size = stage.prompts_per_step * stage.rollouts_per_prompt
+    return {
+        "global_batch_size": size,
+        "micro_batches": max(1, size // (data_parallel * stage.micro_batch_size)),
+    }
 
 
 def _memory(config: RunConfig, *, parameters: int, data_parallel: int) -> Memory:
     model, stage, data = config.model, config.stage, config.data
     if isinstance(model, LMConfig):
         assert isinstance(stage, LMStageConfig)
-        assert isinstance(data, TokenDataConfig)
+        assert isinstance(data, TokenDataConfig | PromptDataConfig)
         vocabulary_size = vocabulary_of(config.tokenizer).size
         return language_model_memory(
             model,
@@ -95,6 +119,7 @@ def _memory(config: RunConfig, *, parameters: int, data_parallel: int) -> Memory
             vocabulary_size=vocabulary_size,
             sequence_length=row_length(stage, data=data),
             data_parallel=data_parallel,
+            micro_batches=_batch(stage, data_parallel=data_parallel)["micro_batches"],
         )
     # A convolutional network's activations depend on the picture far more than on the weights;
     # no formula is given rather than a wrong one.
@@ -130,7 +155,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield _row("ranks", f"{plan['world_size']:,} = {layout}")
     batch = f"{plan['global_batch_size']:,} in {plan['micro_batches']} micro-batches a replica"
     yield _row("global batch", batch)
-    unit = "tokens" if "tokens" in plan else "images"
+    unit = next(unit for unit in ("tokens", "answers", "images") if unit in plan)
     yield _row(f"{unit} per step", f"{plan[f'{unit}_per_step']:,}")
     yield _row("steps", f"{plan['steps']:,}")
     yield _row(f"{unit} in all", f"{plan[unit]:,}")

@@ -1,10 +1,12 @@
-"""How much of a described scene its picture shows, read back from the pixels."""
+"""``scene``: how much of a described scene its picture shows, read back from the pixels."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from emu35.config.reward import SceneRewardConfig
 from emu35.data.scenes.describe import Scene
 from emu35.data.scenes.verify import read_scene, score
-from emu35.rewards.reward import Pictures, Record
+from emu35.rewards.sample import Cost, Picture, Range, Record, Sample, Score, Unscored
 
 ATTRIBUTES = 4
 """Of an object: colour, shape, size and place."""
@@ -19,16 +21,19 @@ class SceneReward:
     is missing shows nothing; objects and pictures beyond those asked for count for nothing.
     """
 
-    def __call__(self, record: Record, pictures: Pictures, /) -> float:
-        scenes = _scenes(record)
-        right = objects = 0
-        for number, scene in enumerate(scenes):
-            found = read_scene(pictures[number]) if number < len(pictures) else []
-            result = score(found, scene=scene)
-            objects += result.objects
-            right += result.colour_correct + result.shape_correct
-            right += result.size_correct + result.place_correct
-        return right / (ATTRIBUTES * objects)
+    def __init__(self, config: SceneRewardConfig) -> None:
+        self.range = Range(low=0.0, high=1.0)
+        self.cost = Cost.cpu
+
+    def score(self, samples: Sequence[Sample]) -> Sequence[Score]:
+        """The share for each sample; :class:`Unscored` where its record describes no scene."""
+        return [self._score(sample) for sample in samples]
+
+    def _score(self, sample: Sample) -> Score:
+        problems = self.problems(sample.record)
+        if problems:
+            return Unscored("; ".join(problems))
+        return _share(_scenes(sample.record), pictures=sample.pictures)
 
     def problems(self, record: Record) -> list[str]:
         """Why the record describes no scene."""
@@ -44,6 +49,17 @@ class SceneReward:
             ]
         empty = any(not scene.objects for scene in scenes)
         return ["its scene has no object that reward scene could look for"] if empty else []
+
+
+def _share(scenes: Sequence[Scene], *, pictures: Sequence[Picture]) -> float:
+    right = objects = 0
+    for number, scene in enumerate(scenes):
+        found = read_scene(pictures[number]) if number < len(pictures) else []
+        result = score(found, scene=scene)
+        objects += result.objects
+        right += result.colour_correct + result.shape_correct
+        right += result.size_correct + result.place_correct
+    return right / (ATTRIBUTES * objects)
 
 
 def _scenes(record: Record) -> list[Scene]:

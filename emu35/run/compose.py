@@ -172,17 +172,22 @@ def _parse(overrides: Iterable[str], *, folders: list[Path]) -> _Parsed:
         remove = override.type == OverrideType.DEL
         value: Any = None if remove and override.is_delete() else override.value()
         if key in groups and not remove and not is_mapping(value):
-            _choose(parsed, group=key, option=value, folders=folders)
+            at = f"@{override.package}" if override.package else ""
+            add = "+" if override.is_add() and at else ""
+            _choose(parsed, group=key, option=value, folders=folders, entry=f"{add}{key}{at}")
         else:
             parsed.edits.append(_Edit(key=key, value=value, remove=remove))
     return parsed
 
 
-def _choose(parsed: _Parsed, *, group: str, option: Plain, folders: list[Path]) -> None:
+def _choose(parsed: _Parsed, *, group: str, option: Plain, folders: list[Path], entry: str) -> None:
+    """Note that ``option`` of ``group`` is wanted. ``entry`` is the group, or where its options are
+    entries of a section, which of them: ``+reward@stage.rewards.NAME``, without the plus for one
+    that is there."""
     options = group_options(group, folders=folders)
     name = "null" if option is None else str(option)
-    if group in parsed.groups:
-        parsed.problems.append(f"{group} is chosen twice: {parsed.groups[group]} and {name}")
+    if entry in parsed.groups:
+        parsed.problems.append(f"{entry} is chosen twice: {parsed.groups[entry]} and {name}")
         return
     if name not in options and not (name == "null" and group == "experiment"):
         parsed.bad_groups = True
@@ -190,7 +195,7 @@ def _choose(parsed: _Parsed, *, group: str, option: Plain, folders: list[Path]) 
         parsed.problems.append(f"unknown {group} '{name}'; available: {', '.join(options)}.{hint}")
         return
     if option is not None:  # experiment=null is what the root file says already
-        parsed.groups[group] = name
+        parsed.groups[entry] = name
 
 
 def _compose_groups(groups: Mapping[str, str], *, folders: list[Path]) -> dict[str, Plain]:

@@ -6,8 +6,10 @@ from pathlib import Path
 from emu35.checkpoint.published import start_problems
 from emu35.config.data import ImageDataConfig, TokenDataConfig
 from emu35.config.dida_eval import DiDAEvalConfig
+from emu35.config.grpo import GRPOConfig
 from emu35.config.io import CONFIG_FILE
 from emu35.config.model import LMConfig
+from emu35.config.prompts import PromptDataConfig
 from emu35.config.root import RunConfig
 from emu35.errors import ConfigError
 
@@ -55,6 +57,12 @@ def _data(config: RunConfig) -> Iterator[str]:
                 yield from _folder(f"data.sources.{name}.path", source.path)
         for name, validation in data.validation.items():
             yield from _folder(f"data.validation.{name}.path", validation.path)
+    elif isinstance(data, PromptDataConfig):
+        for kind, tasks in (("tasks", data.tasks), ("validation", data.validation)):
+            for name, task in tasks.items():
+                if not Path(task.path).is_file():
+                    where = f"data.{kind}.{name}.path={task.path}"
+                    yield f"{where} is no file; expected prompts, a JSON object a line"
     elif isinstance(data, ImageDataConfig):
         for key, paths in (("paths", data.paths), ("validation_paths", data.validation_paths)):
             for path in paths:
@@ -73,7 +81,8 @@ def _start(config: RunConfig) -> Iterator[str]:
         return
     # A run that resumes has weights of its own; its parent may be gone by then.
     checkpoints = Path(config.run_dir).expanduser() / "checkpoints"
-    if any(checkpoints.glob("step_*")):
+    # Reinforcement learning reads its parent at every start: it is the reference.
+    if any(checkpoints.glob("step_*")) and not isinstance(config.stage, GRPOConfig):
         return
     origin = Path(config.stage.init_from)
     if not origin.exists():

@@ -70,8 +70,21 @@ def _ibq(config: RunConfig, run_dir: Path) -> object:
     return ibq.run(config, run_dir=run_dir)
 
 
+def _grpo(config: RunConfig, run_dir: Path) -> object:
+    from emu35.stages.grpo import stage
+
+    return stage.run(config, run_dir=run_dir)
+
+
 STAGES: Mapping[str, Callable[[RunConfig, Path], object]] = MappingProxyType(
-    {"pretrain": _pretrain, "sft": _sft, "dida": _dida, "dida_eval": _dida_eval, "ibq": _ibq}
+    {
+        "pretrain": _pretrain,
+        "sft": _sft,
+        "dida": _dida,
+        "dida_eval": _dida_eval,
+        "grpo": _grpo,
+        "ibq": _ibq,
+    }
 )
 """``stage.kind`` -> the function that runs it; each imports its stage only when called."""
 

@@ -115,6 +115,11 @@ class IBQTask:
 
     # ------------------------------------------------------------------ training
 
+    @property
+    def finished(self) -> str | None:
+        """Never before ``stage.steps``."""
+        return None
+
     def start(self) -> None:
         """The weights of the tokenizer that ``stage.init_from`` names, if it names one.
 

@@ -6,23 +6,15 @@ from functools import partial
 from pathlib import Path
 
 from emu35.checkpoint.agree import gather
-from emu35.checkpoint.published import require_adapters_fit
-from emu35.checkpoint.source import load_into
-from emu35.checkpoint.start import describe_start
-from emu35.config import LMConfig, LMStageConfig, LoRAConfig, RunConfig, TokenDataConfig
-from emu35.config.stage import adapters_of, adapts_noisy_only
+from emu35.config import LMConfig, LMStageConfig, RunConfig, TokenDataConfig
 from emu35.data.batch import BatchChange, as_it_is
 from emu35.data.loader import Message, TokenLoader, ValidationSet
 from emu35.data.source import Source, check_vision
 from emu35.errors import ConfigError, DataError
 from emu35.model.attention.support import MaskKind
-from emu35.model.build import build_chunks
-from emu35.model.init import initialize
-from emu35.model.lora import train_adapters
-from emu35.model.shapes import adapter_count, parameter_count
-from emu35.model.transformer import Emu35Model
 from emu35.parallel.collectives import is_main
 from emu35.parallel.mesh import Mesh, init_mesh
+from emu35.stages.language_model import build_trained, start_from
 from emu35.tokens.vocabulary import Vocabulary, vocabulary_of
 from emu35.train.held_out import HeldOut
 from emu35.train.objective import (
@@ -127,18 +119,7 @@ def train_language_model(
         )
         held_out = [section.documents.source for section in validation.values()]
         _check_image_tokenizer(config, sources=[*loader.sources, *held_out])
-        chunks = build_chunks(
-            model,
-            vocabulary_size=vocabulary.size,
-            parallel=config.parallel,
-            engine=config.engine,
-            precision=stage.precision,
-            masks=learned.masks,
-        )
-        for chunk in chunks:
-            initialize(chunk, seed=config.seed, pad_id=vocabulary.pad)
-        if adapters := adapters_of(stage):
-            _add_adapters(chunks, config=config, adapters=adapters, whole=vocabulary.size)
+        chunks = build_trained(config, vocabulary=vocabulary, masks=learned.masks)
         task = LMTask(
             config=config,
             mesh=mesh,
@@ -149,46 +130,11 @@ def train_language_model(
             finish=learned.finish,
             tally=learned.tally,
             sources=[source.name for source in loader.sources],
-            start_weights=partial(_start_from, config=config) if stage.init_from else None,
+            start_weights=partial(start_from, config=config) if stage.init_from else None,
         )
         return fit(task, config=config, run_dir=run_dir)
     finally:
         loader.close()
-
-
-def _add_adapters(
-    chunks: list[Emu35Model], *, config: RunConfig, adapters: LoRAConfig, whole: int
-) -> None:
-    """Freeze the weights and say what is left to train; ``whole`` is the vocabulary's size."""
-    assert isinstance(config.model, LMConfig)
-    for chunk in chunks:
-        noisy_only = adapts_noisy_only(config.stage)
-        train_adapters(chunk, config=adapters, seed=config.seed, noisy_only=noisy_only)
-    trained = adapter_count(config.model, lora=adapters)
-    total = parameter_count(config.model, vocabulary_size=whole) + trained
-    if is_main():
-        print(
-            f"training {trained:,} of {total:,} parameters ({trained / total:.2%}): adapters of "
-            f"rank {adapters.rank} at {', '.join(adapters.targets)}; everything else is frozen"
-        )
-
-
-def _start_from(chunks: list[Emu35Model], *, config: RunConfig) -> None:
-    """Weights of another run, a release or Qwen3, with a fresh optimizer."""
-    stage = config.stage
-    assert isinstance(stage, LMStageConfig)
-    assert stage.init_from is not None
-    assert isinstance(config.model, LMConfig)
-    found = describe_start(
-        Path(stage.init_from),
-        config=config.model,
-        tokenizer=config.tokenizer,
-        new_rows=stage.new_rows,
-        seed=config.seed,
-        message=print if is_main() else _say_nothing,
-    )
-    require_adapters_fit(found.path, run=config)
-    load_into(chunks, described=found)
 
 
 def _say_nothing(text: str) -> None:

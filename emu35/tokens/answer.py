@@ -76,6 +76,18 @@ class Answer:
         return "\n\n".join(text for text in texts if text)
 
     @property
+    def captions(self) -> list[str]:
+        """The text before each image, stripped, and the one behind the last: one more than there
+        are images. Thoughts are left out."""
+        texts: list[list[str]] = [[]]
+        for part in self.parts:
+            if isinstance(part, AnswerText):
+                texts[-1].append(part.text)
+            else:
+                texts.append([])
+        return ["".join(words).strip() for words in texts]
+
+    @property
     def images(self) -> list[AnswerImage]:
         """The images of the answer."""
         return [part for part in self.parts if isinstance(part, AnswerImage)]

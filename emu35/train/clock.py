@@ -16,19 +16,24 @@ import torch
 
 
 class Phase(StrEnum):
-    """What a rank does. The first four are parts of a step; those of :data:`ASIDE` are not
-    training; ``other`` is the rest: weighing tokens, agreeing with other ranks, logging."""
+    """What a rank does. Those of :data:`ASIDE` are not training, those of :data:`ROUND` belong to
+    reinforcement learning, and ``other`` is the rest of a step: weighing tokens, agreeing with
+    other ranks, logging."""
 
     data = "data"
     forward_backward = "forward_backward"
     reduction = "reduction"
     optimizer = "optimizer"
     other = "other"
+    sampling = "sampling"
+    scoring = "scoring"
+    replay = "replay"
     loading = "loading"
     validating = "validating"
     saving = "saving"
 
 
+ROUND = (Phase.sampling, Phase.scoring, Phase.replay)
 ASIDE = (Phase.loading, Phase.validating, Phase.saving)
 STEP_PHASES = tuple(phase for phase in Phase if phase not in ASIDE)
 
@@ -154,6 +159,11 @@ class StepTimes:
         return sum(self.seconds.values())
 
     def metrics(self) -> dict[str, float]:
-        """``time/PHASE`` for each part of a step, and ``time/step``."""
-        parts = {f"time/{phase}": value for phase, value in self.seconds.items()}
+        """``time/PHASE`` for each part of a step (of :data:`ROUND`, those that there were), and
+        ``time/step``."""
+        parts = {
+            f"time/{phase}": value
+            for phase, value in self.seconds.items()
+            if value or phase not in ROUND
+        }
         return {"time/step": self.total, **parts}

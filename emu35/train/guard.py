@@ -37,13 +37,18 @@ class Guard:
         the same numbers on every rank."""
         self.reason = self._problem(loss=loss, grad_norm=grad_norm)
         if self.reason is not None:
-            self.skipped += 1
-            self.in_a_row += 1
+            self.refuse(self.reason)
             return False
         self.in_a_row = 0
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
         return True
+
+    def refuse(self, reason: str) -> None:
+        """Count a step that something else than its numbers speaks against."""
+        self.reason = reason
+        self.skipped += 1
+        self.in_a_row += 1
 
     @property
     def exhausted(self) -> bool:

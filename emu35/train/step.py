@@ -12,24 +12,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.staged import StateWrite
 from emu35.config import LMConfig, LMStageConfig, RunConfig
-from emu35.config.stage import adapters_of, adapts_noisy_only
+from emu35.config.stage import adapters_of
 from emu35.data.batch import Batch, BatchChange, as_it_is
 from emu35.data.loader import TokenLoader, ValidationSet
 from emu35.errors import DataError
-from emu35.model.context import AttentionContext
-from emu35.model.context_parallel import split_sequence
 from emu35.model.flops import step_flops
 from emu35.model.logits import weighted_cross_entropy
 from emu35.model.shapes import adapter_count
 from emu35.model.transformer import Emu35Model
-from emu35.parallel import cpu
 from emu35.parallel.collectives import barrier, is_main, sum_over, worst_over_ranks
 from emu35.parallel.mesh import Mesh
 from emu35.train.clock import Phase, StepClock
@@ -46,11 +42,7 @@ from emu35.train.objective import (
     nothing,
 )
 from emu35.train.optim import learning_rate, set_learning_rate, update, wrap_and_optimize
-
-cpu.install()
-
-from megatron.core.distributed import finalize_model_grads  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from emu35.train.passes import Passes, Sums
 
 LOADER_FILE = "loader.json"
 
@@ -101,7 +93,7 @@ class LMTask:
         self.loader, self.terms = loader, tuple(terms)
         self.validation = with_labels(validation, mesh=mesh)
         self.chunks, self.start_weights = chunks, start_weights
-        self.batch_mask, self.finish, self.tally = batch_mask, finish, tally
+        self.finish, self.tally = finish, tally
         self.sources = sources if len(sources) > 1 else ()
         self.wrapped, self.optimizer = wrap_and_optimize(
             chunks,
@@ -110,8 +102,19 @@ class LMTask:
             engine=config.engine,
             precision=config.stage.precision,
         )
-        for chunk in chunks:
-            chunk.config.finalize_model_grads_func = partial(_finalize_gradients, clock=self.clock)
+        self.passes = Passes(
+            config=config,
+            mesh=mesh,
+            chunks=chunks,
+            wrapped=self.wrapped,
+            clock=self.clock,
+            batch_mask=batch_mask,
+        )
+
+    @property
+    def finished(self) -> str | None:
+        """Never before ``stage.steps``."""
+        return None
 
     def start(self) -> None:
         """The weights that ``stage.init_from`` names, if it names any."""
@@ -191,8 +194,8 @@ class LMTask:
         """Mean cross-entropy (nats a token) over its own modality, of every validation set that
         has its turn after ``step``."""
         metrics: dict[str, float] = {}
+        self.passes.gather_parameters()
         for chunk in self.wrapped:
-            chunk.gather_parameters()
             chunk.eval()
         for name, held_out in self.validation.items():
             if not held_out.has_turn(step, stage=self.stage):
@@ -211,8 +214,7 @@ class LMTask:
 
     def save(self, folder: Path) -> StateWrite:
         """Data position, and a plan for model and optimizer; every rank calls it."""
-        for chunk in self.wrapped:
-            chunk.gather_parameters()
+        self.passes.gather_parameters()
         state = sharded.plan_save(folder, chunks=self.chunks, optimizer=self.optimizer)
         if is_main():
             position = json.dumps(self.loader.state_dict(), indent=1)
@@ -239,38 +241,15 @@ class LMTask:
         scales_T = torch.tensor(
             [term.share / max(total, 1e-30) for term, total in zip(terms, totals, strict=True)]
         )
-        return [self._own_share(batch, weights, scales_T) for batch, weights in pairs], totals
-
-    def _own_share(
-        self, batch: Batch, weights_TBS: torch.Tensor, scales_T: torch.Tensor
-    ) -> MicroBatch:
-        """The columns of ``batch`` that this rank works on. Dealt out here, once a micro-batch,
-        and not in the forward that every virtual pipeline stage calls."""
-        mask, split = self.batch_mask(batch), None
-        inside = batch.document_start < batch.tokens.shape[1]
-        copied = 0 if batch.noisy is None else int((batch.noisy >= 0).sum())
-        pairs = int(mask.visible_keys().sum())
-        if self.mesh.cp_size > 1:
-            kind = self.config.parallel.cp_comm_type
-            group, device = self.mesh.cp_group, self.mesh.device
-            split = split_sequence(mask, kind=kind, group=group, device=device)
-            batch, mask = batch.take(split.rows_S), split.local_mask(mask)
-            weights_TBS = weights_TBS.index_select(2, split.rows_S)
-        return MicroBatch(
-            batch=batch,
-            weights_TBS=weights_TBS,
-            normalised_BS=(weights_TBS * scales_T[:, None, None]).sum(0),
-            mask=mask,
-            split=split,
-            tokens=int(inside.sum()) - copied,
-            copied=copied,
-            visible_pairs=pairs,
-        ).on(self.mesh.device)
+        return [
+            self.passes.micro_batch(batch, weights_TBS=weights_TBS, scales_T=scales_T)
+            for batch, weights_TBS in pairs
+        ], totals
 
     def _groups(self, documents: ValidationSet) -> Iterator[list[Batch]]:
         """Batches as the schedule takes them: one by one, or in groups of the pipeline's stages
         where it interleaves them. A last group is filled up with rows without labels."""
-        size = self.mesh.pp_size if len(self.wrapped) > 1 else 1
+        size = self.passes.group_size
         group: list[Batch] = []
         for batch in documents:
             group.append(batch)
@@ -288,18 +267,8 @@ class LMTask:
         """All micro-batches through mcore's schedule; the report, with as many of the mixture's
         ``sources`` as asked for, is summed over the world."""
         first = micro_batches[0]
-        sequence_length = first.batch.tokens.shape[1] * self.mesh.cp_size
-        iterators: list[Iterator[MicroBatch]] = [self._deal(micro_batches) for _ in self.wrapped]
-        interleaved = len(self.wrapped) > 1
-        model: Any = self.wrapped if interleaved else self.wrapped[0]
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, sources=sources),
-            data_iterator=iterators if interleaved else iterators[0],
-            model=model,
-            num_microbatches=len(micro_batches),
-            seq_length=sequence_length,
-            micro_batch_size=first.batch.tokens.shape[0],
-            forward_only=forward_only,
+        reports = self.passes.run(
+            micro_batches, loss=partial(self._loss, sources=sources), forward_only=forward_only
         )
         terms = len(first.weights_TBS)
         size = LossReport.size(terms=terms, sources=sources)
@@ -310,39 +279,9 @@ class LMTask:
         sum_over(vector, self.mesh.pp_group)
         return LossReport.from_vector(vector, terms=terms)
 
-    def _deal(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
-        """The micro-batches; asking for the next one is a sign of progress."""
-        for micro_batch in micro_batches:
-            self.clock.beat()
-            yield micro_batch
-
-    def _forward(
-        self, iterator: Iterator[MicroBatch], chunk: Any, *, sources: int
-    ) -> tuple[torch.Tensor, Any]:
-        micro_batch = next(iterator)
-        batch, split = micro_batch.batch, micro_batch.split
-        context = AttentionContext(
-            positions_BS=batch.positions,
-            mask=micro_batch.mask,
-            split=split,
-            adapted_BS=self._adapted(batch),
-        )
-        with cpu.without_shim(), self.clock.own():
-            hidden_SBH = chunk(batch.tokens, context=context)
-        if chunk.module.post_process:
-            # The loss multiplies by it without going through its module.
-            chunk.wait_for(chunk.module.output_layer.weight)
-        return hidden_SBH, partial(self._loss, micro_batch=micro_batch, sources=sources)
-
-    def _adapted(self, batch: Batch) -> torch.Tensor | None:
-        """Rows of noisy copies, where adapters want to know them."""
-        if not adapts_noisy_only(self.stage):
-            return None
-        return None if batch.noisy is None else batch.noisy >= 0
-
     def _loss(
-        self, hidden_SBH: torch.Tensor, *, micro_batch: MicroBatch, sources: int
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        self, hidden_SBH: torch.Tensor, micro_batch: MicroBatch, *, sources: int
+    ) -> tuple[torch.Tensor, Sums]:
         loss, losses_BS = weighted_cross_entropy(
             self.chunks[-1],
             hidden_SBH=hidden_SBH,
@@ -353,9 +292,7 @@ class LMTask:
         sums = LossReport.of(
             loss=loss, losses_BS=losses_BS, micro_batch=micro_batch, sources=sources
         )
-        # mcore divides by this count at the end; the loss is already normalised.
-        no_tokens = torch.zeros([], dtype=torch.int, device=loss.device)
-        return loss, no_tokens, {"sums": sums}
+        return loss, {"sums": sums}
 
 
 def _explain_no_weight(step: int, *, term: str) -> str:
@@ -366,13 +303,3 @@ def _explain_no_weight(step: int, *, term: str) -> str:
         "opens a response (use documents that do, stage=pretrain, or for stage=dida "
         "stage.responses_only=false)"
     )
-
-
-def _finalize_gradients(
-    chunks: Any, num_tokens: object = None, *, clock: StepClock, **groups: Any
-) -> None:
-    """mcore's reductions over the layout (data parallel, q/k norms, embeddings) without its
-    division by the token count."""
-    del num_tokens
-    with clock.marked(Phase.reduction):
-        finalize_model_grads(chunks, None, **groups)

@@ -21,26 +21,25 @@ Ranks that wait for one which hangs, was stopped or died are ended with its name
 (:mod:`emu35.train.watchdog`). So no checkpoint ever holds parameters that a bad step has touched.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from emu35.checkpoint.manager import Checkpoint, CheckpointManager
 from emu35.checkpoint.staged import StagedWrite
 from emu35.config import RunConfig
 from emu35.config.io import run_identity
 from emu35.errors import CheckpointError, Emu35Error, Interrupted
-from emu35.log.jsonl import null_safe
 from emu35.log.metrics import Logger, is_row, make_logger
 from emu35.parallel.collectives import barrier, is_main, rank
 from emu35.train import rng
 from emu35.train.clock import Phase, StepClock
 from emu35.train.guard import Guard
 from emu35.train.measure import Meter
+from emu35.train.progress import Progress
 from emu35.train.signals import StopRequest
 from emu35.train.watchdog import Watchdog
 
@@ -58,6 +57,12 @@ class TrainTask(Protocol):
 
     guard: Guard
     clock: StepClock
+
+    @property
+    def finished(self) -> str | None:
+        """Why training is to end before ``stage.steps``, in words; None: it goes on. Equal on every
+        rank, asked between steps, and restored by :meth:`load`."""
+        ...
 
     def train_step(self, step: int) -> Mapping[str, float]:
         """Make optimizer step ``step`` (from 1) and return its metrics, equal on every rank.
@@ -92,43 +97,6 @@ class TrainTask(Protocol):
         ...
 
 
-@dataclass(kw_only=True, slots=True)
-class Progress:
-    """What the loop itself keeps in a checkpoint (the ``extra`` of its manifest).
-
-    Attributes:
-        step: optimizer steps made.
-        tokens: tokens trained on, over all ranks.
-        seconds: wall time of the training loop, over all interruptions.
-        validated_step: the step of the newest validation, -1 before the first.
-        validation: the newest value of every validation metric; those that had no turn at
-            ``validated_step`` are from earlier ones.
-        guard: what the guard remembers.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    validated_step: int = -1
-    validation: dict[str, float] = field(default_factory=dict)
-    guard: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint | None) -> "Progress":
-        """The progress a checkpoint holds; a fresh one where there is none."""
-        if checkpoint is None:
-            return cls()
-        progress = cls(**checkpoint.extra)
-        progress.validation = {
-            key: math.nan if value is None else value for key, value in progress.validation.items()
-        }
-        return progress
-
-    def extra(self) -> dict[str, Any]:
-        """Strict JSON: a validation loss without tokens is null rather than NaN."""
-        return {**asdict(self), "validation": null_safe(self.validation)}
-
-
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FitResult:
     """A finished training: ``validation`` is that of the last step, ``checkpoint`` its folder.
@@ -148,7 +116,9 @@ def fit(task: TrainTask, *, config: RunConfig, run_dir: Path) -> FitResult:
     """Train ``task`` to ``stage.steps`` from wherever ``run_dir`` stands. Collective.
 
     A fresh folder starts at step 1, an interrupted one resumes from its newest valid checkpoint,
-    a finished one trains nothing; in each case ``task`` holds the final state afterwards.
+    a finished one trains nothing; in each case ``task`` holds the final state afterwards. A task
+    that says it is ``finished`` ends earlier, validated and saved as at the last step, and for
+    good: the checkpoint remembers why.
 
     Raises:
         Interrupted: a rank was asked to stop; everything is saved.
@@ -164,7 +134,7 @@ def fit(task: TrainTask, *, config: RunConfig, run_dir: Path) -> FitResult:
     found = manager.latest()
     progress = Progress.of(found)
     began = time.monotonic() - progress.seconds
-    if found is not None and _is_finished(progress, total=config.stage.steps):
+    if found is not None and progress.is_finished(total=config.stage.steps):
         _load(task, checkpoint=found, message=_print)
         return _already_finished(progress, checkpoint=found)
     log = make_logger(
@@ -211,7 +181,7 @@ class _Loop:
         meter = Meter(clock=self.task.clock, config=self.config.log)
         if self._validation_due() and first > 0:  # left undone by the stop that saved this step
             self._validate()
-        while progress.step < total:
+        while not self._at_end():
             self._train_step(meter)
             self._leave_if_asked()
             self._finish_save(wait=False)
@@ -221,11 +191,19 @@ class _Loop:
             if self._checkpoint_due():
                 self._save_meanwhile()
                 self._leave_if_asked()
+        early = ""
+        if progress.step < total:
+            progress.ended, early = self.task.finished or "", f" of {total}"
         saved = self._save()
         self.log.message(
-            f"finished {total} steps, {progress.tokens:,} tokens, {progress.seconds:.0f} s"
+            f"finished {progress.step}{early} steps, {progress.tokens:,} tokens, "
+            f"{progress.seconds:.0f} s" + (f": {progress.ended}" if progress.ended else "")
         )
-        return _result(progress, checkpoint=saved, steps_made=total - first)
+        return _result(progress, checkpoint=saved, steps_made=progress.step - first)
+
+    def _at_end(self) -> bool:
+        """Whether the step made last is the last one."""
+        return self.progress.step >= self.config.stage.steps or self.task.finished is not None
 
     def _start(self) -> None:
         total = self.config.stage.steps
@@ -263,12 +241,12 @@ class _Loop:
 
     def _validation_due(self) -> bool:
         step, every = self.progress.step, self.config.stage.validate_every
-        due = step == self.config.stage.steps or (every > 0 and step % every == 0)
+        due = self._at_end() or (every > 0 and step % every == 0)
         return due and self.progress.validated_step != step
 
     def _checkpoint_due(self) -> bool:
         step, every = self.progress.step, self.config.checkpoint.every
-        return every > 0 and step % every == 0 and step < self.config.stage.steps
+        return every > 0 and step % every == 0 and not self._at_end()
 
     def _validate(self) -> None:
         with self._aside(Phase.validating), rng.preserved():
@@ -377,13 +355,10 @@ def _load(task: TrainTask, *, checkpoint: Checkpoint, message: Callable[[str], N
         )
 
 
-def _is_finished(progress: Progress, *, total: int) -> bool:
-    return progress.step >= total and progress.validated_step == progress.step
-
-
 def _already_finished(progress: Progress, *, checkpoint: Checkpoint) -> FitResult:
     found = "".join(f"  {key} {value:.4f}" for key, value in progress.validation.items())
-    _print(f"already finished: {progress.step} steps, {checkpoint.path}{found}")
+    why = f" ({progress.ended})" if progress.ended else ""
+    _print(f"already finished: {progress.step} steps{why}, {checkpoint.path}{found}")
     return _result(progress, checkpoint=checkpoint, steps_made=0)
 
 

@@ -1,10 +1,14 @@
 """The one face that image tokenizers show to the rest of emu35."""
 
 import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from emu35.errors import DataError
 from emu35.vision.ibq.codec import IBQCodec
@@ -46,6 +50,22 @@ class ImageCodec(Protocol):
             DataError: as ``encode``.
         """
         ...
+
+
+def decode_grids(
+    codec: ImageCodec, grids: Sequence[NDArray[np.integer]]
+) -> list[NDArray[np.floating]]:
+    """Pixels [3, H, W] in about [-1, 1] of every grid of codes; those of one size are decoded
+    together."""
+    places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for at, codes_HW in enumerate(grids):
+        places[codes_HW.shape].append(at)
+    found: dict[int, NDArray[np.floating]] = {}
+    for chosen in places.values():
+        codes_BHW = torch.from_numpy(np.stack([grids[at] for at in chosen]).astype(np.int64))
+        pixels_B3HW = codec.decode(codes_BHW).cpu().numpy()
+        found.update(zip(chosen, pixels_B3HW, strict=True))
+    return [found[at] for at in range(len(grids))]
 
 
 def load_codec(folder: Path, *, device: torch.device | None = None) -> ImageCodec:

@@ -87,6 +87,24 @@ def test_the_page_is_there_from_the_first_validation_on(tmp_path: Path) -> None:
     log.close()
 
 
+def test_rewards_stand_by_task_with_their_parts(tmp_path: Path) -> None:
+    log = make_logger(config=LogConfig(every=1), run_dir=tmp_path, name="x", total_steps=9)
+    metrics = {"loss": 0.0, "reward": 5.0, "reward/scenes": 6.0, "reward/words": 4.0}
+    metrics |= {"reward/scenes/verifier": 7.0, "reward/scenes/ocr": 2.0}
+    metrics |= {"heldout/scenes/judge": 3.0, "kl": 0.5, "kl_text": 0.25, "kl_visual": 0.75}
+    log.step(1, metrics)
+    log.validation(1, {"held/reward": 4.5, "other/reward": 3.5, "held/ocr": 2.5, "psnr": 20.0})
+    log.close()
+    found = charts(page(tmp_path))
+    assert found["Reward"] == {"reward": "5", "scenes": "6", "words": "4"}
+    assert found["Reward of scenes"] == {"verifier": "7", "ocr": "2"}
+    assert found["Held-out rewards"] == {"scenes/judge": "3"}
+    assert found["kl"] == {"kl": "0.5", "kl text": "0.25", "kl visual": "0.75"}
+    assert found["Validation: reward"] == {"held": "4.5", "other": "3.5"}
+    assert found["Validation: ocr"] == {"held": "2.5"}
+    assert found["Validation: psnr"] == {"psnr": "20"}
+
+
 @pytest.mark.parametrize("lost", [0, 3])
 def test_a_resumed_run_draws_what_an_uninterrupted_one_does(tmp_path: Path, lost: int) -> None:
     report(tmp_path / "whole")

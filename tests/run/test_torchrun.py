@@ -156,7 +156,9 @@ def test_a_killed_rank_is_started_again_and_the_ranks_find_each_other(
 
 
 def test_an_error_of_the_user_is_told_once_and_not_tried_again(tmp_path: Path, start) -> None:
-    node = start("up(run_dir); raise DataError('a shard is missing')", "launch.max_restarts=3")
+    # Rank 0 tells the user; torchrun would end it before that if the other were the first to fail.
+    body = "up(run_dir)\nif rank: time.sleep(5)\nraise DataError('a shard is missing')"
+    node = start(body, "launch.max_restarts=3")
     _, errors = node.communicate(timeout=90)
     assert node.returncode == 2
     assert errors.count("emu35: a shard is missing") == 1

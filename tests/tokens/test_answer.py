@@ -70,6 +70,20 @@ def test_an_answer_as_it_should_be():
     assert len(answer.images) == 3
 
 
+def test_captions_are_the_texts_around_the_images():
+    def captions(*parts: Part | str) -> list[str]:
+        return read_answer(document(*parts)).captions
+
+    assert captions(BOG, "plan", EOG, " one ", BOC, "thought", EOC, image(1), image(2), "end") == [
+        "one",
+        "",
+        "end",
+    ]
+    assert captions(image(1), ESS, "beyond") == ["", ""]
+    assert captions("words") == ["words"]
+    assert captions() == [""]
+
+
 def test_plain_text_and_nothing():
     assert read_answer(document("hi")).parts == [AnswerText("hi")]
     empty = read_answer(Document([]))

@@ -111,6 +111,83 @@ def test_finished_run_trains_no_more_but_holds_the_final_state(
     assert _lasting(result) == _lasting(done)
 
 
+class Contented(TinyTask):
+    """Has learned enough once the validation of step ``enough`` is over, and knows it from its own
+    state, as a task does that waits for no better reward. ``enough`` may be no validation's turn:
+    then it is its training step that says so."""
+
+    def __init__(self, *, enough: int) -> None:
+        super().__init__(seed=0)
+        self.enough = enough
+
+    def validate(self, step: int) -> dict[str, float]:
+        found = super().validate(step)
+        self._ask(step)
+        return found
+
+    def train_step(self, step: int) -> dict[str, float]:
+        found = super().train_step(step)
+        if step % 4:
+            self._ask(step)
+        return found
+
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        self._ask(self.cursor)
+
+    def _ask(self, step: int) -> None:
+        self.finished = "nothing got better" if step >= self.enough else None
+
+
+@pytest.mark.parametrize("enough", [8, 7])
+@pytest.mark.parametrize("every", [4, 7, 0])
+def test_a_task_that_has_enough_ends_the_run_for_good(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], enough: int, every: int
+) -> None:
+    """Ended by its validation or by a step in between, with a checkpoint due then or not: validated
+    and saved as a last step is, and the same command trains no more."""
+    config = tiny_config(checkpoint_every=every)
+    task = Contented(enough=enough)
+    done = fit(task, config=config, run_dir=tmp_path)
+    assert task.steps == list(range(1, enough + 1))
+    assert task.validations == 2
+    assert done.step == done.steps_made == enough
+    assert (done.checkpoint / "task.pt").exists()
+    assert f"finished {enough} of 12 steps" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path) if "val/fit" in row] == [4, enough]
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    again = Contented(enough=enough)
+    result = fit(again, config=config, run_dir=tmp_path)
+    assert (again.steps, again.validations, result.steps_made) == ([], 0, 0)
+    assert torch.equal(task.parameters(), again.parameters())
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert f"already finished: {enough} steps (nothing got better)" in capsys.readouterr().out
+    assert _lasting(result) == _lasting(done)
+
+
+def test_a_stop_between_having_enough_and_saving_it_changes_nothing(tmp_path: Path) -> None:
+    whole = Contented(enough=8)
+    fit(whole, config=tiny_config(), run_dir=tmp_path / "whole")
+
+    stopped = Contented(enough=8)
+    validate = stopped.validate
+
+    def stopping(step: int) -> dict[str, float]:
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(step)
+
+    stopped.validate = stopping  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="at step 8/12"):
+        fit(stopped, config=tiny_config(), run_dir=tmp_path / "parts")
+    resumed = Contented(enough=8)
+    result = fit(resumed, config=tiny_config(), run_dir=tmp_path / "parts")
+    assert (resumed.steps, result.step) == ([], 8)
+    assert torch.equal(whole.parameters(), resumed.parameters())
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
 def _lasting(result: FitResult) -> tuple[object, ...]:
     return result.step, result.tokens, result.validation, result.checkpoint
 

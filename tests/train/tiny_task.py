@@ -48,6 +48,7 @@ class TinyTask:
         self.guard, self.clock = Guard(GuardConfig(max_skipped=2)), StepClock()
         self.steps: list[int] = []
         self.validations = 0
+        self.finished: str | None = None
         self.slow_validation, self.slow_save = 0.0, 0.0
 
     def train_step(self, step: int) -> dict[str, float]:

@@ -11,4 +11,7 @@ Train and held-out scenes are disjoint by construction: the hash of a descriptio
 side (:func:`~emu35.data.scenes.describe.split_of`), and a held-out caption always names every
 attribute that the hash covers. No caption that a model is tested on can occur in what it was
 trained on. :mod:`~emu35.data.scenes.corpus` writes both sides as webdataset tars.
+
+Pictures of words (:mod:`~emu35.data.scenes.words`) are for what no segmentation reads back: optical
+character recognition judges them. Their sides are disjoint by what is written.
 """

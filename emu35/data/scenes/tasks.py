@@ -28,6 +28,7 @@ from emu35.data.scenes.describe import (
     split_of,
 )
 from emu35.data.scenes.render import render
+from emu35.data.scenes.words import render_word, sample_word, word_caption
 from emu35.files import write_atomically
 
 FEW = (0.7, 0.3)
@@ -179,18 +180,55 @@ def write_task(
     return path
 
 
+def write_word_task(
+    folder: Path,
+    *,
+    count: int,
+    seed: int,
+    resolution: int,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Write ``count`` training records that ask for a word (:mod:`emu35.data.scenes.words`) to
+    ``folder/words.jsonl`` and their pictures beside it; returns the file, the last thing
+    written."""
+    rng = random.Random(f"{seed}-word-task-{Split.train}")
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    for number in range(count):
+        word = sample_word(rng, split=Split.train)
+        language = Language.zh if rng.random() < CHINESE_SHARE else Language.en
+        name = f"word-{number:06d}"
+        image = f"{IMAGES}/{name}.png"
+        render_word(word, resolution=resolution).save(folder / image)
+        prompt = word_caption(word, rng=rng, language=language)
+        record = {"id": name, "task": "t2i", "prompt": prompt, "image": image}
+        lines.append(json.dumps(record) + "\n")
+        if progress is not None:
+            progress(number + 1)
+    path = folder / "words.jsonl"
+    write_atomically(path, content="".join(lines).encode())
+    return path
+
+
 def write_task_prompts(
-    folder: Path, *, count: int, seed: int, resolution: int, size: str
+    folder: Path,
+    *,
+    count: int,
+    seed: int,
+    resolution: int,
+    size: str,
+    split: Split = Split.val,
 ) -> list[dict[str, Any]]:
-    """``count`` held-out prompts of every task, with their pictures below ``folder``: what
-    ``emu35 generate`` reads, plus ``kind`` and ``expect``. ``size`` is the grid of the answers'
-    images, ``HEIGHTxWIDTH`` in codes."""
+    """``count`` prompts of every task, held out or (to be judged while training) of ``split``, with
+    their pictures below ``folder``: what ``emu35 generate`` reads, plus ``kind`` and ``expect``.
+    ``size`` is the grid of the answers' images, ``HEIGHTxWIDTH`` in codes."""
     prompts: list[dict[str, Any]] = []
     for task, make in ASKED.items():
-        rng = random.Random(f"{seed}-{task}-{Split.val}")
+        # Training records of the same seed begin otherwise, and ask for other scenes.
+        rng = random.Random(f"{seed}-{task}-{split}" + ("" if split is Split.val else "-prompts"))
         for number in range(count):
-            made = make(rng, split=Split.val)
-            name = f"{task}-heldout-{number:04d}"
+            made = make(rng, split=split)
+            name = f"{task}-{'heldout' if split is Split.val else split}-{number:04d}"
             shown = replace(made, drawn=())
             pictures = _write_pictures(shown, folder=folder, stem=name, side=resolution)
             prompt: dict[str, Any] = {"id": name, "task": task, "prompt": made.prompt}

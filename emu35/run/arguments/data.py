@@ -1,11 +1,11 @@
-"""``emu35 data ingest|distill|tasks|index|stats|inspect``: token shards in and out."""
+"""``emu35 data ingest|distill|filter-prompts|tasks|...``: token shards and prompts, in and out."""
 
 import argparse
 from pathlib import Path
 
 from emu35.config.area import parse_area
 from emu35.errors import ConfigError
-from emu35.run.arguments import Commands, distill
+from emu35.run.arguments import Commands, distill, filter_prompts
 from emu35.run.arguments.recipe import Recipe, read_recipe
 from emu35.run.arguments.tokenizer import add_tokenizer, explicit_tokenizer, tokenizer_config
 
@@ -25,6 +25,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     )
     _add_ingest(actions)
     distill.add(actions)
+    filter_prompts.add(actions)
     _add_tasks(actions)
     _add_index(actions)
     _add_stats(actions)

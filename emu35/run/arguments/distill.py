@@ -51,9 +51,9 @@ def _add_kept(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reward",
         metavar="NAME",
-        help="scene (the share of a described scene's attributes that its picture shows), or a "
-        "function of (record, pictures) as package.module:function; without one every whole "
-        "answer is kept",
+        help="a kind of reward that needs nothing configured, such as scene (the share of a "
+        "described scene's attributes that its picture shows), or a function of (record, pictures) "
+        "as package.module:function; without one every whole answer is kept",
     )
     group.add_argument("--min-reward", type=float, metavar="X", help="keep answers of at least X")
     group.add_argument(

@@ -29,6 +29,12 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
         metavar="SECONDS",
         help="for running requests, after SIGTERM (default 30)",
     )
+    command.add_argument(
+        "--weight-updates",
+        action="store_true",
+        help="let a trainer replace the weights (POST /weights/...); use a key where others can "
+        "reach the port",
+    )
     _add_limits(command)
     command.set_defaults(handler=_serve)
 
@@ -41,6 +47,7 @@ def _add_limits(command: argparse.ArgumentParser) -> None:
         ("max-body-mb", 64, "MiB of one call"),
         ("max-image-pixels", 2**25, "of one reference image"),
         ("max-references", 16, "reference images of one call"),
+        ("max-bucket-mb", 1024, "MiB of one bucket of new weights"),
     ):
         text = f"{what} (default {default})"
         group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
@@ -92,6 +99,8 @@ def _serve(arguments: argparse.Namespace) -> int:
             grace=arguments.grace,
             api_key_env=arguments.api_key_env,
             tp=arguments.tp,
+            weight_updates=arguments.weight_updates,
+            max_bucket_mb=arguments.max_bucket_mb,
         )
     )
     return 0

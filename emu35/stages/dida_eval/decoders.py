@@ -10,13 +10,11 @@ a full batch (but for the last one), after a few steps whose work is thrown away
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from emu35.checkpoint.codec import open_codec
@@ -33,7 +31,7 @@ from emu35.inference.request import DenoiseOptions, Request
 from emu35.stages.dida_eval.features import Picture
 from emu35.tokens.template import PromptTemplate, Task
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
-from emu35.vision.codec import ImageCodec
+from emu35.vision.codec import ImageCodec, decode_grids
 from emu35.vision.resize import to_image
 
 WARM_STEPS = 4
@@ -266,15 +264,7 @@ def draw(engine: Engine, requests: Sequence[Request], *, batch_size: int) -> Dra
 
 
 def pictures_of(codes: Sequence[Codes | None], *, codec: ImageCodec) -> list[Picture | None]:
-    """Pictures [H, W, 3] of codes; those of one size are decoded together."""
-    pictures: list[Picture | None] = [None] * len(codes)
-    by_size: defaultdict[tuple[int, ...], dict[int, Codes]] = defaultdict(dict)
-    for at, codes_HW in enumerate(codes):
-        if codes_HW is not None:
-            by_size[codes_HW.shape][at] = codes_HW
-    for chosen in by_size.values():
-        codes_BHW = torch.from_numpy(np.stack([*chosen.values()]).astype(np.int64))
-        pixels_B3HW = codec.decode(codes_BHW).cpu().numpy()
-        for at, pixels_3HW in zip(chosen, pixels_B3HW, strict=True):
-            pictures[at] = np.asarray(to_image(pixels_3HW))
-    return pictures
+    """Pictures [H, W, 3] of codes, None where there are none."""
+    drawn = decode_grids(codec, [codes_HW for codes_HW in codes if codes_HW is not None])
+    pictures = (np.asarray(to_image(pixels_3HW)) for pixels_3HW in drawn)
+    return [None if codes_HW is None else next(pictures) for codes_HW in codes]

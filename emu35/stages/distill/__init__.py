@@ -6,7 +6,9 @@
     prompts.py   the prompts of this job, checked, and cut into stretches
     judge.py     answers to documents: which are whole, what they are worth, which are kept
     work.py      stretches in flight: requests out, answers in
-    run.py       assemble, step, commit
+    job.py       assemble and step
+    run.py       commit what is kept, as shards
+    rates.py     the same answers, for how often they pass: ``emu35 data filter-prompts``
 
 Every prompt is answered ``samples`` times. What is kept becomes the document that ``emu35 data
 ingest`` would make of the same task record with a picture of these codes: the question in the form

@@ -3,22 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emu35.inference.request import Finish, Generated
-from emu35.rewards.reward import NamedReward
+from emu35.rewards.named import NamedReward
+from emu35.rewards.sample import Sample as Shown
+from emu35.rewards.sample import Score, Unscored
 from emu35.stages.distill.options import DistillOptions
 from emu35.stages.distill.prompts import Prompt
-from emu35.stages.generate.files import decode_pixels
 from emu35.tokens.answer import ESS, read_answer
 from emu35.tokens.document import Document, Image, Part, Special
 from emu35.tokens.serialize import TokenSequence, serialize, split_parts
 from emu35.tokens.template import answer_ids, question_parts
 from emu35.tokens.text import TextTokenizer
-from emu35.vision.codec import ImageCodec
+from emu35.vision.codec import ImageCodec, decode_grids
 from emu35.vision.resize import to_image
 
 
@@ -31,6 +33,7 @@ class Drop(StrEnum):
     broken = "incomplete: not in the form of an answer"
     bad_text = "incomplete: text that is not UTF-8"
     too_long = "longer than the sequence length"
+    unscored = "the reward could not judge it"
     below = "reward below the least"
     not_best = "reward not among the best"
 
@@ -40,8 +43,9 @@ _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """An answer and what became of it; ``sequence`` is its document, where it has the form of one,
-    ``drop`` None where it is kept."""
+    """An answer and what became of it; ``texts`` is what it says before each picture and behind the
+    last, ``sequence`` its document, where it has the form of one, ``drop`` None where it is kept.
+    """
 
     id: str
     prompt: int
@@ -49,6 +53,7 @@ class Sample:
     seed: int
     finish: Finish
     pictures: list[NDArray[np.integer]]
+    texts: list[str]
     sequence: TokenSequence | None
     reward: float | None = None
     drop: Drop | None = None
@@ -97,7 +102,9 @@ class Judge:
             for number, answer in enumerate(answers)
         ]
         if self.reward is not None:
-            samples = self._scored(samples, prompt=prompt, reward=self.reward)
+            samples = self._scored(
+                samples, prompt=prompt, references=references, reward=self.reward
+            )
         samples = [self._least(sample) for sample in samples]
         return self._best(samples)
 
@@ -131,24 +138,39 @@ class Judge:
             seed=prompt.seed(number),
             finish=answer.finish,
             pictures=answer.document.images,
+            texts=read_answer(answer.document).captions,
             sequence=sequence,
             drop=drop,
             detail=detail,
         )
 
     def _scored(
-        self, samples: Sequence[Sample], *, prompt: Prompt, reward: NamedReward
+        self,
+        samples: Sequence[Sample],
+        *,
+        prompt: Prompt,
+        references: Sequence[NDArray[np.integer]],
+        reward: NamedReward,
     ) -> list[Sample]:
         """The rewards of all that are whole, long or not."""
         whole = [sample for sample in samples if sample.sequence is not None]
-        grids = [codes_HW for sample in whole for codes_HW in sample.pictures]
-        pixels = iter(decode_pixels(grids, codec=self.codec))
-        scores: dict[int, float] = {}
+        grids = [*references, *(codes_HW for sample in whole for codes_HW in sample.pictures)]
+        decoded = decode_grids(self.codec, grids) if whole else []
+        pictures = iter([np.asarray(to_image(pixels_3HW)) for pixels_3HW in decoded])
+        seen = list(islice(pictures, len(references)))
+        scored: dict[int, Sample] = {}
         for sample in whole:
-            pictures = [np.asarray(to_image(next(pixels))) for _ in sample.pictures]
-            where = f"sample {sample.number} of {prompt.wish.where}"
-            scores[sample.number] = reward.score(prompt.record, pictures=pictures, where=where)
-        return [replace(sample, reward=scores.get(sample.number)) for sample in samples]
+            shown = Shown(
+                record=prompt.record,
+                task=prompt.wish.task.value,
+                prompt=prompt.wish.prompt,
+                texts=sample.texts,
+                pictures=list(islice(pictures, len(sample.pictures))),
+                references=seen,
+                where=f"sample {sample.number} of {prompt.wish.where}",
+            )
+            scored[sample.number] = _with_score(sample, score=reward.score(shown))
+        return [scored.get(sample.number, sample) for sample in samples]
 
     def _least(self, sample: Sample) -> Sample:
         least = self.options.min_reward
@@ -169,6 +191,12 @@ class Judge:
             replace(sample, drop=Drop.not_best) if sample.number in worse else sample
             for sample in samples
         ]
+
+
+def _with_score(sample: Sample, *, score: Score) -> Sample:
+    if isinstance(score, Unscored):
+        return replace(sample, drop=sample.drop or Drop.unscored, detail=score.reason)
+    return replace(sample, reward=score)
 
 
 def _incomplete(answer: Generated) -> tuple[Drop | None, str]:

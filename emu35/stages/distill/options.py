@@ -50,7 +50,7 @@ class DistillOptions:
             of the shards (``out``). What it says of pages, stories and streams means nothing here.
         source: name of the shards.
         samples: answers to every prompt.
-        reward: name of a reward (:func:`emu35.rewards.find.find_reward`); None keeps everything
+        reward: name of a reward (:func:`emu35.rewards.build.find_reward`); None keeps everything
             that is whole.
         min_reward: the least reward of what is kept.
         keep_best: how many answers of a prompt are kept, best first; None for all.

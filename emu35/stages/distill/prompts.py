@@ -14,7 +14,8 @@ from emu35.errors import ConfigError, DataError
 from emu35.inference.ask import build_request, prompt_seed
 from emu35.inference.memory import request_slots
 from emu35.inference.request import Decoder, Request
-from emu35.rewards.reward import NamedReward, Record
+from emu35.rewards.named import NamedReward
+from emu35.rewards.sample import Record
 from emu35.stages.distill.options import DistillOptions, Part
 from emu35.stages.generate.options import Wish, gathered
 from emu35.stages.generate.records import record_lines

@@ -4,47 +4,26 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from emu35.checkpoint.codec import codec_folder, open_codec
-from emu35.checkpoint.source import Described, describe, load_model
-from emu35.config import ParallelConfig
+from emu35.checkpoint.source import Described
 from emu35.data.ingest.manifest import DoneInput, Manifest, lock_folder, open_books
-from emu35.data.ingest.progress import Progress
 from emu35.data.shards import ShardMeta, atomic_file
 from emu35.data.writer import ShardWriter
-from emu35.errors import DataError, Interrupted
-from emu35.inference.ask import build_request
-from emu35.inference.engine import Engine
-from emu35.inference.lead import build_engine
-from emu35.inference.memory import cache_tokens
-from emu35.inference.request import Request
+from emu35.errors import DataError
 from emu35.log.console import Console, human_time
-from emu35.rewards.find import find_reward
 from emu35.stages.data import file_errors
-from emu35.stages.distill.judge import Judge, Sample
+from emu35.stages.distill.job import Job, Plan, make_plan
+from emu35.stages.distill.judge import Sample
 from emu35.stages.distill.options import DistillOptions, identity
-from emu35.stages.distill.prompts import (
-    Fit,
-    Prompt,
-    Stretch,
-    check_fit,
-    own_prompts,
-    read_prompts,
-    stretches,
-)
-from emu35.stages.distill.work import Work
-from emu35.stages.generate.references import References
-from emu35.stages.generate.run import interruptible
+from emu35.stages.distill.prompts import Stretch
 from emu35.tokens.serialize import Modality
-from emu35.tokens.text import TextTokenizer, build_text_tokenizer
-from emu35.vision.codec import weights_digest
 
 _KIND = "samples"
 """Folder of the books for the samples of each stretch."""
@@ -101,13 +80,13 @@ def distill(options: DistillOptions) -> DistillSummary:
     """
     begin = time.monotonic()
     console = Console(stream=sys.stderr)
-    plan = _plan(options, console=console)
+    plan = make_plan(options, console=console)
     units = plan.units
     with lock_folder(options.ask.out, part=options.part.name):
         manifest = open_books(
             out=options.ask.out,
             folders=["."],
-            identity=_identity(options, described=plan.described, meta=plan.meta),
+            identity=identity_of(options, described=plan.described, meta=plan.meta),
             existing=options.existing,
             part=options.part.name,
         )
@@ -119,7 +98,13 @@ def distill(options: DistillOptions) -> DistillSummary:
         todo = [unit for unit in units if manifest.find(unit) is None]
         try:
             if todo:
-                job = _Job(options=options, plan=plan, manifest=manifest)
+                job = Job(
+                    verb="distill",
+                    options=options,
+                    plan=plan,
+                    manifest=manifest,
+                    commit=partial(_commit, options=options, plan=plan, manifest=manifest),
+                )
                 job.run(todo)
         finally:
             _join_samples(manifest, units=units)
@@ -135,66 +120,15 @@ def distill(options: DistillOptions) -> DistillSummary:
     return summary
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """What is known before anything is written and any weight of the model is read."""
-
-    units: list[Stretch]
-    described: Described
-    tokenizer: TextTokenizer
-    references: Callable[[], References]
-    fit: Fit
-    meta: ShardMeta
-    judge: Judge
-
-    @property
-    def prompts(self) -> int:
-        return sum(len(unit.prompts) for unit in self.units)
-
-
-def _plan(options: DistillOptions, *, console: Console) -> _Plan:
-    """Check everything that can be checked."""
-    reward = find_reward(options.reward) if options.reward is not None else None
-    prompts = own_prompts(read_prompts(options, reward=reward), part=options.part)
-    described = describe(options.ask.source, step=options.ask.step, message=console.line)
-    codec = open_codec(described, chosen=options.ask.vision)
-    folder = codec_folder(described, chosen=options.ask.vision)
-    assert folder is not None
-    tokenizer = build_text_tokenizer(described.tokenizer)
-
-    def references() -> References:
-        positions = described.config.max_position_embeddings
-        return References(codec=codec, area=options.ask.image_area, positions=positions)
-
-    return _Plan(
-        units=stretches(prompts, length=options.prompts_per_shard),
-        described=described,
-        tokenizer=tokenizer,
-        references=references,
-        fit=check_fit(
-            prompts,
-            options=options,
-            described=described,
-            tokenizer=tokenizer,
-            references=references(),
-        ),
-        meta=ShardMeta(
-            source=options.source,
-            kind=described.tokenizer.kind.value,
-            n_text=tokenizer.vocabulary.n_text,
-            codebook_size=described.tokenizer.codebook_size,
-            vision=weights_digest(folder),
-        ),
-        judge=Judge(options=options, tokenizer=tokenizer, codec=codec, reward=reward),
-    )
-
-
 def samples_path(manifest: Manifest) -> Path:
     """What tells of every sample, those of this part."""
     return manifest.out / f"samples{'-' if manifest.part else ''}{manifest.part}.jsonl"
 
 
-def _identity(options: DistillOptions, *, described: Described, meta: ShardMeta) -> dict[str, Any]:
+def identity_of(
+    options: DistillOptions, *, described: Described, meta: ShardMeta
+) -> dict[str, Any]:
+    """What a rerun must repeat."""
     ask = options.ask
     assert ask.prompts_file is not None
     assert meta.vision is not None
@@ -213,115 +147,57 @@ def _identity(options: DistillOptions, *, described: Described, meta: ShardMeta)
     )
 
 
-@dataclass(kw_only=True, slots=True)
-class _Job:
-    """The parts of a running distillation."""
-
-    options: DistillOptions
-    plan: _Plan
-    manifest: Manifest
-
-    def run(self, todo: Sequence[Stretch]) -> None:
-        """Answer and commit ``todo``.
-
-        Raises:
-            Interrupted, KeyboardInterrupt: on Ctrl-C, after the step that was under way.
-        """
-        of = self.plan.prompts
-        engine = self._engine()
-        left = sum(len(stretch.prompts) for stretch in todo)
-        progress = Progress(label=f"distill {self.options.source}", total=of, items="prompts")
-        progress.skip(of - left)
-        progress.begin(size=left)
-        work = Work(
-            engine=engine,
-            judge=self.plan.judge,
-            todo=todo,
-            make=self._request,
-            references=self.plan.references,
-            ahead=self.options.ask.batch_size,
+def _commit(
+    stretch: Stretch,
+    samples: Sequence[Sample],
+    *,
+    options: DistillOptions,
+    plan: Plan,
+    manifest: Manifest,
+) -> None:
+    """Write the shards of a stretch and what became of its samples, then name it as done."""
+    note_samples(manifest, stretch=stretch, samples=samples)
+    kept = [sample for sample in samples if sample.drop is None]
+    tokens = visual = 0
+    with ShardWriter(
+        folder=manifest.staging,
+        meta=plan.meta,
+        shard_bytes=options.shard_bytes,
+        taken=manifest.shard_numbers("."),
+        stem=manifest.stem,
+    ) as writer:
+        for sample in kept:
+            assert sample.sequence is not None
+            writer.append(sample.sequence, document_id=sample.id)
+            tokens += len(sample.sequence)
+            visual += int(np.count_nonzero(sample.sequence.modality == Modality.VISUAL))
+    drops: dict[str, int] = {}
+    for sample in samples:
+        if sample.drop is not None:
+            drops[sample.drop.value] = drops.get(sample.drop.value, 0) + 1
+    manifest.commit(
+        DoneInput(
+            path=str(stretch.path),
+            fingerprint=stretch.fingerprint,
+            shards=[path.name for path in writer.paths],
+            documents=len(kept),
+            tokens=tokens,
+            visual_tokens=visual,
+            rejects=drops,
         )
-        done = 0
-        try:
-            with interruptible() as interruption:
-                while work.busy and not interruption.asked:
-                    for stretch, samples in work.step():
-                        self._commit(stretch, samples=samples)
-                        done += len(stretch.prompts)
-                    progress.update(done + work.judged, items=done + work.judged)
-            if work.busy:
-                self._stop(done=of - left + done, of=of)
-        finally:
-            progress.close()
-            engine.close()
+    )
 
-    def _stop(self, *, done: int, of: int) -> None:
-        if not self.manifest.done:
-            raise KeyboardInterrupt
-        raise Interrupted(
-            f"stopped: {done} of {of} prompts are done in {self.manifest.out}; the same command "
-            "goes on with the others"
-        )
 
-    def _engine(self) -> Engine:
-        ask, fit = self.options.ask, self.plan.fit
-        model = load_model(
-            self.plan.described,
-            precision=ask.precision or self.plan.described.precision,
-            parallel=ParallelConfig(tp=ask.tp),
-        )
-        at_once = len(fit.largest)
-        slots = ask.cache_tokens or cache_tokens(fit.largest, model=model, at_once=at_once)
-        return build_engine(
-            model=model,
-            tokenizer=self.plan.tokenizer,
-            max_requests=at_once,
-            max_length=fit.max_length,
-            cache_tokens=slots,
-        )
-
-    def _request(self, prompt: Prompt, codes: Sequence[NDArray[np.integer]]) -> Request:
-        return build_request(
-            prompt.wish.ask(images=codes, seed=prompt.seed(0)),
-            tokenizer=self.plan.tokenizer,
-            template=self.options.ask.template or self.plan.described.template,
-            max_positions=self.plan.described.config.max_position_embeddings,
-        )
-
-    def _commit(self, stretch: Stretch, *, samples: Sequence[Sample]) -> None:
-        """Write the shards of a stretch and what became of its samples, then name it as done."""
-        with atomic_file(self.manifest.notes(_KIND, path=stretch.path)) as file:
-            for sample in samples:
-                file.write(json.dumps(sample.row()).encode() + b"\n")
-        kept = [sample for sample in samples if sample.drop is None]
-        tokens = visual = 0
-        with ShardWriter(
-            folder=self.manifest.staging,
-            meta=self.plan.meta,
-            shard_bytes=self.options.shard_bytes,
-            taken=self.manifest.shard_numbers("."),
-            stem=self.manifest.stem,
-        ) as writer:
-            for sample in kept:
-                assert sample.sequence is not None
-                writer.append(sample.sequence, document_id=sample.id)
-                tokens += len(sample.sequence)
-                visual += int(np.count_nonzero(sample.sequence.modality == Modality.VISUAL))
-        drops: dict[str, int] = {}
+def note_samples(manifest: Manifest, *, stretch: Stretch, samples: Sequence[Sample]) -> None:
+    """Write what became of the samples of a stretch into the books."""
+    with atomic_file(manifest.notes(_KIND, path=stretch.path)) as file:
         for sample in samples:
-            if sample.drop is not None:
-                drops[sample.drop.value] = drops.get(sample.drop.value, 0) + 1
-        self.manifest.commit(
-            DoneInput(
-                path=str(stretch.path),
-                fingerprint=stretch.fingerprint,
-                shards=[path.name for path in writer.paths],
-                documents=len(kept),
-                tokens=tokens,
-                visual_tokens=visual,
-                rejects=drops,
-            )
-        )
+            file.write(json.dumps(sample.row()).encode() + b"\n")
+
+
+def noted_samples(manifest: Manifest, *, stretch: Stretch) -> bytes:
+    """What :func:`note_samples` wrote, as lines of JSON."""
+    return manifest.notes(_KIND, path=stretch.path).read_bytes()
 
 
 def _join_samples(manifest: Manifest, *, units: Sequence[Stretch]) -> None:
@@ -329,7 +205,7 @@ def _join_samples(manifest: Manifest, *, units: Sequence[Stretch]) -> None:
     with atomic_file(samples_path(manifest)) as file:
         for unit in units:
             if manifest.find(unit) is not None:
-                file.write(manifest.notes(_KIND, path=unit.path).read_bytes())
+                file.write(noted_samples(manifest, stretch=unit))
 
 
 def _summary(manifest: Manifest, *, units: Sequence[Stretch]) -> DistillSummary:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from emu35.data.story import Picture, Story, build_story, encode_story, read_picture
@@ -22,7 +21,7 @@ from emu35.stages.view.sources import RESULTS, read_stories
 from emu35.tokens.answer import read_answer
 from emu35.tokens.document import Image, Special, Text
 from emu35.tokens.template import Task
-from emu35.vision.codec import ImageCodec
+from emu35.vision.codec import ImageCodec, decode_grids
 from emu35.vision.resize import to_image
 
 
@@ -269,23 +268,10 @@ class GeneratedFiles:
 def decode_images(grids: Sequence[NDArray[np.integer]], *, codec: ImageCodec | None) -> list[bytes]:
     """PNG bytes of every grid of codes [H, W]; grids of one size are decoded together. No codec is
     needed where there are none."""
-    return [png_of(pixels_3HW) for pixels_3HW in decode_pixels(grids, codec=codec)]
-
-
-def decode_pixels(
-    grids: Sequence[NDArray[np.integer]], *, codec: ImageCodec | None
-) -> list[NDArray[np.floating]]:
-    """Pixels [3, H, W] in about [-1, 1] of every grid of codes, as :func:`decode_images`."""
-    places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-    for at, codes_HW in enumerate(grids):
-        places[codes_HW.shape].append(at)
-    found: dict[int, NDArray[np.floating]] = {}
-    for chosen in places.values():
-        assert codec is not None, "an answer has an image that its request did not permit"
-        codes_BHW = torch.from_numpy(np.stack([grids[at] for at in chosen]).astype(np.int64))
-        pixels_B3HW = codec.decode(codes_BHW).cpu().numpy()
-        found.update(zip(chosen, pixels_B3HW, strict=True))
-    return [found[at] for at in range(len(grids))]
+    if not grids:
+        return []
+    assert codec is not None, "an answer has an image that its request did not permit"
+    return [png_of(pixels_3HW) for pixels_3HW in decode_grids(codec, grids)]
 
 
 def png_of(pixels_3HW: NDArray[np.floating]) -> bytes:

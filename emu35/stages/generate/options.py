@@ -12,7 +12,7 @@ from emu35.config import Precision
 from emu35.dida.samplers import Sampler
 from emu35.inference.ask import Ask, SamplingOverride, Turn
 from emu35.inference.grammar import GridSize
-from emu35.inference.request import Decoder, denoise_options
+from emu35.inference.request import Decoder, denoise_options, stray_numbers
 from emu35.model.quantize import Quantization
 from emu35.tokens.template import PromptTemplate, Task
 
@@ -190,12 +190,8 @@ def call_problems(options: GenerateOptions) -> list[str]:
         "denoise_shift": options.denoise_shift,
         "guidance_until": options.guidance_until,
     }
-    said = [name for name, value in parallel.items() if value is not None]
-    if said and options.decoder is Decoder.ar and options.prompts_file is None:
-        problems.append(
-            f"{' and '.join(said)} hold for parallel decoding, but decoder is ar; ask for decoder "
-            "dida, or leave them out"
-        )
+    if options.prompts_file is None:  # whose records may choose another decoder
+        problems += stray_numbers(options.decoder, parallel)
     if options.out.exists() and not options.out.is_dir():
         problems.append(f"out={options.out} is a file; name a folder")
     return problems

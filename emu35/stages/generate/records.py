@@ -22,7 +22,7 @@ from emu35.dida.samplers import Sampler
 from emu35.errors import ConfigError, DataError
 from emu35.inference.ask import SamplingOverride, parse_size
 from emu35.inference.grammar import GridSize
-from emu35.inference.request import Decoder
+from emu35.inference.request import Decoder, stray_numbers
 from emu35.stages.generate.options import GenerateOptions, Wish, wish_of
 from emu35.tokens.template import TASKS, Task
 
@@ -121,6 +121,7 @@ FIELDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
 )
 """The keys of a record and what reads each; null leaves a key to the call."""
 
+_PARALLEL = ("denoise_steps", "sampler", "denoise_shift", "guidance_until")
 _SAMPLING = tuple(field.name for field in fields(SamplingOverride))
 
 
@@ -138,6 +139,8 @@ def read_records(
     for number, line in record_lines(file):
         where = f"{file}, line {number}"
         values, problems = _read(line)
+        said = {name: values.get(name) for name in _PARALLEL}
+        problems += stray_numbers(values.get("decoder", options.decoder), said)
         if problems:
             wrong.append((where, problems))
         else:

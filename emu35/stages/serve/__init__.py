@@ -12,6 +12,9 @@ rule and remedy. What arrives is bounded before it is looked at: the body by byt
 number, pictures by pixels, the waiting line by requests. A client that goes away takes its requests
 out of the engine.
 
+A trainer may replace the weights (``--weight-updates``, :mod:`.weights`) and ask for its rollouts
+in full (``vllm_xargs``, :mod:`.exact`); every answer names the weights it is by.
+
 :mod:`.server` ties it together: it is up while the model still loads (``/health`` says so), and at
 SIGTERM it refuses new work, lets what runs finish within the grace time and leaves with code 0.
 The folder ``page`` holds the page at ``/``: no framework, nothing fetched from elsewhere.

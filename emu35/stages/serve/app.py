@@ -24,6 +24,7 @@ from emu35.stages.serve.calls import Call
 from emu35.stages.serve.protocol import ChatBody, CompletionBody, Look
 from emu35.stages.serve.refusal import SERVER, Refusal
 from emu35.stages.serve.service import Service
+from emu35.stages.serve.weights_app import WEIGHTS, add_weights
 from emu35.stages.serve.wire import ChatWire, CompletionWire, Json, Wire
 from emu35.tokens.template import ASPECT_RATIOS, TASKS
 
@@ -49,6 +50,7 @@ def build_app(service: Service) -> ASGIApp:
     )
     _add_generation(app, service)
     _add_information(app, service)
+    add_weights(app, service)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _not_here)
     app.add_exception_handler(Exception, _bug)
@@ -108,6 +110,8 @@ async def _generate(service: Service, request: Request, *, asked: Awaitable[_Ask
     except Emu35Error as error:
         raise Refusal(str(error)) from error
     call = await service.submit(found.requests)
+    # While it runs they stay the same: an update waits until nothing is in flight.
+    found.wire.weights = service.weights.tag
     answering = Answering(
         call,
         look=found.look,
@@ -241,7 +245,7 @@ async def _not_here(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     refusal = Refusal(
         f"{request.method} {request.url.path}: {error.detail}; there are {COMPLETIONS}, {CHAT}, "
-        "/v1/models, /health, /metrics and the page at /",
+        "/v1/models, /health, /metrics, /weights and the page at /",
         status=error.status_code,
     )
     return JSONResponse(refusal.plain(), status_code=error.status_code, headers=error.headers)
@@ -255,7 +259,10 @@ async def _bug(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(refusal.plain(), status_code=500)
 
 
-_ENDPOINTS = frozenset({COMPLETIONS, CHAT, "/v1/models", "/health", "/metrics", "/"})
+_ENDPOINTS = frozenset(
+    {COMPLETIONS, CHAT, "/v1/models", "/health", "/metrics", "/"}
+    | {WEIGHTS, f"{WEIGHTS}/begin", f"{WEIGHTS}/bucket", f"{WEIGHTS}/commit"}
+)
 
 
 class _Watched:

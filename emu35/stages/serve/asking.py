@@ -21,6 +21,7 @@ from emu35.inference.ask import (
 from emu35.inference.grammar import GrammarOptions, GridSize
 from emu35.inference.request import DenoiseOptions, Request, denoise_options
 from emu35.inference.sampler import EVERYTHING
+from emu35.stages.serve.exact import ExactArguments
 from emu35.stages.serve.pictures import Codes, Pictures, Sent
 from emu35.stages.serve.prompt_ids import check_ids
 from emu35.stages.serve.protocol import (
@@ -57,6 +58,8 @@ class Asker:
         Raises:
             Refusal, ConfigError: the body asks for something that cannot be.
         """
+        if body.vllm_xargs is not None:
+            return [self._exact(body, body.vllm_xargs, seed=seed)]
         if body.unconditional_prompt is not None:
             self._check_ids(body.unconditional_prompt, name="unconditional_prompt")
         requests: list[Request] = []
@@ -77,6 +80,33 @@ class Asker:
             self._check_ids(prompt, name=name)
             ids = prompt
         return self._steered(self._continuation(body, ids), body)
+
+    def _exact(self, body: CompletionBody, exact: ExactArguments, *, seed: int) -> Request:
+        """The request that ``exact`` says in full; whatever else the body asks for would change
+        it."""
+        prompt = body.prompt[0]
+        allowed = {"model", "prompt", "max_tokens", "seed", "stop", "logprobs", "vllm_xargs"}
+        neutral = {"n": 1, "temperature": 1, "top_p": 1, "top_k": 0, "return_token_ids": True}
+        neutral |= {"return_images": False}
+        for name in body.model_fields_set - allowed:
+            if name not in neutral or getattr(body, name) != neutral[name]:
+                raise Refusal(
+                    f"{name} beside vllm_xargs, which say a request in full; leave it out",
+                    param=name,
+                )
+        if isinstance(prompt, str) or len(body.prompt) > 1 or body.max_tokens is None:
+            raise Refusal(
+                "vllm_xargs need one prompt, of token ids, and max_tokens", param="vllm_xargs"
+            )
+        self._check_ids(prompt, name="prompt")
+        self._check_ids(exact.unconditional_prompt or prompt, name="unconditional_prompt")
+        return exact.request(
+            prompt,
+            seed=seed,
+            max_tokens=body.max_tokens,
+            stop=body.stop,
+            top=body.logprobs or 0,
+        )
 
     def _continuation(self, body: CompletionBody, ids: list[int]) -> Request:
         """Go on behind ``ids``. A task gives its numbers; its template is only for questions."""

@@ -82,13 +82,22 @@ class Bodies:
         finally:
             self._held -= held
 
-    def _check_head(self, request: Request) -> None:
+    @asynccontextmanager
+    async def raw(self, request: Request) -> AsyncIterator[bytearray]:
+        """The bytes of ``request``, which count as held until the block ends.
+
+        Raises:
+            Refusal: as :meth:`read`.
+        """
+        self._check_head(request, wanted="application/octet-stream")
+        with self._hold() as hold:
+            yield await self._content(request, hold)
+
+    def _check_head(self, request: Request, *, wanted: str = "application/json") -> None:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            # A browser asks before it sends JSON to another site, and never for a plain form.
-            raise Refusal(
-                f"content type {kind or 'missing'!r}; send JSON as application/json", status=415
-            )
+        if kind != wanted:
+            # A browser asks before it sends these to another site, and never for a plain form.
+            raise Refusal(f"content type {kind or 'missing'!r}; send {wanted}", status=415)
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > self._largest:
             raise self._too_large(int(declared))

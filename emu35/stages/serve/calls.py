@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from emu35.inference.engine import Engine
 from emu35.inference.request import Request, Update
 
 
@@ -28,11 +29,19 @@ class Abort:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Do ``function`` with the engine between two steps; ``done`` gets what it gives."""
+
+    function: Callable[[Engine], Any]
+    done: "asyncio.Future[Any]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stop:
     """Leave."""
 
 
-Command: TypeAlias = Submit | Abort | Stop
+Command: TypeAlias = Submit | Abort | Work | Stop
 Item: TypeAlias = tuple[int, Update] | EngineFailure
 
 

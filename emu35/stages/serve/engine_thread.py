@@ -19,14 +19,17 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from emu35.errors import Emu35Error, LaunchError
 from emu35.inference.engine import Engine, EngineStats
 from emu35.inference.grammar import NextKind
 from emu35.inference.request import Finish, Generated, Request, Update
-from emu35.stages.serve.calls import Abort, Call, Command, EngineFailure, Item, Stop, Submit
+from emu35.stages.serve.calls import Abort, Call, Command, EngineFailure, Item, Stop, Submit, Work
 from emu35.stages.serve.keyed import KeyedEngine
 from emu35.stages.serve.metrics import Metrics
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -123,6 +126,18 @@ class EngineThread:
         """Abort everything in flight; the calls get their last update."""
         self._mailbox.put(Abort(keys=None))
 
+    async def work(self, function: Callable[[Engine], T]) -> T:
+        """What ``function`` gives, called with the engine in its thread, behind all that was asked
+        before.
+
+        Raises:
+            EngineFailure: the engine is not usable any more.
+            Whatever ``function`` raises.
+        """
+        done: asyncio.Future[T] = self._loop.create_future()
+        self._mailbox.put(Work(function=function, done=done))
+        return await done
+
     def _post_abort(self, keys: tuple[int, ...]) -> None:
         self._mailbox.put(Abort(keys=keys))
 
@@ -148,6 +163,8 @@ class EngineThread:
                 for command in self._commands(wait=True):
                     if isinstance(command, Submit):
                         self._refuse(command, EngineFailure(self.failure))
+                    elif isinstance(command, Work):
+                        self._post(_fail, command.done, EngineFailure(self.failure))
         try:
             engine.close()
         except Exception as error:  # the other ranks may be gone
@@ -170,6 +187,8 @@ class EngineThread:
                 self._submit(command, engine=engine)
             elif isinstance(command, Abort):
                 self._deliver(engine.abort(command.keys))
+            elif isinstance(command, Work):
+                self._work(command, engine=engine)
             else:
                 self._deliver(engine.abort(None))
                 return False
@@ -192,6 +211,17 @@ class EngineThread:
             self._flights[key] = _Flight(call=call, place=place, accepted=now)
             self._metrics.tokens.labels("prompt").inc(len(command.requests[place].prompt))
         self._post(_succeed, call.accepted)
+
+    def _work(self, command: Work, *, engine: KeyedEngine) -> None:
+        try:
+            found = engine.work(command.function)
+        except LaunchError as error:
+            self._post(_fail, command.done, EngineFailure(describe(error)))
+            raise
+        except Exception as error:
+            self._post(_fail, command.done, error)
+            return
+        self._post(_succeed, command.done, found)
 
     def _refuse(self, command: Submit, error: Exception) -> None:
         if (call := self._calls.pop(command.keys[0], None)) is not None:
@@ -287,12 +317,12 @@ def _put(items: Sequence[tuple[Call, Item]]) -> None:
         call.put(item)
 
 
-def _succeed(future: "asyncio.Future[None]") -> None:
+def _succeed(future: "asyncio.Future[Any]", result: object = None) -> None:
     if not future.done():
-        future.set_result(None)
+        future.set_result(result)
 
 
-def _fail(future: "asyncio.Future[None]", error: BaseException) -> None:
+def _fail(future: "asyncio.Future[Any]", error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)
 

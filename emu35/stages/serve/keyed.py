@@ -4,7 +4,8 @@ A call gets its requests' numbers when it is made, in the event loop; the engine
 in its thread.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from emu35.inference.engine import Engine, EngineStats
 from emu35.inference.request import Update
@@ -23,6 +24,10 @@ class KeyedEngine:
     def busy(self) -> bool:
         """Whether a step would do anything."""
         return self._engine.busy
+
+    def work(self, function: Callable[[Engine], Any]) -> Any:
+        """What ``function`` gives of the engine itself."""
+        return function(self._engine)
 
     def close(self) -> None:
         """Let the ranks that share the model end."""

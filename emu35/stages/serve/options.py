@@ -44,7 +44,8 @@ class ServeOptions:
     :data:`ALIAS` does as well). ``port`` 0 takes a free one. ``grace``: seconds that running
     requests get after SIGTERM. ``api_key_env`` names the environment variable that holds the key
     clients must send; the key itself never stands on a command line. ``quantize`` gives the layers'
-    weights eight bits. ``tp`` ranks share the model, of which this process is one.
+    weights eight bits. ``tp`` ranks share the model, of which this process is one. With
+    ``weight_updates`` a trainer may replace the weights, in buckets of ``max_bucket_mb`` MiB.
     """
 
     source: Path
@@ -64,6 +65,8 @@ class ServeOptions:
     grace: float = 30.0
     api_key_env: str | None = None
     tp: int = 1
+    weight_updates: bool = False
+    max_bucket_mb: int = 1024
 
     def api_key(self) -> str | None:
         """The key that clients must send; None where none is asked for."""
@@ -87,6 +90,7 @@ def check(options: ServeOptions) -> None:
             ("max_body_mb", limits.max_body_mb, 1),
             ("max_image_pixels", limits.max_image_pixels, 1),
             ("max_references", limits.max_references, 0),
+            ("max_bucket_mb", options.max_bucket_mb, 1),
         )
         if value is not None and value < lowest
     ]
@@ -105,6 +109,11 @@ def check(options: ServeOptions) -> None:
         problems.append(
             f"the environment variable {options.api_key_env} is empty or not set; "
             "put the API key in it"
+        )
+    if options.weight_updates and options.quantize is not None:
+        problems.append(
+            f"weight_updates replaces weights as they are, and quantize={options.quantize} changes "
+            "them; use one of the two"
         )
     if problems:
         raise ConfigError(problems)

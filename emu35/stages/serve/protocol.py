@@ -5,7 +5,7 @@ OpenAI's fields those we cannot honour are taken with the value that changes not
 clients send them by themselves, and refused with any other.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import (
@@ -20,7 +20,14 @@ from pydantic import (
 )
 
 from emu35.dida.samplers import Sampler
-from emu35.inference.request import MOST_SHIFT, MOST_STEPS, MOST_TOP_LOGPROBS, Decoder
+from emu35.inference.request import (
+    MOST_SHIFT,
+    MOST_STEPS,
+    MOST_TOP_LOGPROBS,
+    Decoder,
+    stray_numbers,
+)
+from emu35.stages.serve.exact import ExactArguments
 from emu35.stages.serve.neutral import IGNORED, MESSAGE_NEUTRAL, NEUTRAL
 from emu35.stages.serve.refusal import shown
 from emu35.tokens.template import Task
@@ -181,6 +188,13 @@ class GenerationBody(Body):
             raise ValueError("size and ratio both fix the grid; give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _one_decoder(self) -> Self:
+        names = ("denoise_steps", "sampler", "denoise_shift", "guidance_until")
+        if found := stray_numbers(self.decoder, {name: getattr(self, name) for name in names}):
+            raise ValueError(found[0])
+        return self
+
     def _look(self, *, logprobs: int | None) -> Look:
         return Look(
             stream=self.stream,
@@ -213,13 +227,15 @@ class CompletionBody(GenerationBody):
     ``prompt`` is a string, token ids, or a list of either. A string continues as it stands (BOS and
     the text); with ``task`` it is the question in that task's template. ``unconditional_prompt``
     are the ids of the stream that ``guidance`` steers away from. ``logprobs`` asks for the
-    log-probability of every token and so many of its best rivals.
+    log-probability of every token and so many of its best rivals. ``vllm_xargs`` says the request
+    of the engine in full (:mod:`.exact`).
     """
 
     prompt: Any
     logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
     echo: bool = False
     unconditional_prompt: Ids | None = None
+    vllm_xargs: ExactArguments | None = None
 
     @field_validator("prompt")
     @classmethod
@@ -249,7 +265,8 @@ class CompletionBody(GenerationBody):
     @property
     def look(self) -> Look:
         """What answering needs of this body."""
-        return self._look(logprobs=self.logprobs)
+        look = self._look(logprobs=self.logprobs)
+        return look if self.vllm_xargs is None else replace(look, return_images=False)
 
 
 def _as_prompts(value: Any) -> list[str | Ids]:

@@ -21,6 +21,7 @@ from emu35.stages.serve.options import ALIAS, ServeOptions
 from emu35.stages.serve.pictures import Pictures
 from emu35.stages.serve.protocol import MOST_CHOICES
 from emu35.stages.serve.refusal import SERVER, Refusal, shown
+from emu35.stages.serve.weights import WeightUpdates
 from emu35.vision.codec import ImageCodec
 
 _CLOSE_SECONDS = 5.0
@@ -71,6 +72,8 @@ class Service:
         )
         self.pictures = Pictures(None, limits=options.limits)
         self.engine = EngineThread(make_engine, metrics=self.metrics)
+        self.weights = WeightUpdates(self.engine)
+        self.buckets = Bodies(largest=options.max_bucket_mb * 2**20, most_ids=0)
         self.metrics.watch(lambda: self.engine.stats)
         self.phase = Phase.starting
         self.open_calls = 0
@@ -102,6 +105,7 @@ class Service:
         await self.engine.stop()
         self.pictures.close()
         self.bodies.close()
+        self.buckets.close()
 
     async def _until_idle(self, seconds: float, *, hurry: asyncio.Event) -> None:
         deadline = asyncio.get_running_loop().time() + seconds
@@ -118,6 +122,8 @@ class Service:
             return Health(status="starting", reason="the model is being loaded")
         if self.phase is Phase.draining:
             return Health(status="draining", reason="the server is being shut down")
+        if (update := self.weights.update) is not None:
+            return Health(status="updating", reason=update)
         if self.engine.failure is not None:
             return Health(status="unhealthy", reason=self.engine.failure)
         return Health(status="ok")
@@ -129,6 +135,18 @@ class Service:
             Refusal: 401, 503 or 429.
         """
         self.check_key(request)
+        self.check_phase()
+        self.weights.check_whole()
+        options = self.options
+        if self.open_calls > options.max_requests + options.max_waiting:
+            raise self._full(f"{self.open_calls} calls are open")
+
+    def check_phase(self) -> None:
+        """Refuse while the server is not up, or not any more.
+
+        Raises:
+            Refusal: 503.
+        """
         if self.phase is not Phase.ready:
             health = self.health
             raise Refusal(
@@ -138,9 +156,6 @@ class Service:
                 code=health.status,
                 headers={"Retry-After": "10"},
             )
-        options = self.options
-        if self.open_calls > options.max_requests + options.max_waiting:
-            raise self._full(f"{self.open_calls} calls are open")
 
     def check_key(self, request: HttpRequest) -> None:
         """Refuse whoever has not the API key, where one is asked for.
@@ -177,8 +192,11 @@ class Service:
         """Hand ``requests`` to the engine.
 
         Raises:
-            Refusal: they can never run (400), the line is full (429), or the engine is broken.
+            Refusal: they can never run (400), the line is full (429), the weights are being
+                replaced (503), or the engine is broken.
         """
+        # An update may have begun while the body was being read.
+        self.weights.check_whole()
         most = self.options.max_requests + self.options.max_waiting
         if len(requests) > most:
             raise Refusal(

@@ -4,11 +4,14 @@ Everything a client needs to learn from an answer comes along where it asked: th
 log-probability of each under the policy that chose it, and whether the grammar forced it.
 """
 
+import base64
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
+
+import numpy as np
 
 from emu35.inference.grammar import NextKind
 from emu35.inference.request import Finish, Generated, Request, Token
@@ -56,7 +59,9 @@ class Answer:
 
 
 class Wire(Protocol):
-    """How one kind of call is answered."""
+    """How one kind of call is answered. ``weights`` says by which weights, once it runs."""
+
+    weights: str
 
     def whole(self, answers: Sequence[Answer]) -> Json:
         """The body of an answer that is not streamed."""
@@ -84,6 +89,7 @@ class _Envelope:
         self, look: Look, *, kind: str, chunk: str, prefix: str, model: str, seed: int
     ) -> None:
         self._look, self._kind, self._chunk_kind = look, kind, chunk
+        self.weights = ""
         self._shared: Json = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -93,7 +99,7 @@ class _Envelope:
 
     def _body(self, choices: list[Json], *, chunk: bool) -> Json:
         kind = self._chunk_kind if chunk else self._kind
-        body: Json = {**self._shared, "object": kind, "choices": choices}
+        body: Json = {**self._shared, "weights": self.weights, "object": kind, "choices": choices}
         if chunk and self._look.include_usage:
             body["usage"] = None  # the counts come with the last chunk
         return body
@@ -121,6 +127,7 @@ class CompletionWire(_Envelope):
                 "index": place,
                 "text": answer.text,
                 "logprobs": self._logprobs(place, tokens),
+                **_candidates(answer),
                 "finish_reason": _REASONS[answer.generated.finish],
                 **_extras(answer, ids=self._look.return_token_ids),
             }
@@ -262,6 +269,22 @@ class ChatWire(_Envelope):
             "bytes": list(content),
             "logprob": logprob,
         }
+
+
+def _candidates(answer: Answer) -> Json:
+    """What top-k and top-p left of the legal ids at every token, where it is asked for: how many
+    (-1: all), and the ids of all tokens one after the other, little-endian int32 in base64."""
+    if not answer.request.keep_candidates:
+        return {}
+    kept = [token.candidates for token in answer.generated.tokens]
+    ids = [each for each in kept if each is not None]
+    content = np.concatenate(ids).astype("<i4").tobytes() if ids else b""
+    return {
+        "candidates": {
+            "counts": [-1 if each is None else len(each) for each in kept],
+            "ids": base64.b64encode(content).decode(),
+        }
+    }
 
 
 def _extras(answer: Answer, *, ids: bool) -> Json:

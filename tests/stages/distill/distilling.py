@@ -12,6 +12,7 @@ import numpy as np
 
 from emu35.data.source import Source
 from emu35.inference.grammar import GridSize
+from emu35.rewards.sample import Unscored
 from emu35.stages.distill.options import DistillOptions
 from emu35.stages.generate.options import GenerateOptions
 
@@ -45,6 +46,13 @@ def brightness(record: dict[str, Any], pictures: Sequence[np.ndarray]) -> float:
     assert record["prompt"]
     assert all(picture.dtype == np.uint8 and picture.shape == (6, 8, 3) for picture in pictures)
     return float(np.mean([picture.mean() for picture in pictures])) / 255
+
+
+def undecided(record: dict[str, Any], pictures: Sequence[np.ndarray]) -> float | Unscored:
+    """:func:`brightness` that has no opinion of every other prompt."""
+    if int(record["id"][1:]) % 2:
+        return Unscored("no opinion")
+    return brightness(record, pictures)
 
 
 def stopping(record: dict[str, Any], pictures: Sequence[np.ndarray]) -> float:

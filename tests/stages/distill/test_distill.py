@@ -4,7 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distilling import PROMPTS, brightness, call, documents, results, rows, write_prompts
+from distilling import (
+    PROMPTS,
+    brightness,
+    call,
+    documents,
+    results,
+    rows,
+    undecided,
+    write_prompts,
+)
 
 from emu35.cli import main
 from emu35.data.ingest.options import Existing
@@ -95,6 +104,23 @@ def test_incomplete_answers_are_counted_and_named(
     assert all(row["why"].startswith("incomplete: ") for row in found[:2])
     assert sum(summary.drops.values()) == 2
     assert "2 x incomplete: " in capsys.readouterr().out
+
+
+def test_what_the_reward_cannot_judge_is_dropped_and_never_ranked(
+    run: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = f"distilling:{undecided.__name__}"
+    distill(call(run, prompts, tmp_path / "out", samples=2, reward=reward, keep_best=1))
+    found = rows(tmp_path / "out")
+    for number, (first, second) in enumerate(zip(found[::2], found[1::2], strict=True)):
+        if number % 2:
+            assert first["why"] == second["why"] == "the reward could not judge it"
+            assert (first["detail"], first["reward"], first["kept"]) == ("no opinion", None, False)
+        else:
+            assert first["kept"] != second["kept"]
+    said = capsys.readouterr().out
+    assert "dropped: 4 x the reward could not judge it" in said
+    assert "of 6 whole answers" in said
 
 
 def test_a_document_that_is_too_long_is_dropped_by_name(run: Path, tmp_path: Path) -> None:

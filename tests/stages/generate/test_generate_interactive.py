@@ -256,6 +256,8 @@ def terminal(storyteller: Path, tmp_path: Path) -> Iterator[Terminal]:
         start_new_session=True,
         cwd=repository,
         env=os.environ | {"PYTHONPATH": str(repository), "TERM": "xterm"},
+        # A suite that runs in the background of a shell hands on that it ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     os.close(slave)
     yield Terminal(process=process, master=master)

@@ -148,6 +148,7 @@ def test_every_problem_of_every_line_is_reported(tmp_path: Path) -> None:
         ({"prompt": "x", "id": [1]}, "must be a string or a whole number"),
         ({"prompt": "x", "image": "a.png"}, "Did you mean 'images'"),
         ({"prompt": "x", "size": "3x4", "ratio": "1:1"}, "give one of them"),
+        ({"prompt": "x", "denoise_steps": 4}, "denoise_steps holds for parallel decoding, but"),
         ('{"prompt": "x", "guidance": NaN}', "guidance=nan"),
         ("[" * 100_000, "line 1: "),
     ],

@@ -37,11 +37,13 @@ def write_run(
     *,
     positions: int = 256,
     draws: bool = False,
+    eager: float = 3.0,
     kv_heads: int = 1,
     stage: LMStageConfig | None = None,
 ) -> Path:
     """A run folder below ``root`` as ``stage`` (pretraining) leaves it. A model that ``draws``
-    begins an image about every thirty tokens of text, and hardly ever ends its answer. Adapters
+    begins an image about every thirty tokens of text (``eager`` 3; 12: at once), and hardly ever
+    ends its answer. Adapters
     that the stage trains have learned something."""
     write_tiny_ibq(root / "vision", codes=CODES)
     model = LMConfig(
@@ -68,7 +70,7 @@ def write_run(
     built = build_model(model, vocabulary_size=vocabulary.size)
     initialize(built, seed=5, pad_id=vocabulary.pad)
     if draws:
-        prefer(built, ids={vocabulary.boi: 3.0, vocabulary.eos: -6.0})
+        prefer(built, ids={vocabulary.boi: eager, vocabulary.eos: -6.0})
     if (adapters := adapters_of(config.stage)) is not None:
         train_adapters(built, config=adapters, seed=1, noisy_only=adapts_noisy_only(config.stage))
         for linear in adapted_linears(built).values():

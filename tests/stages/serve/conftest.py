@@ -11,24 +11,28 @@ import openai
 import pytest
 import torch
 from tiny_vision import write_tiny_ibq
+from trainer_side import UPDATED, Trainer
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.manager import CheckpointManager
-from emu35.checkpoint.source import describe
+from emu35.checkpoint.source import describe, load_model
 from emu35.config import (
     CheckpointConfig,
     DiDAConfig,
     LMConfig,
+    Precision,
     RunConfig,
     TokenizerConfig,
 )
 from emu35.config.io import write_config
 from emu35.model.build import build_model
 from emu35.model.init import initialize
+from emu35.model.transformer import Emu35Model
 from emu35.parallel.mesh import single_process_mesh
 from emu35.stages.serve.options import ServeOptions
 from emu35.stages.serve.server import build_server, build_service
 from emu35.stages.serve.service import Service
+from emu35.tokens.text import TextTokenizer, build_text_tokenizer
 from emu35.tokens.vocabulary import vocabulary_of
 
 CODES = 64
@@ -188,3 +192,41 @@ def server(drawing_run: Path) -> Iterator[Running]:
     threaded = _Threaded(ServeOptions(source=drawing_run))
     yield threaded.start()
     threaded.stop()
+
+
+@pytest.fixture(scope="session")
+def updated_server(drawing_run: Path) -> Iterator[Running]:
+    """A server whose weights tests replace; whoever asks it something sends it some first."""
+    threaded = _Threaded(ServeOptions(source=drawing_run, **UPDATED))
+    yield threaded.start()
+    threaded.stop()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(drawing_run: Path) -> TextTokenizer:
+    return build_text_tokenizer(describe(drawing_run).tokenizer)
+
+
+@pytest.fixture
+def trained(drawing_run: Path) -> Emu35Model:
+    """The served model, a few updates later."""
+    model = load_model(describe(drawing_run), precision=Precision.fp32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def trainer_of(trained: Emu35Model, tokenizer: TextTokenizer) -> Iterator[Callable[..., Trainer]]:
+    """Trainers of ``trained``, whose engines end with the test."""
+    made: list[Trainer] = []
+
+    def make(**config: object) -> Trainer:
+        made.append(Trainer(trained, tokenizer, **config))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.engine.close()

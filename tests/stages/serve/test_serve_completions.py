@@ -137,6 +137,15 @@ def test_pictures_of_a_completion_may_be_decoded_in_parallel(server) -> None:
     assert plain.choices[0].token_ids != answer.choices[0].token_ids
     images = server.service.engine.stats.images_denoised
     assert images >= 2
+    # All rows come at once: there is nothing to preview.
+    parts = [
+        part
+        for chunk in complete(server, **asked, **chosen, stream=True, stream_previews=1)
+        for choice in chunk.choices
+        for part in getattr(choice, "parts", None) or []
+    ]
+    assert [part["type"] for part in parts].count("image_url") == 1
+    assert not [part for part in parts if "preview" in part]
 
 
 def test_a_call_says_how_steps_are_spread_and_how_long_they_are_guided(server) -> None:

@@ -84,6 +84,7 @@ WRONG: list[tuple[str, Any, int, str]] = [
     (TEXT, {"prompt": "x", "decoder": "dida", "sampler": "euler"}, 400, "'kinetic_euler'"),
     (TEXT, {"prompt": "x", "decoder": "dida", "denoise_shift": 0}, 400, "denoise_shift=0"),
     (TEXT, {"prompt": "x", "decoder": "dida", "guidance_until": 2}, 400, "guidance_until=2"),
+    (TEXT, {"prompt": "x", "sampler": "remdm"}, 400, "sampler holds for parallel decoding"),
     (TEXT, {"prompt": "x", "tmperature": 1}, 400, "did you mean 'temperature'?"),
     (TEXT, {"prompt": "x", "presence_penalty": 0.5}, 400, "presence_penalty=0.5 is not"),
     (TEXT, {"prompt": "x", "ratio": "7:5"}, 400, "'7:5' is unknown; use one of 4:3"),

@@ -1,0 +1,78 @@
+"""Rollouts by the trainer's own ranks, with the trainer's own weights."""
+
+from collections.abc import Sequence
+
+from emu35.inference.arena import whole_pages
+from emu35.inference.engine import Engine
+from emu35.inference.memory import cache_tokens
+from emu35.inference.request import Generated, Request
+from emu35.stages.grpo.whole_model import WholeModel
+from emu35.tokens.text import TextTokenizer
+
+
+class EmbeddedEngine:
+    """An engine around ``whole``. Its cache lives from :meth:`prepare` to :meth:`release`, so
+    that
+    training has the memory while nobody samples.
+
+    Args:
+        batch_size: requests in flight at once.
+        slots: of the cache; None: enough for the largest ``batch_size`` requests, as far as memory
+            goes.
+    """
+
+    def __init__(
+        self,
+        *,
+        whole: WholeModel,
+        tokenizer: TextTokenizer,
+        batch_size: int,
+        slots: int | None = None,
+    ) -> None:
+        self._whole, self._tokenizer = whole, tokenizer
+        self._batch_size, self._slots = batch_size, slots
+        self._engine: Engine | None = None
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Take over the weights of now and make room for ``requests``, all that will be submitted.
+        Collective over the pipeline group."""
+        self._whole.refresh()
+        if not requests:
+            return
+        longest = max(whole_pages(request.slots) for request in requests)
+        at_once = min(self._batch_size, len(requests))
+        model = self._whole.model
+        self._engine = Engine(
+            model=model,
+            tokenizer=self._tokenizer,
+            max_length=longest,
+            max_requests=at_once,
+            cache_tokens=self._slots or cache_tokens(requests, model=model, at_once=at_once),
+        )
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its number.
+
+        Raises:
+            ConfigError: it can never fit the cache.
+        """
+        assert self._engine is not None, "prepare comes first"
+        return self._engine.submit(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._engine is not None and self._engine.busy
+
+    def step(self) -> list[Generated]:
+        """One forward; the answers that ended with it."""
+        assert self._engine is not None
+        return [update.finished for update in self._engine.step() if update.finished is not None]
+
+    def release(self) -> None:
+        """Give the cache back."""
+        self._engine = None
+
+    def close(self) -> None:
+        """Nothing more will be asked."""
+        self.release()
