@@ -16,13 +16,18 @@ class Precision(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
-    """What every trained stage shares. Batch sizes count sequences (pictures for ``ibq``)."""
+    """What every trained stage shares. Batch sizes count sequences (pictures for ``ibq``).
+
+    Validation comes every ``validate_every`` steps (0: never) and at the end; with
+    ``validate_first`` before the first step as well, so that curves begin where the run does.
+    """
 
     kind: str = "pretrain"
     steps: int = 100
     global_batch_size: int = 8
     micro_batch_size: int = 1
     validate_every: int = 100
+    validate_first: bool = False
     precision: Precision = Precision.fp32
     init_from: str | None = None
 

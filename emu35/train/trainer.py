@@ -179,8 +179,9 @@ class _Loop:
         self._start()
         self._leave_if_asked()
         meter = Meter(clock=self.task.clock, config=self.config.log)
-        if self._validation_due() and first > 0:  # left undone by the stop that saved this step
+        if self._validation_due():  # also what a stop left undone at the step that it saved
             self._validate()
+            self._leave_if_asked()
         while not self._at_end():
             self._train_step(meter)
             self._leave_if_asked()
@@ -240,8 +241,11 @@ class _Loop:
             raise Emu35Error(self._explain_exhausted())
 
     def _validation_due(self) -> bool:
-        step, every = self.progress.step, self.config.stage.validate_every
+        step, stage = self.progress.step, self.config.stage
+        every = stage.validate_every
         due = self._at_end() or (every > 0 and step % every == 0)
+        if step == 0:
+            due = stage.validate_first
         return due and self.progress.validated_step != step
 
     def _checkpoint_due(self) -> bool:

@@ -12,6 +12,7 @@ class Budget:
     resolution: int
     train_scenes: int
     val_scenes: int
+    words: int
     clips: int
     crops_per_photo: int
     text_lines: int
@@ -50,6 +51,7 @@ BUDGETS = {
         resolution=64,
         train_scenes=6000,
         val_scenes=200,
+        words=1000,
         clips=1500,
         crops_per_photo=12,
         text_lines=600,
@@ -76,6 +78,7 @@ BUDGETS = {
         resolution=64,
         train_scenes=24,
         val_scenes=6,
+        words=6,
         clips=6,
         crops_per_photo=1,
         text_lines=10,

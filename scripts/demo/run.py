@@ -103,12 +103,12 @@ class Demo:
     # ------------------------------------------------------------------ steps
 
     def corpus(self) -> None:
-        """Scenes as tars, clips as JSON lines, photographs as a folder, text as lines, and the
+        """Scenes and words as tars, clips as JSON lines, photographs as a folder, text as lines, and the
         prompts to test with."""
         from corpus import write_dialogues, write_photos
         from corpus import write_text as write_lines
         from emu35.data.scenes.clips import write_clips
-        from emu35.data.scenes.corpus import sample_prompts, write_scenes
+        from emu35.data.scenes.corpus import sample_prompts, write_scenes, write_words
         from emu35.data.scenes.describe import Split
 
         budget, scenes = self.budget, self.corpora / "scenes"
@@ -123,6 +123,13 @@ class Demo:
                     f"{split} scenes", done=done, total=count
                 ),
             )
+        write_words(
+            scenes / "words-00000.tar",
+            split=Split.train,
+            count=budget.words,
+            seed=SEED,
+            resolution=budget.resolution,
+        )
         write_clips(
             self.corpora / "clips", count=budget.clips, seed=SEED, resolution=budget.resolution
         )
@@ -135,14 +142,14 @@ class Demo:
         write_text(self.prompts, "".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
         say(
             f"  {budget.train_scenes} scenes to train on and {budget.val_scenes} held out, "
-            f"{budget.clips} clips, {photos} photographs, {budget.text_lines} lines of text and as "
+            f"{budget.words} words, {budget.clips} clips, {photos} photographs, {budget.text_lines} lines of text and as "
             f"many dialogues, {budget.prompts} prompts"
         )
 
     def tokenizer(self) -> None:
-        """``stage=ibq`` on the training scenes and the photographs."""
+        """``stage=ibq`` on the training scenes, the words and the photographs."""
         scenes = self.corpora / "scenes"
-        paths = [scenes / "train-00000.tar", self.corpora / "photos"]
+        paths = [scenes / "train-00000.tar", scenes / "words-00000.tar", self.corpora / "photos"]
         self.runner.emu35(
             "run",
             "experiment=demo/ibq",

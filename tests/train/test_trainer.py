@@ -94,6 +94,18 @@ def test_validation_and_checkpoints_do_not_disturb_training(tmp_path: Path) -> N
     assert (often.validations, never.validations) == (12, 1)
 
 
+def test_a_run_may_validate_before_its_first_step(tmp_path: Path) -> None:
+    config = tiny_config(validate_every=6)
+    config.stage.validate_first = True
+    first = train(tmp_path / "first", config=config)
+    without = train(tmp_path / "without", config=tiny_config(validate_every=6))
+    assert torch.equal(first.parameters(), without.parameters())
+    rows = read_rows(tmp_path / "first" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "val/fit" in row] == [0, 6, 12]
+    # A finished run that is started again validates no more.
+    assert train(tmp_path / "first", config=config).validations == 0
+
+
 def test_finished_run_trains_no_more_but_holds_the_final_state(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
