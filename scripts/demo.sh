@@ -16,7 +16,7 @@ for argument in "$@"; do
   esac
 done
 
-bash "$root/scripts/setup.sh" demo serve
+bash "$root/scripts/setup.sh" demo rewards serve
 if [ "$setup_only" = true ]; then
   exit 0
 fi

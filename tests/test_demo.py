@@ -21,7 +21,7 @@ PROMISED = [
     "release_logits_equal",
 ]
 STEPS = ["corpus", "tokenizer", "ingest", "pretrain", "generate", "tasks", "sft", "lora"]
-STEPS += ["answer", "dida", "compare", "release", "report"]
+STEPS += ["answer", "dida", "compare", "grpo", "judge", "release", "report"]
 
 
 def start(out: Path, *arguments: str, repository: Path, cwd: Path) -> "subprocess.Popen[str]":
@@ -92,7 +92,15 @@ def test_every_step_in_two_attempts(tmp_path: Path, repository: Path) -> None:
     assert 0 < summary["kinetic_euler_2_forwards"] <= summary["ar_forwards"]
     assert len(list((out / "dida_eval" / "samples").iterdir())) == 4
 
+    # Two steps on held-out and training prompts of both kinds, judged by programs.
+    for task in ("scenes", "words"):
+        assert 1 <= summary[f"grpo_reward_{task}_before"] <= 10
+        assert 1 <= summary[f"grpo_reward_{task}_after"] <= 10
+        assert 0 <= summary[f"grpo_{task}_after"] <= 1
+    assert (out / "grpo" / "samples").is_dir()
+
     page = (out / "report.html").read_text()
+    assert "Mean reward, 1 to 10" in page
     assert "adapters alone" in page
     assert "in 2 steps" in page
     assert page.count("data:image/png;base64,") >= 2
@@ -151,6 +159,7 @@ def test_the_summary_says_what_the_verification_found(
             "chance": {"mean": 0.125},
         },
         parallel={"ar_accuracy": 0.75},
+        rewarded={"grpo_words_after": 0.625},
         verification={"logits_equal": equal, "max_difference": 0.0 if equal else 0.25},
         seconds={"corpus": 1.0},
         budget="tiny",
@@ -158,4 +167,4 @@ def test_the_summary_says_what_the_verification_found(
     assert list(summary)[: len(PROMISED)] == PROMISED
     assert summary["release_logits_equal"] is equal
     assert summary["tasks_pretrain"] == 0.25
-    assert summary["ar_accuracy"] == 0.75
+    assert (summary["ar_accuracy"], summary["grpo_words_after"]) == (0.75, 0.625)

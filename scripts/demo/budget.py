@@ -27,6 +27,10 @@ class Budget:
     answer_options: tuple[str, ...]
     dida_overrides: tuple[str, ...]
     dida_eval_overrides: tuple[str, ...]
+    grpo_prompts: int
+    grpo_heldout: int
+    grpo_overrides: tuple[str, ...]
+    grpo_answer_options: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,7 +63,7 @@ BUDGETS = {
         pretrain_overrides=(),
         prompts=96,
         generate_options=("--guidance", "1.5", "--temperature", "0.4"),
-        task_records={"t2i": 1500, "x2i": 2500, "story": 1000, "chat": 2000},
+        task_records={"t2i": 1500, "x2i": 2500, "story": 1000, "chat": 2000, "words": 600},
         task_prompts=64,
         sft_overrides=(),
         lora_overrides=("stage.steps=600",),
@@ -72,6 +76,10 @@ BUDGETS = {
             *("stage.denoise_steps=[8,25]", "stage.ar_seeds=1", "stage.shown=12"),
             "stage.times=[0.25,0.5,0.75]",
         ),
+        grpo_prompts=256,
+        grpo_heldout=48,
+        grpo_overrides=(),
+        grpo_answer_options=("--guidance", "1", "--temperature", "1.0", "--batch-size", "48"),
     ),
     # Walks every step and learns nothing: the smoke test's.
     "tiny": Budget(
@@ -92,12 +100,20 @@ BUDGETS = {
         pretrain_overrides=_TINY_MODEL,
         prompts=4,
         generate_options=("--guidance", "1"),
-        task_records={"t2i": 4, "x2i": 4, "story": 4, "chat": 4},
+        task_records={"t2i": 4, "x2i": 4, "story": 4, "chat": 4, "words": 4},
         task_prompts=1,
         sft_overrides=_TINY_MODEL,
         lora_overrides=_TINY_MODEL,
         answer_options=("--guidance", "1", "--max-new-tokens", "256"),
         dida_overrides=_TINY_MODEL,
         dida_eval_overrides=("stage.denoise_steps=[2]", "stage.ar_seeds=1", "stage.times=[0.5]"),
+        grpo_prompts=4,
+        grpo_heldout=2,
+        grpo_overrides=(
+            *_TINY_MODEL[:6],
+            *("stage.steps=2", "stage.prompts_per_step=2", "stage.rollouts_per_prompt=2"),
+            "stage.validate_every=2",
+        ),
+        grpo_answer_options=("--guidance", "1"),
     ),
 }

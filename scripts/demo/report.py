@@ -30,7 +30,8 @@ class Reconstruction:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """What the page shows; ``summary`` is that of ``summary.json``, ``tasks`` the section on
-    fine-tuning, ``parallel`` that on parallel decoding."""
+    fine-tuning, ``parallel`` that on parallel decoding,
+    ``rewarded`` that on reinforcement learning."""
 
     summary: dict[str, Any]
     evaluation: dict[str, Any]
@@ -41,6 +42,7 @@ class Report:
     generated: Path
     tasks: str
     parallel: str
+    rewarded: str
     commands: Sequence[str]
 
     def html(self) -> str:
@@ -51,6 +53,7 @@ class Report:
             self._generated(),
             self.tasks,
             self.parallel,
+            self.rewarded,
             self._curves(),
             self._reconstructions(),
             self._accuracy(),

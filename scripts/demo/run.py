@@ -14,6 +14,7 @@ from pathlib import Path
 from budget import BUDGETS, Budget
 from emu35.errors import Emu35Error
 from parallel import Parallel
+from rewarded import Rewarded
 from steps import Runner, Step, Stopped, duration, say, shown, write_json, write_text
 from tuning import Tuning
 
@@ -31,7 +32,7 @@ class Demo:
 
     @property
     def steps(self) -> list[Step]:
-        tuning, parallel = self.tuning, self.parallel
+        tuning, parallel, rewarded = self.tuning, self.parallel, self.rewarded
         return [
             Step(name="corpus", title="writing pictures, captions and text", run=self.corpus),
             Step(name="tokenizer", title="training the image tokenizer", run=self.tokenizer),
@@ -44,6 +45,8 @@ class Demo:
             Step(name="answer", title="answering held-out tasks", run=tuning.answer),
             Step(name="dida", title="adapting to parallel decoding", run=parallel.adapt),
             Step(name="compare", title="drawing captions both ways", run=parallel.compare),
+            Step(name="grpo", title="learning from rewards", run=rewarded.learn),
+            Step(name="judge", title="drawing before and after rewards", run=rewarded.judge),
             Step(name="release", title="writing and checking the release", run=self.release),
             Step(name="report", title="summary and report", run=self.report),
         ]
@@ -57,6 +60,10 @@ class Demo:
     @property
     def parallel(self) -> Parallel:
         return Parallel(out=self.out, budget=self.budget, runner=self.runner, tuning=self.tuning)
+
+    @property
+    def rewarded(self) -> Rewarded:
+        return Rewarded(out=self.out, budget=self.budget, runner=self.runner, tuning=self.tuning)
 
     # ------------------------------------------------------------------ where things lie
 
@@ -103,8 +110,8 @@ class Demo:
     # ------------------------------------------------------------------ steps
 
     def corpus(self) -> None:
-        """Scenes and words as tars, clips as JSON lines, photographs as a folder, text as lines, and the
-        prompts to test with."""
+        """Scenes and words as tars, clips as JSON lines, photographs as a folder, text as lines,
+        and the prompts to test with."""
         from corpus import write_dialogues, write_photos
         from corpus import write_text as write_lines
         from emu35.data.scenes.clips import write_clips
@@ -142,8 +149,8 @@ class Demo:
         write_text(self.prompts, "".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
         say(
             f"  {budget.train_scenes} scenes to train on and {budget.val_scenes} held out, "
-            f"{budget.words} words, {budget.clips} clips, {photos} photographs, {budget.text_lines} lines of text and as "
-            f"many dialogues, {budget.prompts} prompts"
+            f"{budget.words} words, {budget.clips} clips, {photos} photographs, "
+            f"{budget.text_lines} lines of text and as many dialogues, {budget.prompts} prompts"
         )
 
     def tokenizer(self) -> None:
@@ -278,6 +285,7 @@ class Demo:
             tasks=tasks,
             verification=json.loads(self.verification.read_text()),
             parallel=self.parallel.summary(),
+            rewarded=self.rewarded.summary(),
             seconds={name: self.runner.seconds(name) for name in names},
             budget=self.budget_name,
         )
@@ -296,6 +304,7 @@ class Demo:
             generated=self.generated,
             tasks=TaskSection(tasks=tasks, out=self.out).html(),
             parallel=self.parallel.html(),
+            rewarded=self.rewarded.html(),
             commands=self.runner.commands,
         )
         write_text(self.out / "report.html", page.html())

@@ -23,13 +23,14 @@ def summarize(
     tasks: Mapping[str, Any],
     verification: Mapping[str, Any],
     parallel: Mapping[str, Any],
+    rewarded: Mapping[str, Any],
     seconds: Mapping[str, float],
     budget: str,
 ) -> dict[str, Any]:
     """``summary.json``: flat keys, the first six as documented in README.
 
     ``verification`` is what ``emu35 convert verify --json`` printed, ``tasks`` what
-    :mod:`tuning` wrote, ``parallel`` flat facts of :mod:`parallel`.
+    :mod:`tuning` wrote, ``parallel`` and ``rewarded`` flat facts of the modules of those names.
     """
     got, by_chance = evaluation["accuracy"], evaluation["chance"]
     return {
@@ -46,6 +47,7 @@ def summarize(
         **{f"tasks_{model}": found["accuracy"]["mean"] for model, found in tasks["models"].items()},
         "tasks_chance": tasks["chance"]["mean"],
         **parallel,
+        **rewarded,
         "prompts": len(evaluation["prompts"]),
         "budget": budget,
         "version_emu35": __version__,

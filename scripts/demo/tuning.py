@@ -15,7 +15,7 @@ from budget import Budget
 from emu35.config import IBQConfig
 from emu35.config.io import read_config
 from emu35.data.scenes.task_score import AnswerScore, score_answer
-from emu35.data.scenes.tasks import write_task, write_task_prompts
+from emu35.data.scenes.tasks import write_task, write_task_prompts, write_word_task
 from evaluate import read_lines
 from steps import Runner, say, shown, write_json, write_text
 
@@ -53,7 +53,7 @@ class Tuning:
         side = self.budget.resolution
         codes = side // self.tokenizer_config.factor
         for task, count in self.budget.task_records.items():
-            path = write_task(self.records, task=task, count=count, seed=self.seed, resolution=side)
+            path = self._records_of(task, count=count)
             self.runner.emu35(
                 "data",
                 "ingest",
@@ -77,6 +77,13 @@ class Tuning:
             size=f"{codes}x{codes}",
         )
         write_text(self.heldout, "".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
+
+    def _records_of(self, task: str, *, count: int) -> Path:
+        """Training records of ``task``, written; ``words`` are captions as those of t2i are."""
+        side = self.budget.resolution
+        if task == "words":
+            return write_word_task(self.records, count=count, seed=self.seed, resolution=side)
+        return write_task(self.records, task=task, count=count, seed=self.seed, resolution=side)
 
     def sft(self) -> None:
         """``stage=sft`` on all weights."""

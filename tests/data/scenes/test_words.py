@@ -14,7 +14,7 @@ from PIL import Image
 from emu35.config.reward_local import OcrRewardConfig
 from emu35.data.scenes.captions import Language
 from emu35.data.scenes.corpus import sample_prompts, sample_word_prompts, write_words
-from emu35.data.scenes.describe import BACKGROUND_RGB, RGB, Background, Scene, Split, split_of
+from emu35.data.scenes.describe import BACKGROUND_RGB, RGB, Scene, Split, split_of
 from emu35.data.scenes.tasks import write_task_prompts, write_word_task
 from emu35.data.scenes.words import (
     CELL,
@@ -142,10 +142,3 @@ def test_records_to_train_on_and_prompts_of_the_training_side(tmp_path: Path) ->
     assert drawn
     assert all(split_of(scene) is Split.train for scene in drawn)
     assert all(prompt["id"].split("-")[1] == "train" for prompt in prompts)
-
-
-def test_no_faint_colours() -> None:
-    assert all(
-        not (word.background is Background.white and str(word.colour) in ("yellow", "cyan"))
-        for word in some(Split.train, count=300)
-    )
