@@ -67,15 +67,16 @@ class Rewarded:
 
     def _write_prompts(self) -> None:
         from emu35.data.scenes.corpus import sample_prompts, sample_word_prompts
+        from emu35.data.scenes.words import Words
 
         seed = self.tuning.seed
-        for split, count in (
-            (Split.train, self.budget.grpo_prompts),
-            (Split.val, self.budget.grpo_heldout),
+        for split, use, count in (
+            (Split.train, Words.practised, self.budget.grpo_prompts),
+            (Split.val, Words.held_out, self.budget.grpo_heldout),
         ):
             for task, found in (
                 ("scenes", sample_prompts(count=count, seed=seed, split=split)),
-                ("words", sample_word_prompts(count=count, seed=seed, split=split)),
+                ("words", sample_word_prompts(count=count, seed=seed, use=use)),
             ):
                 lines = "".join(f"{json.dumps(prompt)}\n" for prompt in found)
                 write_text(self.prompts(task, split), lines)

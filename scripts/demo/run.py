@@ -132,7 +132,6 @@ class Demo:
             )
         write_words(
             scenes / "words-00000.tar",
-            split=Split.train,
             count=budget.words,
             seed=SEED,
             resolution=budget.resolution,

@@ -19,7 +19,7 @@ from PIL import Image
 from emu35.data.scenes.captions import Detail, Language, caption
 from emu35.data.scenes.describe import Scene, Split, sample_scene
 from emu35.data.scenes.render import render
-from emu35.data.scenes.words import render_word, sample_word, word_caption
+from emu35.data.scenes.words import Words, render_word, sample_word, word_caption
 from emu35.data.shards import atomic_file
 from emu35.errors import DataError
 
@@ -57,7 +57,6 @@ def write_scenes(
 def write_words(
     path: Path,
     *,
-    split: Split,
     count: int,
     seed: int,
     resolution: int,
@@ -69,10 +68,10 @@ def write_words(
     Raises:
         DataError: the disk is full.
     """
-    rng = random.Random(f"{seed}-words-{split}")
+    rng = random.Random(f"{seed}-words")
     _write_tar(
         path,
-        (_drawn_word(rng, split=split, resolution=resolution) for _ in range(count)),
+        (_drawn_word(rng, resolution=resolution) for _ in range(count)),
         progress=progress,
     )
 
@@ -100,8 +99,8 @@ def _drawn_scene(rng: random.Random, *, split: Split, resolution: int) -> _Drawn
     )
 
 
-def _drawn_word(rng: random.Random, *, split: Split, resolution: int) -> _Drawn:
-    word = sample_word(rng, split=split)
+def _drawn_word(rng: random.Random, *, resolution: int) -> _Drawn:
+    word = sample_word(rng, use=Words.pictured)
     language = _language(rng)
     return _Drawn(
         picture=render_word(word, resolution=resolution),
@@ -195,26 +194,26 @@ def sample_prompts(*, count: int, seed: int, split: Split = Split.val) -> list[d
     return prompts
 
 
-def sample_word_prompts(*, count: int, seed: int, split: Split) -> list[dict[str, Any]]:
-    """``count`` captions of words of ``split`` to generate from: ``id``, ``prompt``, ``language``,
+def sample_word_prompts(*, count: int, seed: int, use: Words) -> list[dict[str, Any]]:
+    """``count`` captions of words for ``use`` to generate from: ``id``, ``prompt``, ``language``,
     ``text`` (what a reader should find) and ``word``. No two are alike.
 
     Raises:
         DataError: there are not as many captions of different words.
     """
-    rng = random.Random(f"{seed}-words-{split}-prompts")
+    rng = random.Random(f"{seed}-words-{use}-prompts")
     prompts: list[dict[str, Any]] = []
     seen: set[str] = set()
     known = 0  # draws in a row
     while len(prompts) < count:
-        word = sample_word(rng, split=split)
+        word = sample_word(rng, use=use)
         language = _language(rng)
         text = word_caption(word, rng=rng, language=language)
         known = known + 1 if text in seen else 0
         if known > ENOUGH_DRAWS:
             raise DataError(
-                f"there are hardly more than {len(prompts)} captions of {split} words; ask for "
-                f"fewer than {count}"
+                f"there are hardly more than {len(prompts)} captions of words that are {use}; ask "
+                f"for fewer than {count}"
             )
         if known:
             continue

@@ -28,7 +28,7 @@ from emu35.data.scenes.describe import (
     split_of,
 )
 from emu35.data.scenes.render import render
-from emu35.data.scenes.words import render_word, sample_word, word_caption
+from emu35.data.scenes.words import Words, render_word, sample_word, word_caption
 from emu35.files import write_atomically
 
 FEW = (0.7, 0.3)
@@ -191,11 +191,11 @@ def write_word_task(
     """Write ``count`` training records that ask for a word (:mod:`emu35.data.scenes.words`) to
     ``folder/words.jsonl`` and their pictures beside it; returns the file, the last thing
     written."""
-    rng = random.Random(f"{seed}-word-task-{Split.train}")
+    rng = random.Random(f"{seed}-word-task")
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     for number in range(count):
-        word = sample_word(rng, split=Split.train)
+        word = sample_word(rng, use=Words.pictured)
         language = Language.zh if rng.random() < CHINESE_SHARE else Language.en
         name = f"word-{number:06d}"
         image = f"{IMAGES}/{name}.png"

@@ -2,16 +2,20 @@
 recognition to read back.
 
 Words are all pairs of :data:`LETTERS`, so that a word that was never drawn in training is made of
-letters that were. Longer ones do not survive an image tokenizer of the demo's size: of words that
-were drawn at 64 pixels and decoded from 8 x 8 of 256 codes again, rapidocr reads three letters
-without a mistake half of the time and four never. Of 200 pairs it reads 92 in 100 where the
-tokenizer never saw a word, and 98 where 3,000 were among the pictures that it was trained on.
+letters that were. Half of them have pictures to train on; a model is not shown the others, but may
+practise some of them, being told how well a reader reads its drawings (:class:`Words`).
+
+Longer ones do not survive an image tokenizer of the demo's size: of words that were drawn at 64
+pixels and decoded from 8 x 8 of 256 codes again, rapidocr reads three letters without a mistake
+half of the time and four never. Of 200 pairs it reads 92 in 100 where the tokenizer never saw a
+word, and 98 where 3,000 were among the pictures that it was trained on.
 """
 
 import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
@@ -27,10 +31,8 @@ from emu35.data.scenes.captions import (
 from emu35.data.scenes.describe import (
     BACKGROUND_RGB,
     RGB,
-    VAL_SHARE,
     Background,
     Colour,
-    Split,
 )
 from emu35.data.scenes.render import OVERSAMPLING
 
@@ -82,15 +84,31 @@ class Word:
         )
 
 
-def word_split(text: str) -> Split:
-    """The side that ``text`` is on, in every colour: a hash of its letters."""
+class Words(StrEnum):
+    """What becomes of a word: drawn for training, practised without a picture, or held out."""
+
+    pictured = "pictured"
+    practised = "practised"
+    held_out = "held_out"
+
+
+SHARES = {Words.held_out: 0.15, Words.practised: 0.35, Words.pictured: 0.5}
+"""Of all words."""
+
+
+def word_use(text: str) -> Words:
+    """Where ``text`` belongs, in every colour: a hash of its letters."""
     digest = hashlib.sha256(f"word {text}".encode()).digest()
-    return Split.val if digest[0] * 256 + digest[1] < 65536 // VAL_SHARE else Split.train
+    place = int.from_bytes(digest[:4], "big") / 2**32
+    if place < SHARES[Words.held_out]:
+        return Words.held_out
+    practised = place < SHARES[Words.held_out] + SHARES[Words.practised]
+    return Words.practised if practised else Words.pictured
 
 
-def sample_word(rng: random.Random, *, split: Split) -> Word:
-    """A random word of ``split`` in one of :data:`COLOURS`."""
-    while word_split(text := "".join(rng.choices(LETTERS, k=LENGTH))) is not split:
+def sample_word(rng: random.Random, *, use: Words) -> Word:
+    """A random word for ``use`` in one of :data:`COLOURS`."""
+    while word_use(text := "".join(rng.choices(LETTERS, k=LENGTH))) is not use:
         pass
     return Word(text=text, colour=rng.choice(COLOURS))
 

@@ -19,23 +19,25 @@ from emu35.data.scenes.tasks import write_task_prompts, write_word_task
 from emu35.data.scenes.words import (
     CELL,
     LETTERS,
+    SHARES,
     Word,
+    Words,
     render_word,
     sample_word,
     word_caption,
-    word_split,
+    word_use,
 )
 from emu35.errors import DataError
 from emu35.rewards.sample import Sample
 
 
-def some(split: Split, *, count: int = 40) -> list[Word]:
+def some(use: Words, *, count: int = 40) -> list[Word]:
     rng = random.Random(5)
-    return [sample_word(rng, split=split) for _ in range(count)]
+    return [sample_word(rng, use=use) for _ in range(count)]
 
 
 def test_letters_stand_in_columns_of_their_own_whatever_stands_beside_them() -> None:
-    for word in some(Split.train):
+    for word in some(Words.pictured):
         pixels_HW3 = np.asarray(render_word(word, resolution=64)).astype(int)
         far_HW = np.abs(pixels_HW3 - BACKGROUND_RGB[word.background]).max(axis=2) > 8
         rows = np.nonzero(far_HW.any(axis=1))[0]
@@ -71,26 +73,28 @@ def test_a_reader_reads_every_word_and_the_reward_tells_a_wrong_letter() -> None
         assert isinstance(found, float)
         return found
 
-    words = some(Split.val)
+    words = some(Words.held_out)
     assert [score(word.text, word) for word in words] == [1.0] * len(words)
     other = {letter: LETTERS[at - 1] for at, letter in enumerate(LETTERS)}
     wrong = [score(other[word.text[0]] + word.text[1], word) for word in words]
     assert max(wrong) == 0.5
 
 
-def test_sides_share_letters_and_no_word() -> None:
+def test_uses_share_letters_and_no_word() -> None:
     every = [first + second for first in LETTERS for second in LETTERS]
-    held_out = {text for text in every if word_split(text) is Split.val}
-    train = set(every) - held_out
-    assert 0.05 < len(held_out) / len(every) < 0.2
-    assert {letter for text in train for letter in text} == set(LETTERS)
-    assert {word.text for word in some(Split.val, count=200)} <= held_out
-    assert {word.text for word in some(Split.train, count=200)} <= train
+    of = {use: {text for text in every if word_use(text) is use} for use in Words}
+    assert sum(map(len, of.values())) == len(every)
+    for use, texts in of.items():
+        assert abs(len(texts) / len(every) - SHARES[use]) < 0.1
+        assert {word.text for word in some(use, count=200)} <= texts
+        # Every letter at either place.
+        for place in range(2) if use is not Words.held_out else ():
+            assert {text[place] for text in texts} == set(LETTERS)
 
 
 def test_captions_name_the_word_and_its_colour() -> None:
     rng = random.Random(1)
-    for word in some(Split.train):
+    for word in some(Words.pictured):
         english = word_caption(word, rng=rng, language=Language.en)
         assert f'"{word.text}"' in english
         assert str(word.colour) in english
@@ -101,7 +105,7 @@ def test_captions_name_the_word_and_its_colour() -> None:
 
 def test_a_tar_holds_pictures_captions_and_descriptions_the_same_each_time(tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
-        write_words(tmp_path / name, split=Split.val, count=6, seed=3, resolution=32)
+        write_words(tmp_path / name, count=6, seed=3, resolution=32)
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
     with tarfile.open(tmp_path / "a.tar") as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
@@ -109,21 +113,21 @@ def test_a_tar_holds_pictures_captions_and_descriptions_the_same_each_time(tmp_p
     for number in range(6):
         facts = json.loads(members[f"{number:09d}.json"])
         word = Word.from_json(facts["word"])
-        assert word_split(word.text) is Split.val
+        assert word_use(word.text) is Words.pictured
         assert word.text in facts["caption"]
         picture = Image.open(io.BytesIO(members[f"{number:09d}.png"]))
         assert np.array_equal(np.asarray(picture), np.asarray(render_word(word, resolution=32)))
 
 
 def test_prompts_carry_what_the_rewards_need() -> None:
-    prompts = sample_word_prompts(count=30, seed=2, split=Split.val)
+    prompts = sample_word_prompts(count=30, seed=2, use=Words.held_out)
     assert len({prompt["prompt"] for prompt in prompts}) == 30
     for prompt in prompts:
         assert prompt["text"] in prompt["prompt"]
-        assert word_split(prompt["text"]) is Split.val
+        assert word_use(prompt["text"]) is Words.held_out
         assert Word.from_json(prompt["word"]).text == prompt["text"]
     with pytest.raises(DataError, match="hardly more than"):
-        sample_word_prompts(count=100_000, seed=2, split=Split.val)
+        sample_word_prompts(count=100_000, seed=2, use=Words.held_out)
     scenes = sample_prompts(count=10, seed=2, split=Split.train)
     assert all(split_of(Scene.from_json(each["scene"])) is Split.train for each in scenes)
 
