@@ -14,8 +14,9 @@ def reward_metrics(
 
     ``reward/TASK`` is the mean total of a task's answers and ``reward/TASK/NAME`` that of one of
     its rewards in [1, 10] (held-out ones too); ``lacking/TASK`` is the share of its answers that
-    had fewer pictures than asked for, ``clamped/TASK/NAME`` and ``unscored/TASK/NAME`` are shares
-    as well. What did not occur is left out.
+    had fewer pictures than asked for and ``truncated/TASK`` of those whose text the length limit
+    cut, ``clamped/TASK/NAME`` and ``unscored/TASK/NAME`` are shares as well. What did not occur is
+    left out.
     """
     names = [
         (task, reward)
@@ -27,24 +28,29 @@ def reward_metrics(
     )
     metrics: dict[str, float] = {}
     for place, (task, reward) in enumerate(names):
-        answers, found, total, clamped, unscored = numbers[5 * place : 5 * place + 5]
+        answers, found, total, clamped, incomplete = numbers[5 * place : 5 * place + 5]
         where = task if reward is None else f"{task}/{reward}"
         if found:
             metrics[f"reward/{where}"] = total / found
         if answers and reward is None:
             metrics[f"lacking/{where}"] = clamped / answers
+            metrics[f"truncated/{where}"] = incomplete / answers
         if answers and reward is not None:
             metrics[f"clamped/{where}"] = clamped / answers
-            metrics[f"unscored/{where}"] = unscored / answers
+            metrics[f"unscored/{where}"] = incomplete / answers
     return metrics
 
 
 def _sums(groups: Sequence[Group], *, task: str, reward: str | None) -> list[float]:
-    """Answers, those with a score, its sum, those clamped (of a total: lacking), those unscored."""
-    scores = [one for group in groups if group.prompt.task == task for one in group.scores]
+    """Answers, those with a score, its sum, those clamped (of a total: lacking), those unscored (of
+    a total: truncated)."""
+    own = [group for group in groups if group.prompt.task == task]
+    scores = [one for group in own for one in group.scores]
     if reward is None:
         totals = [one.total for one in scores if one.total is not None]
-        return [len(scores), len(totals), sum(totals), sum(one.lacking for one in scores), 0]
+        lacking = sum(one.lacking for one in scores)
+        truncated = sum(rollout.truncated for group in own for rollout in group.rollouts)
+        return [len(scores), len(totals), sum(totals), lacking, truncated]
     found = [one.mapped[reward] for one in scores if reward in one.mapped]
     return [
         len(scores),

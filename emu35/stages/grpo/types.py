@@ -90,6 +90,12 @@ class Rollout:
         """bool [T]: the grammar left no choice."""
         return self.kinds == TokenKind.forced
 
+    @property
+    def truncated(self) -> bool:
+        """Whether the length limit cut its text. Limits end no picture: the grammar opens none that
+        does not fit, so an answer whose picture fills its last tokens is whole."""
+        return self.finish is Finish.length and self.kinds[-1] != TokenKind.forced
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:

@@ -1,6 +1,7 @@
 """The contract between sampler and trainer: what was drawn is replayed with the same numbers."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny_engine import TOKENIZER, V, generate, model, picture_request, sampling
 
 from emu35.errors import DataError
 from emu35.inference.grammar import GrammarOptions, SizeIds
-from emu35.inference.request import Request
+from emu35.inference.request import Finish, Request
 from emu35.inference.sampler import guide_hidden
 from emu35.model.context import AttentionContext
 from emu35.model.mask import AttentionMask
@@ -143,6 +144,25 @@ def test_forced_tokens_are_certain_and_left_out() -> None:
         assert (batch.behaviour[forced_BS] == 0).all()
         sampled = batch.labels[batch.sampled].tolist()
         assert not set(sampled) & {V.eol, V.eoi}
+
+
+def test_limits_cut_text_and_no_picture() -> None:
+    """An answer whose picture fills its last token is whole; prose that goes on is cut."""
+
+    def answered(request: Request) -> Rollout:
+        (answer,) = generate([request], at_once=1)
+        return rollout_of(answer, request=request, step=1)
+
+    plain: dict[str, Any] = {"guidance": 1.0, "unconditional": (), "visual": sampling()}
+    free = answered(picture_request("one", seed=1, max_images=0, **plain))
+    length = 1 + int(np.nonzero(free.ids == V.eoi)[0][0])
+    exact = answered(picture_request("one", seed=1, max_images=0, max_new_tokens=length, **plain))
+    assert (exact.finish, len(exact.ids)) == (Finish.length, length)
+    assert exact.ids[-1] == V.eoi
+    assert not exact.truncated
+    words = {"grammar": GrammarOptions(images=False), "max_images": 0, "max_new_tokens": 5}
+    prose = answered(text_request("prose", seed=4, **words, **plain))
+    assert (prose.finish, prose.truncated) == (Finish.length, True)
 
 
 def test_sizes_that_the_model_chose_are_learned() -> None:
