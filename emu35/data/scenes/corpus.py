@@ -10,7 +10,7 @@ import json
 import random
 import tarfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def sample_prompts(*, count: int, seed: int, split: Split = Split.val) -> list[d
 
 def sample_word_prompts(*, count: int, seed: int, use: Words) -> list[dict[str, Any]]:
     """``count`` captions of words for ``use`` to generate from: ``id``, ``prompt``, ``language``,
-    ``text`` (what a reader should find) and ``word``. No two are alike.
+    ``text`` (what a reader should find) and ``word`` as it is read best. No two are alike.
 
     Raises:
         DataError: there are not as many captions of different words.
@@ -206,7 +206,7 @@ def sample_word_prompts(*, count: int, seed: int, use: Words) -> list[dict[str, 
     seen: set[str] = set()
     known = 0  # draws in a row
     while len(prompts) < count:
-        word = sample_word(rng, use=use)
+        word = replace(sample_word(rng, use=use), size=Size.large)
         language = _language(rng)
         text = word_caption(word, rng=rng, language=language)
         known = known + 1 if text in seen else 0

@@ -17,7 +17,7 @@ from emu35.data.scenes.corpus import sample_prompts, sample_word_prompts, write_
 from emu35.data.scenes.describe import BACKGROUND_RGB, RGB, Scene, Split, split_of
 from emu35.data.scenes.tasks import write_task_prompts, write_word_task
 from emu35.data.scenes.words import (
-    CELL,
+    CELLS,
     LETTERS,
     SHARES,
     Word,
@@ -41,14 +41,15 @@ def test_letters_stand_in_columns_of_their_own_whatever_stands_beside_them() -> 
         pixels_HW3 = np.asarray(render_word(word, resolution=64)).astype(int)
         far_HW = np.abs(pixels_HW3 - BACKGROUND_RGB[word.background]).max(axis=2) > 8
         rows = np.nonzero(far_HW.any(axis=1))[0]
+        width, height = (64 * share for share in CELLS[word.size])
         # One pixel of antialiasing on either side.
-        assert np.ptp(rows) + 1 <= CELL[1] * 64 + 2
+        assert np.ptp(rows) + 1 <= height + 2
         assert abs(rows.mean() - 31.5) < 2
         for number in range(2):
             columns = np.nonzero(far_HW[:, 32 * number : 32 * (number + 1)].any(axis=0))[0]
-            assert 0.5 * CELL[0] * 64 < np.ptp(columns) + 1 <= CELL[0] * 64 + 2
+            assert 0.5 * width < np.ptp(columns) + 1 <= width + 2
             assert abs(columns.mean() - 15.5) < 3
-        assert (pixels_HW3 == RGB[word.colour]).all(axis=2).sum() > 50
+        assert (pixels_HW3 == RGB[word.colour]).all(axis=2).sum() > 20
         other = replace(word, text=word.text[0] + "L")
         left = np.asarray(render_word(other, resolution=64))[:, :32]
         assert np.array_equal(left, pixels_HW3[:, :32])
