@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from emu35.data.scenes.captions import Detail, Language, caption
-from emu35.data.scenes.describe import Scene, Split, sample_scene
+from emu35.data.scenes.describe import Scene, Size, Split, sample_scene
 from emu35.data.scenes.render import render
 from emu35.data.scenes.words import Words, render_word, sample_word, word_caption
 from emu35.data.shards import atomic_file

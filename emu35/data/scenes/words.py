@@ -5,7 +5,7 @@ Words are all pairs of :data:`LETTERS`, so that a word that was never drawn in t
 letters that were. Half of them have pictures to train on; a model is not shown the others, but may
 practise some of them, being told how well a reader reads its drawings (:class:`Words`).
 
-Letters are large or small, and captions do not say which. Small ones are read without a mistake as
+Letters are large or small, and captions do not say which. Small ones are nearly always read as
 they are drawn, and hardly ever after an image tokenizer of the demo's size (2 in 100 letters): what
 a reader likes is something to find out.
 

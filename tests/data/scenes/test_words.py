@@ -14,7 +14,7 @@ from PIL import Image
 from emu35.config.reward_local import OcrRewardConfig
 from emu35.data.scenes.captions import Language
 from emu35.data.scenes.corpus import sample_prompts, sample_word_prompts, write_words
-from emu35.data.scenes.describe import BACKGROUND_RGB, RGB, Scene, Split, split_of
+from emu35.data.scenes.describe import BACKGROUND_RGB, RGB, Scene, Size, Split, split_of
 from emu35.data.scenes.tasks import write_task_prompts, write_word_task
 from emu35.data.scenes.words import (
     CELLS,
@@ -74,7 +74,7 @@ def test_a_reader_reads_every_word_and_the_reward_tells_a_wrong_letter() -> None
         assert isinstance(found, float)
         return found
 
-    words = some(Words.held_out)
+    words = [replace(word, size=Size.large) for word in some(Words.held_out)]
     assert [score(word.text, word) for word in words] == [1.0] * len(words)
     other = {letter: LETTERS[at - 1] for at, letter in enumerate(LETTERS)}
     wrong = [score(other[word.text[0]] + word.text[1], word) for word in words]
