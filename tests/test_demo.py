@@ -93,10 +93,11 @@ def test_every_step_in_two_attempts(tmp_path: Path, repository: Path) -> None:
     assert len(list((out / "dida_eval" / "samples").iterdir())) == 4
 
     # Two steps on held-out and training prompts of both kinds, judged by programs.
-    for task in ("scenes", "words"):
+    for task in ("wishes", "words", "captions"):
         assert 1 <= summary[f"grpo_reward_{task}_before"] <= 10
         assert 1 <= summary[f"grpo_reward_{task}_after"] <= 10
-        assert 0 <= summary[f"grpo_{task}_after"] <= 1
+    for task in ("wishes", "words"):
+        assert 0 <= summary[f"grpo_{task}_whole_after"] <= summary[f"grpo_{task}_after"] <= 1
     assert (out / "grpo" / "samples").is_dir()
 
     page = (out / "report.html").read_text()

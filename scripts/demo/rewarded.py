@@ -20,7 +20,7 @@ from report import picture_tag
 from steps import Runner, say, shown, write_json, write_text
 from tuning import Tuning
 
-TASKS = {"scenes": "scenes, read by the verifier", "words": "words, read by OCR"}
+TASKS = {"wishes": "shapes, judged by the verifier", "words": "words, read by OCR"}
 MODELS = {"sft": "before", "grpo": "after"}
 SHOWN_PROMPTS = 12
 """Held-out prompts of each task in the report, the first ones."""
@@ -62,11 +62,13 @@ class Rewarded:
                 for kind, split in (("tasks", Split.train), ("validation", Split.val))
                 for task in TASKS
             ),
+            f"data.validation.captions.path={shown(self.prompts('captions', Split.val))}",
             *self.budget.grpo_overrides,
         )
 
     def _write_prompts(self) -> None:
         from emu35.data.scenes.corpus import sample_prompts, sample_word_prompts
+        from emu35.data.scenes.wishes import sample_wishes
         from emu35.data.scenes.words import Words
 
         seed = self.tuning.seed
@@ -74,12 +76,12 @@ class Rewarded:
             (Split.train, Words.practised, self.budget.grpo_prompts),
             (Split.val, Words.held_out, self.budget.grpo_heldout),
         ):
-            for task, found in (
-                ("scenes", sample_prompts(count=count, seed=seed, split=split)),
-                ("words", sample_word_prompts(count=count, seed=seed, use=use)),
-            ):
-                lines = "".join(f"{json.dumps(prompt)}\n" for prompt in found)
-                write_text(self.prompts(task, split), lines)
+            wishes = sample_wishes(count=count, seed=seed, split=split)
+            _write_lines(self.prompts("wishes", split), wishes)
+            words = sample_word_prompts(count=count, seed=seed, use=use)
+            _write_lines(self.prompts("words", split), words)
+        captions = sample_prompts(count=self.budget.grpo_heldout, seed=seed)
+        _write_lines(self.prompts("captions", Split.val), captions)
 
     def judge(self) -> None:
         """The held-out prompts drawn by the model before and after, and what the rewards say."""
@@ -113,6 +115,7 @@ class Rewarded:
             for model, when in MODELS.items():
                 facts[f"grpo_{task}_{when}"] = models[model]["share"]
                 facts[f"grpo_{task}_whole_{when}"] = models[model]["whole"]
+        for task in (*TASKS, "captions"):
             rewards = [value for _, value in self._points(f"val/{task}/reward")]
             facts |= {f"grpo_reward_{task}_before": rewards[0]}
             facts |= {f"grpo_reward_{task}_after": rewards[-1]}
@@ -140,10 +143,14 @@ class Rewarded:
         return (
             "<h2>Reinforcement learning</h2><p>The fine-tuned model goes on without being shown a "
             "picture (GRPO): it answers every prompt several times, programs judge the answers, "
-            "and those better than the others to the same prompt are made likelier. A scene is "
-            "worth the share of its attributes that the verifier reads back, a word the share of "
-            "its characters that optical character recognition does, both from 1 to 10. "
-            "Held-out prompts are never trained on.</p>"
+            "and those better than the others to the same prompt are made likelier. What the "
+            "programs like is in no caption, so no picture could have taught it. <i>Shapes</i>: "
+            "captions name shape and colour; the verifier reads both back, and wants the shape "
+            "large and in the middle. <i>Words</i>: letters may be large or small, and optical "
+            "character recognition cannot make out small ones; none of these words was ever "
+            "pictured. Rewards are shares of attributes or characters, from 1 to 10. Held-out "
+            "prompts are never trained on; <i>captions</i> leave nothing open and show what "
+            "becomes of everything else.</p>"
             f'<div class="charts">{"".join(self._charts())}</div>'
             f"<table><tr><th></th>{heads}</tr>{rows}</table>"
             "<p>Left before, right after, with what was read.</p>"
@@ -152,7 +159,9 @@ class Rewarded:
 
     def _charts(self) -> list[str]:
         """Rewards, and what else is to be watched while they rise."""
-        heldout = [(f"{task}, held out", f"val/{task}/reward", True) for task in TASKS]
+        heldout = [
+            (f"{task}, held out", f"val/{task}/reward", True) for task in (*TASKS, "captions")
+        ]
         sampled = [(f"{task}, sampled", f"reward/{task}", False) for task in TASKS]
         return [
             line_chart(
@@ -226,6 +235,10 @@ class Rewarded:
         return self.out / "rewarded" / f"{task}_{model}"
 
 
+def _write_lines(path: Path, prompts: Sequence[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
+
+
 def _judged(
     prompts: Sequence[Mapping[str, Any]], *, task: str, pictures: Mapping[str, Path]
 ) -> dict[str, Any]:
@@ -237,7 +250,7 @@ def _judged(
     from emu35.rewards.sample import Sample
     from emu35.rewards.scene import SceneReward
 
-    judge = SceneReward(SceneRewardConfig()) if task == "scenes" else OcrReward(OcrRewardConfig())
+    judge = OcrReward(OcrRewardConfig()) if task == "words" else SceneReward(SceneRewardConfig())
     samples = [
         Sample(
             record=prompt,
