@@ -48,12 +48,14 @@ def describe_start(
     tokenizer: TokenizerConfig,
     new_rows: NewRowsConfig,
     seed: int,
+    step: int | None = None,
     message: Message = print,
 ) -> Described:
     """What a new run of ``config`` and ``tokenizer`` starts from; ``new_rows`` and ``seed``
     complete the vocabulary of Qwen3. Collective.
 
     Args:
+        step: of a run's checkpoint; None takes the newest.
         message: told what is taken and what is drawn.
 
     Raises:
@@ -64,7 +66,7 @@ def describe_start(
     """
     if (path / CONFIG_FILE).is_file():
         require_same_run(path, config=config, tokenizer=tokenizer)
-        found = describe(path, message=message)
+        found = describe(path, step=step, message=message)
         assert found.checkpoint is not None
         refuse_code(found.checkpoint.path)
         merged = ", its adapters merged into them" if found.adapters else ""

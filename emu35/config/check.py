@@ -6,7 +6,7 @@ from collections.abc import Iterator
 def at_least(section: str, lowest: float, **values: float) -> Iterator[str]:
     """Yield a problem for each keyword whose value lies below ``lowest``."""
     for name, value in values.items():
-        if value < lowest:
+        if not value >= lowest:  # no number is not enough either
             yield f"{section}.{name}={value} is too small; use at least {lowest}"
 
 

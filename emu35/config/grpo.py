@@ -105,7 +105,7 @@ class PolicyConfig:
             ("temperature", self.temperature),
             ("text_temperature", self.text_temperature),
         ):
-            if value <= 0:
+            if not value > 0:
                 yield f"{where}.{name}={value} must be positive: a greedy policy explores nothing"
         for name, value in (("top_p", self.top_p), ("text_top_p", self.text_top_p)):
             if not 0 < value <= 1:
@@ -117,13 +117,13 @@ class PolicyConfig:
 class RolloutConfig(PolicyConfig):
     """How answers are sampled.
 
-    ``batch_size`` is how many are in flight at once on each replica, ``cache_tokens`` the slots of
-    the cache (None: enough for all of them). ``save`` writes every step's answers and scores to
-    ``rollouts/`` of the run folder; ``replay`` names such a folder for ``mode: train_only``.
-    ``servers`` are the addresses of remote engines, ``bucket_bytes`` the size of the pieces in
-    which weights travel to an engine that does not share the trainer's memory. ``timeout`` are the
-    seconds that one answer may take, a server's waiting line included; ``api_key_env`` names the
-    environment variable that holds the servers' key.
+    ``batch_size`` is how many are in flight at once in each tensor-parallel group of ranks,
+    ``cache_tokens`` the slots of its cache (None: enough for all of them, as far as memory goes).
+    ``save`` writes every step's answers and scores to ``rollouts/`` of the run folder; ``replay``
+    names such a folder for ``mode: train_only``. ``servers`` are the addresses of remote engines,
+    ``bucket_bytes`` the size of the pieces in which weights travel to an engine that does not share
+    the trainer's memory. ``timeout`` are the seconds that one answer may take, a server's waiting
+    line included; ``api_key_env`` names the environment variable that holds the servers' key.
     """
 
     engine: EngineKind = EngineKind.embedded
@@ -135,6 +135,13 @@ class RolloutConfig(PolicyConfig):
     bucket_bytes: int = 512 * 2**20
     save: bool = False
     replay: str | None = None
+
+    def problems(self, where: str) -> Iterator[str]:
+        # Zero-argument super() fails in slotted dataclasses (the class is rebuilt).
+        yield from PolicyConfig.problems(self, where)
+        yield from at_least(where, 1, batch_size=self.batch_size)
+        if self.cache_tokens is not None:
+            yield from at_least(where, 1, cache_tokens=self.cache_tokens)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -166,14 +173,14 @@ class PolicyLossConfig:
             kl_weight=self.kl_weight,
             norm_tokens=self.norm_tokens,
         )
-        if self.clip_low >= 1:
+        if not self.clip_low < 1:
             yield f"stage.loss.clip_low={self.clip_low} must lie below 1: ratios are positive"
-        if self.dual_clip != 0 and self.dual_clip <= 1 + self.clip_high:
+        if self.dual_clip != 0 and not self.dual_clip > 1 + self.clip_high:
             yield (
                 f"stage.loss.dual_clip={self.dual_clip} must lie above "
                 f"1 + clip_high={1 + self.clip_high:g}, or be 0 for none"
             )
-        if self.kl_clamp <= 0:
+        if not self.kl_clamp > 0:
             yield f"stage.loss.kl_clamp={self.kl_clamp} must be positive"
 
 
@@ -190,7 +197,7 @@ class AdvantageConfig:
 
     def problems(self) -> Iterator[str]:
         yield from at_least("stage.advantage", 1, resample_rounds=self.resample_rounds)
-        if self.epsilon <= 0:
+        if not self.epsilon > 0:
             yield f"stage.advantage.epsilon={self.epsilon} must be positive"
 
 
@@ -207,7 +214,7 @@ class DriftConfig:
 
     def problems(self) -> Iterator[str]:
         for name, value in (("mean", self.mean), ("largest", self.largest), ("cap", self.cap)):
-            if value <= 0:
+            if not value > 0:
                 yield f"stage.drift.{name}={value} must be positive"
 
 
@@ -223,6 +230,12 @@ class EvaluationConfig(PolicyConfig):
     patience: int = 0
     min_gain: float = 0.0
     watch: str | None = None
+
+    def problems(self, where: str) -> Iterator[str]:
+        # Zero-argument super() fails in slotted dataclasses (the class is rebuilt).
+        yield from PolicyConfig.problems(self, where)
+        yield from at_least(where, 1, samples=self.samples, max_prompts=self.max_prompts)
+        yield from at_least(where, 0, patience=self.patience, min_gain=self.min_gain)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -288,7 +301,7 @@ class GRPOConfig(LMStageConfig):
                 f"stage.minibatches={self.minibatches} exceeds "
                 f"stage.prompts_per_step={self.prompts_per_step}; a part has at least one group"
             )
-        if self.evaluation.guidance < self.rollout.guidance:
+        if not self.evaluation.guidance >= self.rollout.guidance:
             yield (
                 f"stage.evaluation.guidance={self.evaluation.guidance} lies below "
                 f"stage.rollout.guidance={self.rollout.guidance}; what is trained with guidance "

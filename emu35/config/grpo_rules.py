@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from emu35.config.grpo import EngineKind, GRPOConfig, Mode, Reference
+from emu35.config.model import LMConfig
 from emu35.config.prompts import PromptDataConfig, PromptTaskConfig
 from emu35.config.root import RunConfig
 from emu35.config.schema import did_you_mean
@@ -40,6 +41,7 @@ def grpo_problems(config: RunConfig, *, stage: GRPOConfig) -> Iterator[str]:
         yield (
             "stage.adapter=lora_noisy_only adapts parallel decoding; stage=grpo takes none or lora"
         )
+    yield from _dropout(config, stage=stage)
     watched = stage.evaluation.watch
     if stage.evaluation.patience and not data.validation:
         yield "stage.evaluation.patience watches held-out rewards, but data.validation is empty"
@@ -52,6 +54,16 @@ def grpo_problems(config: RunConfig, *, stage: GRPOConfig) -> Iterator[str]:
             )
 
 
+def _dropout(config: RunConfig, *, stage: GRPOConfig) -> Iterator[str]:
+    """Ratios compare the policy with itself: noise in one of the two is no learning."""
+    if isinstance(config.model, LMConfig):
+        for name in ("hidden_dropout", "attention_dropout"):
+            if value := getattr(config.model, name):
+                yield f"model.{name}={value} makes ratios of stage=grpo noise; use 0"
+    if stage.adapter is not Adapter.none and stage.lora.dropout:
+        yield f"stage.lora.dropout={stage.lora.dropout} makes ratios of stage=grpo noise; use 0"
+
+
 def _engines(stage: GRPOConfig) -> Iterator[str]:
     rollout = stage.rollout
     if rollout.engine is EngineKind.remote and not rollout.servers:
@@ -62,7 +74,7 @@ def _engines(stage: GRPOConfig) -> Iterator[str]:
     if len(set(rollout.servers)) < len(rollout.servers):
         yield "stage.rollout.servers names a server twice; it would be given each update twice"
     for name, value in (("timeout", rollout.timeout), ("bucket_bytes", rollout.bucket_bytes)):
-        if value <= 0:
+        if not value > 0:
             yield f"stage.rollout.{name}={value} must be positive"
     if stage.mode is Mode.train_only and rollout.replay is None:
         yield (

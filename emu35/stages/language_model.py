@@ -61,9 +61,9 @@ def _add_adapters(
         )
 
 
-def start_from(chunks: list[Emu35Model], *, config: RunConfig) -> None:
-    """Fill ``chunks`` with what ``stage.init_from`` names: another run, a release, or Qwen3.
-    Collective.
+def start_from(chunks: list[Emu35Model], *, config: RunConfig, step: int | None = None) -> int:
+    """Fill ``chunks`` with what ``stage.init_from`` names: another run, at ``step`` or its newest
+    checkpoint, a release, or Qwen3; returns the step that was taken. Collective.
 
     Raises:
         CheckpointError, ReleaseError: it cannot be read, or is of another kind of model.
@@ -78,10 +78,12 @@ def start_from(chunks: list[Emu35Model], *, config: RunConfig) -> None:
         tokenizer=config.tokenizer,
         new_rows=stage.new_rows,
         seed=config.seed,
+        step=step,
         message=print if is_main() else _say_nothing,
     )
     require_adapters_fit(found.path, run=config)
     load_into(chunks, described=found)
+    return found.step
 
 
 def _say_nothing(text: str) -> None:

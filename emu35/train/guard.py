@@ -1,5 +1,8 @@
 """Whether a step may change the parameters.
 
+A step of reinforcement learning may have several updates. Each is judged on its own, so what is
+counted here, the refused ones in a row too, are updates there.
+
 A task asks between the gradient norm and the update. A step that is refused leaves parameters and
 optimizer as they were; its data count as read, so the run goes on with the next step's. The task
 hands in values that are equal on all ranks, hence all ranks decide alike, and the trainer keeps
@@ -31,6 +34,10 @@ class Guard:
         self.reason: str | None = None
         self._losses: deque[float] = deque(maxlen=config.window)
         self._grad_norms: deque[float] = deque(maxlen=config.window)
+
+    def begin(self) -> None:
+        """A step begins, or what it refused was told: nothing is refused of it so far."""
+        self.reason = None
 
     def accepts(self, *, loss: float, grad_norm: float) -> bool:
         """Judge one step, once: ``loss`` and ``grad_norm`` (before clipping) of the global batch,

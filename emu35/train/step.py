@@ -83,7 +83,7 @@ class LMTask:
         batch_mask: BatchMask = mask_of,
         finish: BatchChange = as_it_is,
         tally: Tally = nothing,
-        start_weights: Callable[[list[Emu35Model]], None] | None = None,
+        start_weights: Callable[[list[Emu35Model]], object] | None = None,
     ) -> None:
         assert isinstance(config.stage, LMStageConfig)
         self.config, self.stage, self.mesh = config, config.stage, mesh

@@ -48,10 +48,9 @@ and 1 are), and that are no finer than the demo's codes (as M and W are)."""
 LENGTH = 2
 """Letters of a word."""
 
-COLOURS = (Colour.red, Colour.blue)
-"""Of letters. Few, and on a white background, because every letter in every colour is something to
-learn on its own: the same training that made a model of the demo's size write two in five letters
-in any colour on black or white, 130 sorts of them, has 20 sorts to learn here."""
+COLOUR = Colour.blue
+"""Of letters, on a white background. A model of the demo's size learns every letter in every colour
+on its own: in any colour on black or white there would be 130 sorts to learn, here there are 10."""
 
 CELLS = {Size.large: (0.46, 0.6), Size.small: (0.28, 0.36)}
 """Largest width and height of a letter, as fractions of the picture's side. Letters stand in
@@ -115,10 +114,10 @@ def word_use(text: str) -> Words:
 
 
 def sample_word(rng: random.Random, *, use: Words) -> Word:
-    """A random word for ``use``, in one of :data:`COLOURS` and large or small."""
+    """A random word for ``use``, large or small."""
     while word_use(text := "".join(rng.choices(LETTERS, k=LENGTH))) is not use:
         pass
-    return Word(text=text, colour=rng.choice(COLOURS), size=rng.choice(list(CELLS)))
+    return Word(text=text, colour=COLOUR, size=rng.choice(list(CELLS)))
 
 
 def render_word(word: Word, *, resolution: int = 96) -> Image.Image:

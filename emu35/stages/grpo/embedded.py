@@ -1,6 +1,6 @@
 """Rollouts by the trainer's own ranks, with the trainer's own weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from emu35.inference.arena import whole_pages
 from emu35.inference.engine import Engine
@@ -16,6 +16,7 @@ class EmbeddedEngine:
     training has the memory while nobody samples.
 
     Args:
+        version: of the trainer's weights; another number whenever they have changed.
         batch_size: requests in flight at once.
         slots: of the cache; None: enough for the largest ``batch_size`` requests, as far as memory
             goes.
@@ -26,17 +27,18 @@ class EmbeddedEngine:
         *,
         whole: WholeModel,
         tokenizer: TextTokenizer,
+        version: Callable[[], int],
         batch_size: int,
         slots: int | None = None,
     ) -> None:
-        self._whole, self._tokenizer = whole, tokenizer
+        self._whole, self._tokenizer, self._version = whole, tokenizer, version
         self._batch_size, self._slots = batch_size, slots
         self._engine: Engine | None = None
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Take over the weights of now and make room for ``requests``, all that will be submitted.
         Collective over the pipeline group."""
-        self._whole.refresh()
+        self._whole.refresh(version=self._version())
         if not requests:
             return
         longest = max(whole_pages(request.slots) for request in requests)

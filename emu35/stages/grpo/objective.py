@@ -16,7 +16,7 @@ Suffixes: N sampled tokens, A answers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -203,8 +203,9 @@ def _surrogate(
 
 
 def _k3(plain_N: torch.Tensor, reference_N: torch.Tensor, config: PolicyLossConfig) -> torch.Tensor:
-    """e^d - d - 1 with d = log pi_ref - log pi, clamped: never negative, unbiased for on-policy
-    tokens."""
+    """e^d - d - 1 with d = log pi_ref - log pi, clamped: never negative. For tokens drawn from pi
+    itself its mean is KL(pi || ref), but for the clamp; its gradient's mean is that of KL(ref ||
+    pi), as in GRPO."""
     d_N = (reference_N.detach() - plain_N).clamp(-config.kl_clamp, config.kl_clamp)
     return torch.expm1(d_N) - d_N
 
@@ -232,6 +233,15 @@ class ModalitySums:
         names = [each.name for each in fields(self)]
         return ModalitySums(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
+    def with_mean_losses(self, updates: int) -> "ModalitySums":
+        """Sums of so many updates, with the means of what is weighted as in the loss."""
+        return replace(
+            self,
+            loss=self.loss / updates,
+            surrogate=self.surrogate / updates,
+            kl=self.kl / updates,
+        )
+
     def metrics(self, suffix: str) -> dict[str, float]:
         """Means over tokens, their names with ``suffix``; empty without tokens."""
         if not self.tokens:
@@ -251,10 +261,13 @@ class ModalitySums:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyReport:
-    """What one update did to text (size digits included) and to visual tokens."""
+    """What an update did to text (size digits included) and to visual tokens. ``largest_text`` and
+    ``largest_visual`` are the largest rho of each, 0 without any."""
 
     text: ModalitySums
     visual: ModalitySums
+    largest_text: float = 0.0
+    largest_visual: float = 0.0
 
     @staticmethod
     def size() -> int:
@@ -292,13 +305,31 @@ class PolicyReport:
         return torch.cat([rows_FN[:, ~visual_N].sum(1), rows_FN[:, visual_N].sum(1)])
 
     @classmethod
-    def from_vector(cls, vector: torch.Tensor) -> "PolicyReport":
+    def over(cls, reports: Sequence["PolicyReport"]) -> "PolicyReport":
+        """Of several updates: the means of their losses, and of tokens those of all updates."""
+        text, visual = reports[0].text, reports[0].visual
+        for report in reports[1:]:
+            text, visual = text + report.text, visual + report.visual
+        return cls(
+            text=text.with_mean_losses(len(reports)),
+            visual=visual.with_mean_losses(len(reports)),
+            largest_text=max(report.largest_text for report in reports),
+            largest_visual=max(report.largest_visual for report in reports),
+        )
+
+    @classmethod
+    def from_vector(
+        cls, vector: torch.Tensor, *, largest: Sequence[float] = (0.0, 0.0)
+    ) -> "PolicyReport":
+        """The inverse of :meth:`of`; ``largest`` as :func:`largest_ratios` has it."""
         numbers = vector.tolist()
         names = [each.name for each in fields(ModalitySums)]
         half = len(names)
         return cls(
             text=ModalitySums(**dict(zip(names, numbers[:half], strict=True))),
             visual=ModalitySums(**dict(zip(names, numbers[half:], strict=True))),
+            largest_text=largest[0],
+            largest_visual=largest[1],
         )
 
     def metrics(self) -> dict[str, float]:
@@ -306,12 +337,16 @@ class PolicyReport:
         ``kl``, ``entropy``, ``ratio``, ``old_kl`` (nats from the policy that sampled),
         ``surrogate`` and the shares ``clip_low``, ``clip_high``, ``clip_dual`` as means over
         sampled tokens, of all and of each modality that occurred (``kl_text``, ``kl_visual``);
-        and how many tokens each has."""
+        ``ratio_largest_text`` and ``ratio_largest_visual``; and how many tokens each has."""
         both = self.text + self.visual
         metrics = {"loss": both.loss, **both.metrics("")}
-        for name, sums in (("text", self.text), ("visual", self.visual)):
+        for name, sums, largest in (
+            ("text", self.text, self.largest_text),
+            ("visual", self.visual, self.largest_visual),
+        ):
             if sums.tokens:
                 metrics |= {f"loss_{name}": sums.loss, f"sampled_{name}": sums.tokens}
+                metrics[f"ratio_largest_{name}"] = largest
                 metrics |= sums.metrics(f"_{name}")
         return metrics
 

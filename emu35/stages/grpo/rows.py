@@ -74,6 +74,7 @@ class PolicyBatch(Batch):
         number: int64, its number among the sampled tokens of this micro-batch; -1 for none.
         answer: int64, the number of its rollout among those of this micro-batch; -1 for none.
         answers: how many there are.
+        guided: whether any of them was drawn with guidance.
         supports: see :class:`Supports`.
         known: see :class:`Known`; shared by everything that is made of this batch.
     """
@@ -89,6 +90,7 @@ class PolicyBatch(Batch):
     number: torch.Tensor
     answer: torch.Tensor
     answers: int
+    guided: bool
     supports: Supports
     known: Known = field(default_factory=Known)
 
@@ -235,6 +237,7 @@ def _batch(rows: Sequence[Sequence[_Piece]], *, sequence_length: int, pad: int) 
         **tensors,
         sample_ids=[-1] * len(rows),
         answers=answers,
+        guided=any(len(piece.unconditional) > 0 for row in rows for piece in row),
         supports=Supports(sets=list(sets), kept=kept),
     )
 

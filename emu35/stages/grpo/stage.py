@@ -92,6 +92,7 @@ def _engine(
     return EmbeddedEngine(
         whole=whole,
         tokenizer=tokenizer,
+        version=lambda: updates.version,
         batch_size=rollout.batch_size,
         slots=rollout.cache_tokens,
     )

@@ -17,6 +17,7 @@ from emu35.stages.grpo.advantage import GroupSums
 from emu35.stages.grpo.archive import read_groups
 from emu35.stages.grpo.books import Books
 from emu35.stages.grpo.lesson import Compared, compared, lesson
+from emu35.stages.grpo.objective import PolicyReport
 from emu35.stages.grpo.replica import Replica
 from emu35.stages.grpo.rewards_report import reward_metrics
 from emu35.stages.grpo.rows import lay_out
@@ -63,6 +64,7 @@ class GRPOTask:
         self.books, self.guard, self.clock = books, guard, clock
         self.stopping = EarlyStop(self.stage.evaluation, sets=list(self.data.validation))
         self.replica = Replica(mesh=updates.mesh)
+        self._started_from = 0
 
     def train_step(self, step: int) -> dict[str, float]:
         """Answer prompts, judge and compare the answers, and update ``epochs`` x ``minibatches``
@@ -75,22 +77,37 @@ class GRPOTask:
         parts = self._parts(groups)
         learned = [micro_batch for part in parts for micro_batch in part]
         rate = learning_rate(self.config.optim, step=step, steps=self.stage.steps)
-        metrics |= {"lr": rate, **self._sizes(learned)}
+        metrics |= {"lr": rate}
+        self.guard.begin()
         if not learned or self.stage.mode is Mode.rollouts_only:
-            return {**metrics, "loss": 0.0, "updates": 0.0}
+            return {**metrics, "loss": 0.0, "updates": 0.0, "tokens": 0.0}
         with self.clock.marked(Phase.replay):
             drift = self.updates.replay(learned)
             self.updates.ask_reference(learned)
         metrics |= {"drift/mean": drift.mean, "drift/largest": drift.largest}
         if self._drifted_too_far(drift):
-            return {**metrics, "loss": math.nan, "updates": 0.0}
-        made = 0
-        for _ in range(self.stage.epochs):
-            for part in parts:
-                report, norm = self.updates.update(part, rate=rate)
-                made += self.guard.reason is None
-                metrics |= {**report.metrics(), "grad_norm": norm}
-        return {**metrics, "updates": float(made)}
+            return {**metrics, "loss": math.nan, "updates": 0.0, "tokens": 0.0}
+        return {**metrics, **self._sizes(learned), **self._update(parts, rate=rate)}
+
+    def _update(self, parts: Sequence[list[MicroBatch]], *, rate: float) -> dict[str, float]:
+        """Every update of the step: means over all of them, and the largest gradient norm. Where
+        the guard refused some, that is said; where it refused all, the trainer says so."""
+        reports: list[PolicyReport] = []
+        norms: list[float] = []
+        refused: list[str] = []
+        for part in [part for _ in range(self.stage.epochs) for part in parts]:
+            report, norm = self.updates.update(part, rate=rate)
+            reports.append(report)
+            norms.append(norm if math.isfinite(norm) else math.inf)
+            refused += [self.guard.reason] if self.guard.reason else []
+        made = len(reports) - len(refused)
+        if refused and made:
+            if is_main():
+                told = "; ".join(dict.fromkeys(refused))
+                print(f"{len(refused)} of {len(reports)} updates were refused: {told}", flush=True)
+            self.guard.begin()
+        metrics = PolicyReport.over(reports).metrics()
+        return {**metrics, "grad_norm": max(norms), "updates": float(made)}
 
     def _compared_groups(self, step: int) -> tuple[list[Compared], dict[str, float]]:
         """The groups of this replica, and what the rewards said over all replicas."""
@@ -169,7 +186,8 @@ class GRPOTask:
         return False
 
     def _sizes(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Tokens of the rows of all replicas, and the model FLOPs of training on them."""
+        """Tokens of the rows of all replicas, and the model FLOPs of the updates that are computed
+        from them; sampling and the passes that only look are not counted."""
         assert isinstance(self.config.model, LMConfig)
         own = [
             sum(item.tokens for item in micro_batches),
@@ -209,7 +227,7 @@ class GRPOTask:
 
     def start(self) -> None:
         """The weights that ``stage.init_from`` names, which are the reference as well."""
-        start_from(self.updates.chunks, config=self.config)
+        self._started_from = start_from(self.updates.chunks, config=self.config)
         # The optimizer made its fp32 copies when it was built.
         self.updates.optimizer.reload_model_params()
         self.updates.version += 1
@@ -221,7 +239,8 @@ class GRPOTask:
 
     def save(self, folder: Path) -> StateWrite:
         """Place among the prompts, and a plan for model and optimizer; every rank calls it. The
-        reference is not saved: it is what ``stage.init_from`` names."""
+        reference is not saved: it is what ``stage.init_from`` had when the run began, and the step
+        of that is."""
         self.updates.passes.gather_parameters()
         state = sharded.plan_save(
             folder, chunks=self.updates.chunks, optimizer=self.updates.optimizer
@@ -231,19 +250,26 @@ class GRPOTask:
                 "prompts": self.source.state_dict(),
                 "books": self.books.state_dict(),
                 "stopping": self.stopping.state_dict(),
+                "started_from": self._started_from,
             }
             place = json.dumps(state_of, indent=1)
             (folder / LOADER_FILE).write_text(place, encoding="utf-8")
         return state
 
     def load(self, folder: Path) -> None:
-        """Undo ``save``, in this or another layout."""
+        """Undo ``save``, in this or another layout.
+
+        Raises:
+            CheckpointError: the run that the reference is from has that checkpoint no more.
+        """
+        place = json.loads((folder / LOADER_FILE).read_text(encoding="utf-8"))
+        self._started_from = place["started_from"]
         if self.stage.keeps_reference:
-            start_from(self.updates.chunks, config=self.config)
+            # It may have newer checkpoints by now, and the reference must stay what it was.
+            start_from(self.updates.chunks, config=self.config, step=self._started_from)
             self._keep_reference()
         sharded.load(folder, chunks=self.updates.chunks, optimizer=self.updates.optimizer)
         self.updates.version += 1
-        place = json.loads((folder / LOADER_FILE).read_text(encoding="utf-8"))
         self.source.load_state_dict(place["prompts"])
         self.books.load_state_dict(place["books"])
         self.stopping.load_state_dict(place["stopping"])

@@ -28,6 +28,7 @@ from emu35.stages.grpo.objective import (
     PolicyReport,
     answer_sums,
     importance_weights,
+    largest_ratios,
     token_losses,
 )
 from emu35.stages.grpo.rows import PolicyBatch
@@ -41,8 +42,8 @@ from emu35.train.passes import Passes, Sums
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drift:
-    """|log pi_trainer - log pi_rollout| over all sampled tokens of a step (nats), and how many
-    there are."""
+    """|log pi_trainer - log pi_rollout| over the sampled tokens that a step learns from (nats), and
+    how many there are."""
 
     mean: float
     largest: float
@@ -68,10 +69,6 @@ class FrozenCopy:
         for chunk, kept in zip(self._chunks, self._kept, strict=True):
             for name, parameter in base_weights(chunk).items():
                 parameter.data, kept[name] = kept[name], parameter.data
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Every tensor of this rank under a name of its own."""
-        return {f"{n}.{name}": t for n, kept in enumerate(self._kept) for name, t in kept.items()}
 
 
 class PolicyUpdates:
@@ -99,7 +96,6 @@ class PolicyUpdates:
         self.stage: GRPOConfig = config.stage
         self.mesh, self.chunks = mesh, chunks
         self._guard, self._clock = guard, clock
-        self._guided = config.stage.rollout.guidance != 1.0
         self.wrapped, self.optimizer = wrap_and_optimize(
             chunks,
             optim=config.optim,
@@ -171,7 +167,9 @@ class PolicyUpdates:
         vector = torch.stack([item["sums"] for item in reports]).sum(0) if reports else zero
         sum_over(vector, self.mesh.dp_cp_group)
         sum_over(vector, self.mesh.pp_group)
-        report = PolicyReport.from_vector(vector)
+        largest = torch.stack([item["largest"] for item in reports]).amax(0) if reports else None
+        ratios = worst_over_ranks([0.0, 0.0] if largest is None else largest.tolist())
+        report = PolicyReport.from_vector(vector, largest=ratios)
         set_learning_rate(self.optimizer, rate)
         with self._clock.marked(Phase.optimizer):
             norm = update(self.optimizer, accepts=partial(self._accepts, report.metrics()["loss"]))
@@ -211,7 +209,7 @@ class PolicyUpdates:
         chosen_N = batch.chosen_N
         hidden_NH = hidden_SBH.flatten(0, 1)[chosen_N]
         guided_NH = None
-        if self._guided:
+        if batch.guided:
             whole = hidden_SBH
             if micro_batch.split is not None:
                 whole = micro_batch.split.gather_rows(hidden_SBH)
@@ -249,7 +247,8 @@ class PolicyUpdates:
         weight_N = batch.of("weight", chosen_N)
         visual_N = batch.of("label_modality", chosen_N) == Modality.VISUAL
         sums = PolicyReport.of(losses, weight_N=weight_N, visual_N=visual_N)
-        return losses.total(weight_N), {"sums": sums}
+        largest = largest_ratios(losses, visual_N=visual_N)
+        return losses.total(weight_N), {"sums": sums, "largest": largest}
 
     def _correction(self, batch: PolicyBatch, off_N: torch.Tensor) -> torch.Tensor:
         """Importance weights of the sampled tokens, ``off_N`` being log pi_trainer - log

@@ -30,6 +30,7 @@ class WholeModel:
     copied: bool
     _passes: Passes
     _bucket_elements: int
+    _version: int = -1
 
     @classmethod
     def of(
@@ -59,11 +60,13 @@ class WholeModel:
         return whole
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Take over the trainer's weights of now. Collective."""
+    def refresh(self, *, version: int) -> None:
+        """Take over the trainer's weights of now, which are of ``version``, the same on every rank;
+        a copy of that version is kept as it is. Collective."""
         self._passes.gather_parameters()
-        if not self.copied:
+        if not self.copied or version == self._version:
             return
+        self._version = version
         group = self._passes.mesh.pp_group
         held = _held(self._passes.chunks)
         ranks = dist.get_process_group_ranks(group)

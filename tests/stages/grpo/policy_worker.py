@@ -110,7 +110,9 @@ def rounds(spec: dict[str, Any]) -> list[dict[str, Any]]:
         clock=StepClock(),
     )
     whole = WholeModel.of(updates.passes, config=config, vocabulary_size=V.size, bucket_bytes=1000)
-    engine = EmbeddedEngine(whole=whole, tokenizer=TOKENIZER, batch_size=4)
+    engine = EmbeddedEngine(
+        whole=whole, tokenizer=TOKENIZER, version=lambda: updates.version, batch_size=4
+    )
     updates.reference.take()
     found: list[dict[str, Any]] = []
     for step in range(spec.get("steps", 2)):

@@ -1,6 +1,7 @@
 """Runs of reinforcement learning from start to end, stopped, killed, replayed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import pytest
 import torch
 from learning import configure, learn, rows
 
+from emu35.checkpoint import sharded
+from emu35.checkpoint.manager import CheckpointManager
 from emu35.checkpoint.source import describe, load_model
-from emu35.config import ParallelConfig, Precision, RunConfig
+from emu35.config import CheckpointConfig, ParallelConfig, Precision, RunConfig
 from emu35.config.io import write_config
-from emu35.errors import DataError, Interrupted
+from emu35.errors import CheckpointError, DataError, Interrupted
 from emu35.stages.grpo.archive import archived_steps, read_groups
 
 
@@ -108,6 +111,42 @@ def test_a_killed_run_goes_on_from_its_checkpoint(start: Path, whole: Path, tmp_
     again = configure(folder, start=start, reward="dying", stage={"steps": 4})
     learn_later(again)
     assert_same_run(folder, whole)
+
+
+def test_a_resumed_run_keeps_its_reference_when_the_one_before_goes_on(
+    start: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Newer weights of the run that was started from change neither weights nor KL."""
+    parent, folder = tmp_path / "parent", tmp_path / "run"
+    shutil.copytree(start, parent)
+    config = configure(folder, start=parent, reward="terminating")
+    with pytest.raises(Interrupted, match="saved"):
+        learn(config)
+    model = load_model(describe(parent), precision=Precision.fp32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    manager = CheckpointManager(root=parent / "checkpoints", config=CheckpointConfig(), identity={})
+    manager.save(2, write=lambda to: sharded.save(to, chunks=[model], optimizer=None), extra={})
+    shutil.copytree(folder, tmp_path / "later" / "run")
+    learn(config)
+    assert_same_run(folder, whole)
+    # Once it is gone nobody pretends that another one was meant.
+    shutil.rmtree(parent / "checkpoints" / "step_00000001")
+    config = configure(tmp_path / "later" / "run", start=parent, reward="terminating")
+    with pytest.raises(CheckpointError, match="step"):
+        learn(config)
+
+
+def test_a_step_of_several_updates_reports_all_of_them(start: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    learn(configure(folder, start=start, stage={"steps": 1, "epochs": 2, "minibatches": 2}))
+    (row,) = rows(folder).values()
+    assert row["updates"] == 4
+    # Each of the two epochs has every sampled token once, the first update of all at ratio 1.
+    assert row["sampled_visual"] == 2 * 4 * 3 * 12
+    assert row["ratio_largest_visual"] > 1
+    assert 0 < row["old_kl"]
 
 
 def learn_later(config: RunConfig) -> None:
