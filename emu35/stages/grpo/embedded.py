@@ -2,23 +2,25 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from emu35.inference.arena import whole_pages
 from emu35.inference.engine import Engine
 from emu35.inference.memory import cache_tokens
+from emu35.inference.ranks import agree_on_least
 from emu35.inference.request import Generated, Request
 from emu35.stages.grpo.whole_model import WholeModel
 from emu35.tokens.text import TextTokenizer
 
 
 class EmbeddedEngine:
-    """An engine around ``whole``. Its cache lives from :meth:`prepare` to :meth:`release`, so
-    that
+    """An engine around ``whole``. Its cache lives from :meth:`prepare` to :meth:`release`, so that
     training has the memory while nobody samples.
 
     Args:
         batch_size: requests in flight at once.
-        slots: of the cache; None: enough for the largest ``batch_size`` requests, as far as memory
-            goes.
+        slots: of the cache; None: enough for the largest ``batch_size`` requests, as far as the
+            memory of every rank of the tensor-parallel group goes.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class EmbeddedEngine:
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Take over the weights of now and make room for ``requests``, all that will be submitted.
-        Collective over the pipeline group."""
+        Collective over the pipeline group, and over the tensor-parallel one."""
         self._whole.refresh()
         if not requests:
             return
@@ -47,7 +49,8 @@ class EmbeddedEngine:
             tokenizer=self._tokenizer,
             max_length=longest,
             max_requests=at_once,
-            cache_tokens=self._slots or cache_tokens(requests, model=model, at_once=at_once),
+            cache_tokens=self._slots
+            or agree_on_least(cache_tokens(requests, model=model, at_once=at_once)),
         )
 
     def submit(self, request: Request) -> int:
@@ -70,8 +73,10 @@ class EmbeddedEngine:
         return [update.finished for update in self._engine.step() if update.finished is not None]
 
     def release(self) -> None:
-        """Give the cache back."""
+        """Give the cache back, and not to torch's allocator alone: pieces of it would be in the
+        way of the larger tensors of training."""
         self._engine = None
+        torch.cuda.empty_cache()  # nothing where there is no GPU
 
     def close(self) -> None:
         """Nothing more will be asked."""
