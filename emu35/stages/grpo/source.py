@@ -14,7 +14,7 @@ from emu35.config.grpo import PolicyConfig
 from emu35.config.prompts import PromptTaskConfig
 from emu35.errors import ConfigError, DataError
 from emu35.inference.request import Request
-from emu35.parallel.mesh import local_device
+from emu35.parallel.device import local_device
 from emu35.rewards.build import build_rewards
 from emu35.rewards.sample import Reward
 from emu35.stages.generate.options import gathered
