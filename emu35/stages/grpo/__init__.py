@@ -41,6 +41,13 @@ statistics and early stopping beside weights and optimizer; a seed is a function
 the task, the prompt, the number of the draw and of the answer. So a run that is killed and started
 again draws and scores the same. The reference is read from ``stage.init_from`` every time.
 
+**Stopping.** A step may take longer than the notice that a scheduler gives. So whoever samples looks
+for a stop request every few forwards, in training and validation, and leaves its answers; when all
+ranks have left theirs or are done, they agree, and the step is given up, the prompts with it: the
+checkpoint is that of the step before, and the resumed run draws the same again. A request that
+reaches a single rank waits for what the others sample. Behind sampling a step is finished: let
+``launch.slurm.save_seconds`` cover the rest of the scoring, the updates and the checkpoint.
+
 **Departures from the design pages.** Rollouts are compared before any update in every step, at the
 cost of a forward pass, rather than taking the engine's numbers for the denominator of ratios. An
 answer with fewer pictures than were asked for is not unscored: it has the worst score, or a model
