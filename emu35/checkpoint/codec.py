@@ -4,7 +4,7 @@ from pathlib import Path
 
 from emu35.checkpoint.source import Described
 from emu35.errors import ConfigError
-from emu35.parallel.mesh import local_device
+from emu35.parallel.device import local_device
 from emu35.vision.codec import ImageCodec, load_codec
 
 

@@ -74,8 +74,8 @@ class EngineKind(StrEnum):
 
 
 class Mode(StrEnum):
-    """``full``: sample, score, train. ``rollouts_only``: sample, score, save. ``train_only``: train
-    on what was saved."""
+    """``full``: sample, score, train. ``rollouts_only``: sample, score, save (whatever
+    ``rollout.save`` says). ``train_only``: train on what was saved."""
 
     full = "full"
     rollouts_only = "rollouts_only"
@@ -119,11 +119,12 @@ class RolloutConfig(PolicyConfig):
 
     ``batch_size`` is how many are in flight at once in each tensor-parallel group of ranks,
     ``cache_tokens`` the slots of its cache (None: enough for all of them, as far as memory goes).
-    ``save`` writes every step's answers and scores to ``rollouts/`` of the run folder; ``replay``
-    names such a folder for ``mode: train_only``. ``servers`` are the addresses of remote engines,
-    ``bucket_bytes`` the size of the pieces in which weights travel to an engine that does not share
-    the trainer's memory. ``timeout`` are the seconds that one answer may take, a server's waiting
-    line included; ``api_key_env`` names the environment variable that holds the servers' key.
+    ``save`` writes every step's answers and scores to ``rollouts/`` of the run folder, as ``mode:
+    rollouts_only`` always does; ``replay`` names such a folder for ``mode: train_only``.
+    ``servers`` are the addresses of remote engines, ``bucket_bytes`` the size of the pieces in
+    which weights travel to an engine that does not share the trainer's memory. ``timeout`` are the
+    seconds that one answer may take, a server's waiting line included; ``api_key_env`` names the
+    environment variable that holds the servers' key.
     """
 
     engine: EngineKind = EngineKind.embedded
@@ -223,7 +224,8 @@ class EvaluationConfig(PolicyConfig):
     """How answers to validation prompts are drawn: ``samples`` of each, of the first
     ``max_prompts`` of every set. ``patience`` validations without a better mean reward than
     ``min_gain`` above the best one end the run (0: never); ``watch`` names the set and reward,
-    ``SET`` or ``SET/REWARD``, None the mean over sets."""
+    ``SET`` (its trained rewards together) or ``SET/REWARD`` (held out ones too), None the mean over
+    the sets that have trained rewards."""
 
     samples: int = 1
     max_prompts: int = 256
@@ -246,9 +248,10 @@ class GRPOConfig(LMStageConfig):
     A step samples ``rollouts_per_prompt`` answers to each of ``prompts_per_step`` prompts, scores
     them, and passes over them ``epochs`` times in ``minibatches`` parts, with an update after each.
     ``micro_batch_size`` counts packed rows. ``rewards`` are all that tasks may name. An answer that
-    a reward could not judge is treated as ``unscored`` says, and more than a share of
-    ``max_unscored`` of a step's answers stops the run. Every ``pages_every`` steps a page of
-    ``pages_groups`` groups is written (0: never).
+    a trained reward could not judge is treated as ``unscored`` says, and more than a share of
+    ``max_unscored`` of all answers of a step, resampled ones among them, stops the run; of a
+    validation's it is only said, unless ``unscored`` is ``stop``. Every ``pages_every`` steps a
+    page of ``pages_groups`` groups is written (0: never).
     """
 
     kind: str = "grpo"
@@ -268,6 +271,12 @@ class GRPOConfig(LMStageConfig):
     rewards: dict[str, RewardConfig] = field(default_factory=dict[str, RewardConfig])
     pages_every: int = 10
     pages_groups: int = 8
+
+    @property
+    def saves_rollouts(self) -> bool:
+        """Whether answers and scores are written to the run folder; where nothing is trained, all
+        work would be lost otherwise."""
+        return self.rollout.save or self.mode is Mode.rollouts_only
 
     @property
     def keeps_reference(self) -> bool:

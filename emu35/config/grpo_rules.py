@@ -42,16 +42,48 @@ def grpo_problems(config: RunConfig, *, stage: GRPOConfig) -> Iterator[str]:
             "stage.adapter=lora_noisy_only adapts parallel decoding; stage=grpo takes none or lora"
         )
     yield from _dropout(config, stage=stage)
-    watched = stage.evaluation.watch
-    if stage.evaluation.patience and not data.validation:
-        yield "stage.evaluation.patience watches held-out rewards, but data.validation is empty"
-    if watched is not None:
-        name, _, reward = watched.partition("/")
-        if name not in data.validation or (reward and reward not in stage.rewards):
+    yield from _early_stopping(stage, data=data)
+
+
+def _early_stopping(stage: GRPOConfig, *, data: PromptDataConfig) -> Iterator[str]:
+    patience, watched = stage.evaluation.patience, stage.evaluation.watch
+    if patience and not data.validation:
+        yield (
+            f"stage.evaluation.patience={patience} counts validations, but data.validation is "
+            "empty; name a file of prompts (data.validation.NAME.path), or use patience=0"
+        )
+    if patience and stage.validate_every < 1:
+        yield (
+            f"stage.evaluation.patience={patience} counts validations, but "
+            f"stage.validate_every={stage.validate_every} makes none before the end; validate "
+            "every so many steps, or use patience=0"
+        )
+    if watched is None:
+        if patience and data.validation and not any(t.rewards for t in data.validation.values()):
             yield (
-                f"stage.evaluation.watch={watched!r} is no set of data.validation (with a reward "
-                "of stage.rewards behind a slash)"
+                f"stage.evaluation.patience={patience} watches the trained rewards of "
+                "data.validation, but all of them are held out; name one in "
+                "stage.evaluation.watch (SET/REWARD)"
             )
+        return
+    name, slash, reward = watched.partition("/")
+    task = data.validation.get(name)
+    if task is None:
+        known = ", ".join(data.validation) or "none"
+        yield (
+            f"stage.evaluation.watch={watched!r} is no set of data.validation (there are: {known})."
+            f"{did_you_mean(name, data.validation)}"
+        )
+    elif slash and reward not in (own := [*task.rewards, *task.held_out]):
+        yield (
+            f"stage.evaluation.watch={watched!r} is nothing that data.validation.{name} measures "
+            f"(its rewards: {', '.join(own) or 'none'}); name one of them, or give it that one"
+        )
+    elif not slash and not task.rewards:
+        yield (
+            f"stage.evaluation.watch={watched!r} is the mean of trained rewards, but all of "
+            f"data.validation.{name} are held out; name one behind a slash (SET/REWARD)"
+        )
 
 
 def _dropout(config: RunConfig, *, stage: GRPOConfig) -> Iterator[str]:

@@ -129,7 +129,7 @@ class SimilarityRewardConfig(RewardConfig):
     """Cosine similarity of prompt and pictures in the space of a CLIP or SigLIP model.
 
     ``model`` is a folder of a transformers checkpoint with its tokenizer and image processor;
-    nothing is fetched. ``device`` is where it runs.
+    nothing is fetched. ``device`` is where it runs: ``cuda`` on the GPU of the rank that judges.
     """
 
     kind: str = "similarity"

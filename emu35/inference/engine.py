@@ -17,12 +17,11 @@ from emu35.inference.arena import Arena, whole_pages
 from emu35.inference.choose import Chooser
 from emu35.inference.denoise import Denoiser, Denoising
 from emu35.inference.grammar import Grammar, SizeIds
-from emu35.inference.memory import request_slots
+from emu35.inference.memory import allocate, request_slots
 from emu35.inference.ranks import agree_on
 from emu35.inference.request import Finish, Generated, Request, Update
 from emu35.inference.row import TokenRow
 from emu35.inference.scheduler import Feed, Scheduler, Sequence, Stream
-from emu35.model.cache import KVCache
 from emu35.model.transformer import Emu35Model
 from emu35.parallel.cpu import without_shim
 from emu35.tokens.serialize import deserialize
@@ -112,7 +111,7 @@ class Engine:
             self._denoising = Denoising(model, vocabulary=self.vocabulary, denoiser=denoiser)
         if cache_tokens is None:
             cache_tokens = 2 * max_requests * whole_pages(max_length)
-        self._cache, self._last_RH = _allocate(model, slots=cache_tokens, rows=2 * max_requests)
+        self._cache, self._last_RH = allocate(model, slots=cache_tokens, rows=2 * max_requests)
         self._row = TokenRow(self._cache, slots=cache_tokens)
         self._arena = Arena(cache_tokens, move=self._cache.move)
         self._scheduler = Scheduler(
@@ -378,22 +377,6 @@ def _unfit(model: Emu35Model, *, counts: Mapping[str, int]) -> Iterator[str]:
     for name, value in counts.items():
         if value < 1:
             yield f"{name}={value} must be at least 1"
-
-
-def _allocate(model: Emu35Model, *, slots: int, rows: int) -> tuple[KVCache, torch.Tensor]:
-    """The cache, and the newest hidden state of every stream: one whose partner is still reading
-    its prompt keeps what the next token is predicted from."""
-    config, parameter = model.lm_config, next(model.parameters())
-    cache = KVCache(
-        num_layers=config.num_layers,
-        slots=slots,
-        num_kv_heads=config.num_kv_heads // model.config.tensor_model_parallel_size,
-        head_dim=config.head_dim,
-        dtype=parameter.dtype,
-        device=parameter.device,
-    )
-    last_RH = torch.zeros(rows, config.hidden_size, dtype=parameter.dtype, device=parameter.device)
-    return cache, last_RH
 
 
 def _stream(prompt: Iterable[int], *, request: Request) -> Stream:

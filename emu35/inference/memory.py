@@ -1,4 +1,4 @@
-"""How large a cache a call takes: what its requests can fill, as far as memory goes.
+"""The cache of a call: what its requests can fill, as far as memory goes.
 
 Within a smaller cache the engine runs fewer requests at a time, so a bound costs time and no
 answer; a single request that does not fit is refused with its numbers.
@@ -12,6 +12,7 @@ import torch
 
 from emu35.inference.arena import whole_pages
 from emu35.inference.request import Request
+from emu35.model.cache import KVCache
 from emu35.model.transformer import Emu35Model
 
 _SHARE = 0.8
@@ -30,10 +31,17 @@ def cache_tokens(requests: Sequence[Request], *, model: Emu35Model, at_once: int
 
 
 def free_slots(model: Emu35Model) -> int:
-    """Slots that fit into the free memory of the model's device. Tensor-parallel ranks have a GPU
-    each, of which this one stands for all; on CPUs they share the memory of their host."""
+    """Slots that fit into the free memory of the model's device, to which torch's allocator gives
+    back what it holds in reserve. On CPUs ranks share the memory of their host.
+
+    This rank's own number. Where each tensor-parallel rank builds its engine for itself, all of
+    them take the smallest (:func:`~emu35.inference.ranks.agree_on_least`): schedulers with caches
+    of different sizes part company. Where one leads (:mod:`emu35.inference.lead`), the others are
+    told its number.
+    """
     parameter = next(model.parameters())
     if parameter.is_cuda:
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(parameter.device)
     else:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -44,6 +52,26 @@ def free_slots(model: Emu35Model) -> int:
 def slot_bytes(model: Emu35Model) -> int:
     """Memory of one slot: a key and a value of every head of every layer on this rank."""
     config = model.lm_config
-    heads = config.num_kv_heads // model.config.tensor_model_parallel_size
-    numbers = 2 * config.num_layers * heads * config.head_dim
+    numbers = 2 * config.num_layers * _heads(model) * config.head_dim
     return numbers * next(model.parameters()).element_size()
+
+
+def allocate(model: Emu35Model, *, slots: int, rows: int) -> tuple[KVCache, torch.Tensor]:
+    """The cache, and the newest hidden state [R, H] of every stream: one whose partner is still
+    reading its prompt keeps what the next token is predicted from."""
+    config, parameter = model.lm_config, next(model.parameters())
+    cache = KVCache(
+        num_layers=config.num_layers,
+        slots=slots,
+        num_kv_heads=_heads(model),
+        head_dim=config.head_dim,
+        dtype=parameter.dtype,
+        device=parameter.device,
+    )
+    last_RH = torch.zeros(rows, config.hidden_size, dtype=parameter.dtype, device=parameter.device)
+    return cache, last_RH
+
+
+def _heads(model: Emu35Model) -> int:
+    """Heads of keys and values on this rank."""
+    return model.lm_config.num_kv_heads // model.config.tensor_model_parallel_size

@@ -30,3 +30,13 @@ def agree_on_tensor(values: torch.Tensor) -> torch.Tensor:
     if mesh.tp_size > 1:
         dist.broadcast(values, src=dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group)
     return values
+
+
+def agree_on_least(number: int) -> int:
+    """The smallest ``number`` of the ranks of this tensor-parallel group. Collective."""
+    mesh = current_mesh()
+    if mesh.tp_size == 1:
+        return number
+    least = torch.tensor([number], dtype=torch.int64, device=mesh.device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=mesh.tp_group)
+    return int(least.item())

@@ -215,7 +215,7 @@ class Token:
     temperature 1 over the legal set. ``top`` lists ids and log-probabilities of the best
     candidates, best first, where the request asks for them; ``candidates`` all their ids, int32 and
     ascending, where it asks for these and not everything legal was one. It takes no part in
-    comparisons.
+    comparisons. A ``support`` of 0 is unknown: the server that drew the token does not say.
 
     A code that was ``denoised`` was drawn together with the others of its picture: ``logprob`` is
     that of its last draw given the canvas at that step, not given the tokens before it.

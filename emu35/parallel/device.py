@@ -1,5 +1,7 @@
-"""What a device can do at most, and how much memory this process has used on it."""
+"""Which device a rank has, what it can do at most, and how much of its memory this process has
+used."""
 
+import os
 import resource
 import sys
 from types import MappingProxyType
@@ -19,6 +21,13 @@ PEAK_TFLOPS = MappingProxyType(
 )
 """Dense bf16 tensor-core TFLOPS by a part of the device's name, narrower names first. Nvidia's
 data sheets print twice the number, with sparsity."""
+
+
+def local_device() -> torch.device:
+    """The CUDA device of this rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def known_peak_tflops(device: torch.device) -> float:

@@ -12,6 +12,7 @@ from torch._C._distributed_c10d import HashStore
 from emu35.config import ParallelConfig
 from emu35.errors import ConfigError, LaunchError
 from emu35.parallel import cpu
+from emu35.parallel.device import local_device
 
 cpu.install()
 
@@ -133,13 +134,6 @@ def _one(group: object) -> dist.ProcessGroup:
     """mcore types its groups loosely, since other layouts of its own have several a rank."""
     assert isinstance(group, dist.ProcessGroup)
     return group
-
-
-def local_device() -> torch.device:
-    """The CUDA device of this rank, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def join_process_group(*, timeout: int = 600) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from emu35.config.reward_local import SimilarityRewardConfig
 from emu35.errors import ConfigError
+from emu35.parallel.device import local_device
 from emu35.rewards.optional import optional
 from emu35.rewards.sample import Cost, Picture
 
@@ -24,7 +25,11 @@ and tokenizers come in several forms."""
 
 class ImageText:
     """A model of a folder; it is read at the first call, once for all threads, which then share
-    it."""
+    it.
+
+    Attributes:
+        device: where it runs. ``cuda`` without a number is the GPU of this rank.
+    """
 
     def __init__(self, config: SimilarityRewardConfig) -> None:
         """
@@ -41,11 +46,14 @@ class ImageText:
                     "give model the folder of a CLIP or SigLIP checkpoint as transformers saves it"
                 )
         try:
-            self._device = torch.device(config.device)
+            self.device = torch.device(config.device)
         except RuntimeError as error:
             raise ConfigError(
                 f"reward kind {config.kind!r}: device={config.device!r} is none ({error})"
             ) from None
+        # Every thread of torch begins on GPU 0, whichever its rank has.
+        if self.device == torch.device("cuda") and torch.cuda.is_available():
+            self.device = local_device()
         self._transformers = optional("transformers", reward=config.kind)
         self._lock = threading.Lock()
         self._loaded: tuple[Any, Any] | None = None
@@ -53,7 +61,7 @@ class ImageText:
     @property
     def cost(self) -> Cost:
         """Where its time is spent."""
-        return Cost.cpu if self._device.type == "cpu" else Cost.gpu
+        return Cost.cpu if self.device.type == "cpu" else Cost.gpu
 
     @property
     def model_type(self) -> str:
@@ -106,11 +114,11 @@ class ImageText:
                 processor = self._transformers.AutoProcessor.from_pretrained(
                     str(self._folder), local_files_only=True
                 )
-                self._loaded = model.to(self._device).eval(), processor
+                self._loaded = model.to(self.device).eval(), processor
             return self._loaded
 
     def _placed(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self._device) for name, tensor in inputs.items()}
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     @staticmethod
     def _unit(output: Any) -> torch.Tensor:

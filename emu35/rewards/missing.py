@@ -1,4 +1,5 @@
-"""Answers without a total: how many, why, and whether the run goes on."""
+"""Answers that cannot be trained on for want of a score: how many, why, and whether the run goes
+on."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from emu35.rewards.scale import Scores
 class Missing:
     """Of ``answers`` those ``unscored`` have no total. ``rewards`` counts by trained reward whose
     score is missing, and ``reasons`` has one reason of each. Held-out rewards do not count: nothing
-    is trained on them."""
+    is trained on them. Neither do answers that have no other ones."""
 
     answers: int = 0
     unscored: int = 0
@@ -20,7 +21,9 @@ class Missing:
     reasons: dict[str, str] = field(default_factory=dict[str, str])
 
     def add(self, scores: Scores, *, trained: Collection[str]) -> None:
-        """Count one answer."""
+        """Count one answer, which the rewards ``trained`` judge."""
+        if not trained:
+            return
         self.answers += 1
         self.unscored += scores.total is None
         for name, reason in scores.unscored.items():
@@ -40,6 +43,18 @@ class Missing:
             reasons={**other.reasons, **self.reasons},
         )
 
+    @property
+    def share(self) -> float:
+        """Of all answers those without a total."""
+        return self.unscored / self.answers if self.answers else 0.0
+
+    def __str__(self) -> str:
+        whose = "; ".join(
+            f"{name} failed at {count}, as in: {self.reasons[name]}"
+            for name, count in self.rewards.items()
+        )
+        return f"{self.unscored} of {self.answers} answers have no score ({whose})"
+
     def check(self, *, policy: Unscored, most: float) -> None:
         """Whether training may go on without them: ``stage.unscored`` and, for the share that may
         be left out, ``stage.max_unscored``.
@@ -49,19 +64,13 @@ class Missing:
         """
         if not self.unscored:
             return
-        share = self.unscored / self.answers
-        whose = "; ".join(
-            f"{name} failed at {count}, as in: {self.reasons[name]}"
-            for name, count in self.rewards.items()
-        )
-        told = f"{self.unscored} of {self.answers} answers have no score ({whose})"
         if policy is Unscored.stop:
             raise DataError(
-                f"{told}, and stage.unscored=stop; mend the reward and run the same command again, "
+                f"{self}, and stage.unscored=stop; mend the reward and run the same command again, "
                 "or leave such answers out with stage.unscored=drop"
             )
-        if share > most:
+        if self.share > most:
             raise DataError(
-                f"{told}, a share of {share:.2f} above stage.max_unscored={most:g}; mend the "
+                f"{self}, a share of {self.share:.2f} above stage.max_unscored={most:g}; mend the "
                 "reward and run the same command again, or allow more"
             )

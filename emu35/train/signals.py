@@ -3,7 +3,9 @@
 Slurm announces the end of a job with a signal (SIGUSR1 where ``--signal`` says so, else SIGTERM and
 30 seconds), torchrun passes SIGTERM on, a person presses Ctrl-C. The first such signal only sets a
 flag. The loop looks at it at every step boundary, over all ranks, so that all of them save the
-same step. A second signal leaves at once with 128 + its number.
+same step. A task whose steps are long looks at it in between (:func:`stop_asked`), and when all of
+its ranks have agreed gives the step up (:class:`StepAbandoned`). A second signal leaves at once
+with 128 + its number.
 
 The second signal must work even where the main thread is stuck in a collective, and there Python
 runs no signal handler. So the interpreter's wake-up descriptor, which the handler written in C
@@ -32,6 +34,11 @@ _SAME_REQUEST_SECONDS = 0.5
 # Below torchrun there are more who pass it on, and not all as the same signal: Slurm signals every
 # process of a step, torchrun sends SIGTERM for whatever it got, our launcher sends SIGUSR1.
 _SAME_REQUEST_SECONDS_TORCHRUN = 5.0
+
+
+class StepAbandoned(Exception):
+    """A step, or a validation, was given up on every rank, because some rank was asked to stop. The
+    task is as it was before; a resumed run makes it from its beginning."""
 
 
 class StopRequest:
@@ -103,7 +110,8 @@ class StopRequest:
         if not self._received_at:
             self._received_at = now
             self._request(number)
-            _say(f"{signal.Signals(number).name}: saving at the end of this step, then leaving")
+            name = signal.Signals(number).name
+            _say(f"{name}: saving when this step is over or given up, then leaving")
         elif not self._is_copy(number, after=now - self._received_at):
             _say(f"{signal.Signals(number).name} again: leaving at once, nothing saved")
             os._exit(128 + number)
@@ -127,6 +135,12 @@ class StopRequest:
 
 
 _open_requests: list[StopRequest] = []
+
+
+def stop_asked() -> bool:
+    """Whether this rank was asked to stop. Others may not have been: whoever acts on it agrees with
+    them first."""
+    return any(request.received is not None for request in _open_requests)
 
 
 def _forget_in_child() -> None:

@@ -13,7 +13,8 @@ holds the state after N optimizer steps.
 depends on: the task's state (parameters, optimizer, data position) and every random number
 generator of every rank; and nothing beside a step may touch those generators, so validation and
 saving run with them set aside. A stop skips a validation that is due and the resumed run makes it
-first, because validation may take longer than the time a scheduler leaves.
+first, because validation may take longer than the time a scheduler leaves; so may a step of a task
+that gives it up then, and the resumed run makes it again.
 
 **Safety.** A step whose loss or gradient norm is not finite, or is a spike where ``guard`` asks for
 that, counts as made but updates nothing (:mod:`emu35.train.guard`); too many in a row end the run.
@@ -40,7 +41,7 @@ from emu35.train.clock import Phase, StepClock
 from emu35.train.guard import Guard
 from emu35.train.measure import Meter
 from emu35.train.progress import Progress
-from emu35.train.signals import StopRequest
+from emu35.train.signals import StepAbandoned, StopRequest
 from emu35.train.watchdog import Watchdog
 
 CHECKPOINTS = "checkpoints"
@@ -70,6 +71,9 @@ class TrainTask(Protocol):
         ``loss`` must be among them; ``grad_norm``, ``lr`` and ``tokens`` (those of the step over
         all ranks) should be, and ``flops`` (model FLOPs, likewise) may be. Where the guard
         refuses, parameters and optimizer stay as they are and the data position still advances.
+
+        Raises:
+            StepAbandoned: on every rank, after a stop was asked for; nothing has changed.
         """
         ...
 
@@ -79,6 +83,9 @@ class TrainTask(Protocol):
 
         Random number generators are restored by the trainer. What has no turn at ``step`` is left
         out; empty: nothing to validate on. At the last step everything has its turn.
+
+        Raises:
+            StepAbandoned: on every rank, after a stop was asked for.
         """
         ...
 
@@ -223,7 +230,11 @@ class _Loop:
         step, total = self.progress.step + 1, self.config.stage.steps
         guard, clock = self.task.guard, self.task.clock
         clock.begin(step)
-        metrics = dict(self.task.train_step(step))
+        try:
+            metrics = dict(self.task.train_step(step))
+        except StepAbandoned:
+            self._leave_if_asked()
+            raise AssertionError("a step was abandoned, but nobody was asked to stop") from None
         meter.count(metrics)
         self.progress.step = step
         self.progress.tokens += int(metrics.get("tokens", 0))
@@ -254,7 +265,10 @@ class _Loop:
 
     def _validate(self) -> None:
         with self._aside(Phase.validating), rng.preserved():
-            metrics = self.task.validate(self.progress.step)
+            try:
+                metrics = self.task.validate(self.progress.step)
+            except StepAbandoned:
+                return  # it stays due
         found = {key: float(value) for key, value in metrics.items()}
         self.progress.validation = {**self.progress.validation, **found}
         self.progress.validated_step = self.progress.step

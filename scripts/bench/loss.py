@@ -218,7 +218,8 @@ def inputs(size: Size) -> Inputs:
     from emu35.config import LMConfig, Precision
     from emu35.model.build import build_model
     from emu35.model.init import initialize
-    from emu35.parallel.mesh import local_device, single_process_mesh
+    from emu35.parallel.device import local_device
+    from emu35.parallel.mesh import single_process_mesh
 
     if size.threads:
         torch.set_num_threads(size.threads)

@@ -39,3 +39,16 @@ def test_the_cache_lies_on_the_gpu() -> None:
     # Two layers, two heads of 16, keys and values, fp32.
     assert torch.cuda.memory_allocated() - before >= (1 << 16) * 2 * 2 * 16 * 2 * 4
     assert engine.stats.cache_tokens == 1 << 16
+
+
+def test_what_the_allocator_holds_in_reserve_is_room_for_the_cache() -> None:
+    from tiny_engine import model
+
+    from emu35.inference.memory import free_slots
+
+    built = model()
+    roomy = free_slots(built)
+    free, _ = torch.cuda.mem_get_info()
+    torch.empty(free // 2, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.mem_get_info()[0] < 0.6 * free, "nothing was held in reserve"
+    assert free_slots(built) > 0.95 * roomy

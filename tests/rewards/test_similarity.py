@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from emu35.config.reward_local import AestheticsModelRewardConfig, SimilarityRewardConfig
 from emu35.errors import ConfigError
 from emu35.rewards.aesthetics_model import AestheticsModelReward
+from emu35.rewards.image_text import ImageText
 from emu35.rewards.sample import Cost, Range, Score, Unscored
 from emu35.rewards.similarity import SimilarityReward
 
@@ -114,6 +115,14 @@ def test_a_folder_that_holds_no_such_model_is_refused(clip: Path, tmp_path: Path
         SimilarityReward(SimilarityRewardConfig(model=str(tmp_path)))
     with pytest.raises(ConfigError, match="device='abacus'"):
         SimilarityReward(SimilarityRewardConfig(model=str(clip), device="abacus"))
+
+
+def test_a_rank_judges_on_its_own_gpu(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    for said, device in (("cuda", "cuda:5"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        model = ImageText(SimilarityRewardConfig(model=str(clip), device=said))
+        assert str(model.device) == device
 
 
 def test_both_forms_of_the_head_judge_alike(clip: Path, tmp_path: Path) -> None:

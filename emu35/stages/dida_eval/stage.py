@@ -25,7 +25,7 @@ from emu35.data.scenes.render import render
 from emu35.inference.denoiser import needed_denoiser
 from emu35.inference.grammar import GridSize
 from emu35.inference.request import DenoiseOptions
-from emu35.parallel.mesh import local_device
+from emu35.parallel.device import local_device
 from emu35.stages.dida_eval.decoders import (
     Asking,
     Codes,

@@ -39,7 +39,15 @@ every rank gets a copy of all layers before each round, over the pipeline group 
 **Resuming.** A checkpoint lies between rounds. It holds the place among the prompts, the rewards'
 statistics and early stopping beside weights and optimizer; a seed is a function of the run's seed,
 the task, the prompt, the number of the draw and of the answer. So a run that is killed and started
-again draws and scores the same. The reference is read from ``stage.init_from`` every time.
+again draws and scores the same. The reference is read from ``stage.init_from`` every time, at the
+step that the run started from, whatever that one has learned since.
+
+**Stopping.** A step may take longer than the notice that a scheduler gives. So whoever samples
+looks for a stop request every few forwards, in training and validation, and leaves its answers;
+when all ranks have left theirs or are done, they agree, and the step is given up, the prompts with
+it: the checkpoint is that of the step before, and the resumed run draws the same again. A request
+that reaches a single rank waits for what the others sample. Behind sampling a step is finished: let
+``launch.slurm.save_seconds`` cover the rest of the scoring, the updates and the checkpoint.
 
 **Departures from the design pages.** Rollouts are compared before any update in every step, at the
 cost of a forward pass, rather than taking the engine's numbers for the denominator of ratios. An

@@ -18,6 +18,8 @@ from emu35.stages.grpo.scoring import Scoring
 from emu35.tokens.serialize import deserialize
 from emu35.tokens.text import TextTokenizer
 
+_TIMES = ("scoring/hidden", "scoring/busy_s")
+
 
 class Books:
     """Keeps them, on every rank alike.
@@ -50,15 +52,27 @@ class Books:
         Raises:
             DataError: rollouts or pages cannot be written.
         """
-        if self._stage.rollout.save:
+        if self._stage.saves_rollouts:
             self._archive(step, found)
         if self._page_due(step) and is_main():
             shown = self._shown(found, groups)
             write_pages(shown, folder=self._run_dir / SAMPLES, step=step, title=self._name)
         own: dict[str, float] = {}
         if self._scoring is not None:
-            own = self._rewards(found, self._scoring)
+            own = {**self._drifts(found, self._scoring), **self._events(self._scoring)}
         return {**self._diversity(found), **self._replica.agreed(own)}
+
+    def troubles(self) -> dict[str, float]:
+        """Everything that went wrong with rewards since this or :meth:`enter` was last called, for
+        a validation: what it counted is not the next step's. Collective."""
+        own: dict[str, float] = {}
+        if self._scoring is not None:
+            own = {
+                name: value
+                for name, value in self._events(self._scoring).items()
+                if name not in _TIMES
+            }
+        return self._replica.agreed(own)
 
     def _archive(self, step: int, found: Sequence[Scored]) -> None:
         mesh = self._replica.mesh
@@ -109,8 +123,8 @@ class Books:
         )
         return DiversitySums.from_numbers(self._replica.total(sums.numbers())).metrics()
 
-    def _rewards(self, found: Sequence[Scored], scoring: Scoring) -> dict[str, float]:
-        """How far each reward has moved since the run began, and what its judging cost."""
+    def _drifts(self, found: Sequence[Scored], scoring: Scoring) -> dict[str, float]:
+        """How far each reward has moved since the run began."""
         assert self._statistics is not None
         ranges = scoring.pool.ranges
         step = StepSums(ranges)
@@ -119,16 +133,16 @@ class Books:
                 step.add(scores, task=item.group.prompt.task)
         every = self._replica.gathered(step.to_json())
         self._statistics.take([StepSums.from_json(plain, ranges=ranges) for plain in every])
-        metrics = {
+        return {
             f"reward_drift/{task}" + ("" if name == TOTAL else f"/{name}"): summary.drift
             for (task, name), summary in self._statistics.summaries().items()
             if summary.drift is not None
         }
-        return {**metrics, **self._events(scoring)}
 
     def _events(self, scoring: Scoring) -> dict[str, float]:
         """``scoring/hidden``: the share of the time that rewards were at work which nobody waited
-        for; and everything that went wrong, where anything did."""
+        for; and everything that went wrong, where anything did. Over all ranks that judge, which
+        are several of a replica with context or pipeline parallelism."""
         now = scoring.pool.snapshot()
         counts, self._counted = now.since(self._counted), now
         names = sorted(counts.rewards)
@@ -136,7 +150,7 @@ class Books:
         own = [counts.busy_seconds, counts.waited_seconds] + [
             float(getattr(counts.rewards[name], kind)) for name in names for kind in kinds
         ]
-        busy, waited, *events = self._replica.total(own)
+        busy, waited, *events = self._replica.everywhere(own)
         metrics: dict[str, float] = {}
         if busy > 0:
             metrics["scoring/hidden"] = min(max(1 - waited / busy, 0.0), 1.0)

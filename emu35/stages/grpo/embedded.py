@@ -2,24 +2,26 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from emu35.inference.arena import whole_pages
 from emu35.inference.engine import Engine
 from emu35.inference.memory import cache_tokens
+from emu35.inference.ranks import agree_on_least
 from emu35.inference.request import Generated, Request
 from emu35.stages.grpo.whole_model import WholeModel
 from emu35.tokens.text import TextTokenizer
 
 
 class EmbeddedEngine:
-    """An engine around ``whole``. Its cache lives from :meth:`prepare` to :meth:`release`, so
-    that
+    """An engine around ``whole``. Its cache lives from :meth:`prepare` to :meth:`release`, so that
     training has the memory while nobody samples.
 
     Args:
         version: of the trainer's weights; another number whenever they have changed.
         batch_size: requests in flight at once.
-        slots: of the cache; None: enough for the largest ``batch_size`` requests, as far as memory
-            goes.
+        slots: of the cache; None: enough for the largest ``batch_size`` requests, as far as the
+            memory of every rank of the tensor-parallel group goes.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class EmbeddedEngine:
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Take over the weights of now and make room for ``requests``, all that will be submitted.
-        Collective over the pipeline group."""
+        Collective over the pipeline group, and over the tensor-parallel one."""
         self._whole.refresh(version=self._version())
         if not requests:
             return
@@ -49,7 +51,8 @@ class EmbeddedEngine:
             tokenizer=self._tokenizer,
             max_length=longest,
             max_requests=at_once,
-            cache_tokens=self._slots or cache_tokens(requests, model=model, at_once=at_once),
+            cache_tokens=self._slots
+            or agree_on_least(cache_tokens(requests, model=model, at_once=at_once)),
         )
 
     def submit(self, request: Request) -> int:
@@ -72,8 +75,14 @@ class EmbeddedEngine:
         return [update.finished for update in self._engine.step() if update.finished is not None]
 
     def release(self) -> None:
-        """Give the cache back."""
+        """Give the cache back, and not to torch's allocator alone: pieces of it would be in the
+        way of the larger tensors of training."""
         self._engine = None
+        torch.cuda.empty_cache()  # nothing where there is no GPU
+
+    def tallies(self) -> dict[str, float]:
+        """Nothing can go wrong that would not end the run."""
+        return {}
 
     def close(self) -> None:
         """Nothing more will be asked."""

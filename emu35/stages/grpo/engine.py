@@ -33,7 +33,12 @@ class RolloutEngine(Protocol):
         ...
 
     def release(self) -> None:
-        """Nothing more is asked of these weights."""
+        """Nothing more is asked of these weights; what is unanswered is forgotten."""
+        ...
+
+    def tallies(self) -> dict[str, float]:
+        """What happened on this rank since the engine was made, as metrics; of the same names on
+        every rank. It is counted where a tensor-parallel group is led."""
         ...
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ talks to the servers, and the others are told what came.
 """
 
 import os
+import time
 from collections.abc import Callable, Sequence
 
 import httpx
@@ -66,12 +67,17 @@ class RemoteEngine:
         self._vllm = False
         self._tag = INITIAL
         self._submitted = 0
+        self._update_seconds = 0.0
         self._open: dict[int, Request] = {}
 
     @property
     def counts(self) -> RemoteCounts:
         """What happened so far, as far as this rank asked."""
         return self._asking.counts
+
+    def tallies(self) -> dict[str, float]:
+        """:attr:`counts`, and the seconds that servers were given weights."""
+        return {**self.counts.metrics(), "engine/update_s": self._update_seconds}
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Give the servers the weights of now, if they have not got them. Collective over all
@@ -92,6 +98,7 @@ class RemoteEngine:
         self._check(requests)
 
     def _update(self, version: int) -> list[Server]:
+        began = time.monotonic()
         self._gather()
         shared: list[object] = [None]
         buckets = self._weights.buckets(bucket_bytes=self._config.bucket_bytes)
@@ -109,7 +116,9 @@ class RemoteEngine:
         servers: list[Server]
         servers, self._tag = shared[0]
         failed = [f"{each.url}: {each.trouble}" for each in servers if not each.usable]
-        self.counts.given_up += len(failed)
+        if dist.get_rank() == 0:
+            self.counts.given_up += len(failed)
+            self._update_seconds += time.monotonic() - began
         if len(failed) == len(servers):
             raise LaunchError(
                 f"no rollout server took weights {version}: {'; '.join(failed)}. Start them with "
@@ -120,13 +129,15 @@ class RemoteEngine:
         return servers
 
     def _check(self, requests: Sequence[Request]) -> None:
-        """vLLM reports no candidates, so a trainer could not replay what top-k and top-p left."""
+        """vLLM reports no candidates, so a trainer could not replay what top-k and top-p left. What
+        is only judged is not replayed."""
         if self._vllm and any(
-            restricted(each.text) or restricted(each.visual) for each in requests
+            each.keep_candidates and (restricted(each.text) or restricted(each.visual))
+            for each in requests
         ):
             raise ConfigError(
                 "vLLM does not report which ids top-k and top-p left, so the trainer cannot replay "
-                "them; use top_k=0 and top_p=1 (stage.rollout, stage.evaluation), or emu35 serve"
+                "them; use top_k=0 and top_p=1 in stage.rollout, or emu35 serve"
             )
 
     def submit(self, request: Request) -> int:

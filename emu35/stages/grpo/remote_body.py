@@ -175,14 +175,16 @@ class _Drawn:
             return Token(id=id, kind=step.kind)
         legal = sum(stop - start for start, stop in step.ranges)
         kept = self._candidates[place] if self._candidates is not None else None
-        support = self._support[place] if self._support is not None else legal
-        if self._support is None or self._request.keep_candidates:
-            sampling = self._request.text if step.kind is NextKind.TEXT else self._request.visual
-            if kept is None and restricted(sampling) and support != legal:
-                raise BadAnswer(f"token {place} does not say what it was drawn from (candidates)")
-            if kept is None and restricted(sampling) and self._support is None:
-                raise BadAnswer(f"token {place} does not say what it was drawn from (support)")
-        if not 1 <= support <= legal or (kept is not None and len(kept) != support):
+        support = self._support[place] if self._support is not None else None
+        sampling = self._request.text if step.kind is NextKind.TEXT else self._request.visual
+        if support is None and not restricted(sampling):
+            support = legal
+        if self._request.keep_candidates and kept is None and support != legal:
+            missing = "support" if support is None else "candidates"
+            raise BadAnswer(f"token {place} does not say what it was drawn from ({missing})")
+        if support is None:  # nobody will draw it again
+            support = len(kept) if kept is not None else 0
+        elif not 1 <= support <= legal or (kept is not None and len(kept) != support):
             raise BadAnswer(f"token {place} was drawn among {support} of {legal} legal ids")
         if kept is not None and (id not in kept or any(np.diff(kept) <= 0)):
             raise BadAnswer(f"token {place} is {id}, which is not among its candidates")

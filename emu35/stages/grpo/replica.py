@@ -75,6 +75,13 @@ class Replica:
         sums = torch.tensor(list(numbers), dtype=torch.float64, device=self.mesh.device)
         return sum_over(sums, self.mesh.dp_group).tolist()
 
+    def everywhere(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over all ranks that sample. Collective, over those that lead as well as over all."""
+        sums = torch.tensor(list(numbers), dtype=torch.float64, device=self.mesh.device)
+        for group in (self.mesh.dp_group, self.mesh.cp_group, self.mesh.pp_group):
+            sum_over(sums, group)
+        return sums.tolist()
+
     def gathered(self, value: Item) -> list[Item]:
         """Every replica's value, in order. Collective."""
         if self.mesh.dp_size == 1:

@@ -36,8 +36,8 @@ def request_of(
     seed: int,
 ) -> Request:
     """What the engine is asked of ``prompt``, whose references are codes [H, W]: its grammar, the
-    policy's numbers, and as many tokens as the prompt, its task or ``row_length`` (None: whatever)
-    allow.
+    policy's numbers, and as many tokens as the prompt, its task or ``row_length`` allow. None: the
+    answer is only judged; it stands in no row, and nothing that a replay needs is kept of it.
 
     Raises:
         ConfigError: it does not fit the model or a row, and why.
@@ -58,7 +58,7 @@ def request_of(
             ask, tokenizer=tokenizer, template=template, max_positions=max_positions
         )
         # The trainer replays what top-k and top-p left.
-        return replace(request, keep_candidates=True)
+        return replace(request, keep_candidates=row_length is not None)
 
     request = build(ask)
     if row_length is None or row_tokens(request) <= row_length:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from emu35.config import PromptTaskConfig
+from emu35.rewards.missing import Missing
 from emu35.stages.grpo.replica import Replica
 from emu35.stages.grpo.types import Group
 
@@ -39,6 +40,21 @@ def reward_metrics(
             metrics[f"clamped/{where}"] = clamped / answers
             metrics[f"unscored/{where}"] = incomplete / answers
     return metrics
+
+
+def missing_scores(
+    groups: Sequence[Group], *, tasks: Mapping[str, PromptTaskConfig], replica: Replica
+) -> Missing:
+    """What the trained rewards of ``tasks`` could not judge in ``groups``, over all replicas.
+    Collective."""
+    own = Missing()
+    for group in groups:
+        for scores in group.scores:
+            own.add(scores, trained=tasks[group.prompt.task].rewards)
+    every = Missing()
+    for part in replica.gathered(own):
+        every = every.plus(part)
+    return every
 
 
 def _sums(groups: Sequence[Group], *, task: str, reward: str | None) -> list[float]:

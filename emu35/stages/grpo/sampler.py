@@ -2,53 +2,53 @@
 
 from collections.abc import Sequence
 
-from emu35.config import GRPOConfig, PromptDataConfig, RunConfig
-from emu35.rewards.missing import Missing
+from emu35.config import GRPOConfig
+from emu35.errors import DataError
+from emu35.parallel.collectives import any_rank
 from emu35.stages.grpo.engine import RolloutEngine
 from emu35.stages.grpo.replica import Replica
 from emu35.stages.grpo.sampling import Answered, Asked, Scored, sample, scored
 from emu35.stages.grpo.scoring import Scoring
+from emu35.stages.grpo.source import Codes, Due, PromptSource
 from emu35.stages.grpo.types import Group, Scores
 from emu35.train.clock import Phase, StepClock
-from emu35.vision.codec import ImageCodec
+from emu35.train.signals import StepAbandoned, stop_asked
 
 
 class Sampler:
     """Prompts in, scored groups out, on every rank those of its replica.
 
     Args:
+        source: encodes what prompts show; its codec decodes for the rewards on ranks that judge.
         engine: samples; all ranks of a tensor-parallel group call theirs alike.
-        codec: decodes for the rewards on ranks that judge.
     """
 
     def __init__(
         self,
         *,
-        config: RunConfig,
+        stage: GRPOConfig,
+        source: PromptSource,
         engine: RolloutEngine,
-        codec: ImageCodec,
         replica: Replica,
         clock: StepClock,
     ) -> None:
-        assert isinstance(config.stage, GRPOConfig)
-        assert isinstance(config.data, PromptDataConfig)
-        self._stage, self.replica, self._clock = config.stage, replica, clock
-        # A validation set may share its name with a task; then their rewards are told together.
-        tasks = [*config.data.tasks.items(), *config.data.validation.items()]
-        self._trained: dict[str, set[str]] = {}
-        for name, task in tasks:
-            self._trained.setdefault(name, set()).update(task.rewards)
+        self._source, self.replica, self._clock = source, replica, clock
         self.engine = engine
-        self.scoring = Scoring(codec=codec, rewards=config.stage.rewards) if replica.leads else None
+        self._told: dict[str, float] = {}
+        self.scoring = None
+        if replica.leads:
+            self.scoring = Scoring(codec=source.codec, rewards=stage.rewards)
 
-    def groups(self, asked: Sequence[Asked], *, step: int) -> list[Scored]:
-        """Answer and judge ``asked``, the same on every rank; what comes back is the share of this
-        replica, in order. Collective.
+    def groups(self, due: Sequence[Due], *, step: int) -> list[Scored]:
+        """Have ``due``, the same on every rank, answered and judged; what comes back is the share
+        of this replica, in order. Collective.
 
         Raises:
-            DataError: too many answers could not be scored, or ``stage.unscored`` is ``stop``.
+            StepAbandoned: on every rank, where one was asked to stop before all had sampled.
+            DataError: a picture that a prompt shows can no longer be read.
         """
-        own = self.replica.part(self.replica.share(asked))
+        with self._clock.marked(Phase.data):
+            own = self._asked(self.replica.part(self.replica.share(due)))
         with self._clock.marked(Phase.sampling):
             requests = [request for item in own for request in item.requests]
             self.engine.prepare(requests)
@@ -58,12 +58,31 @@ class Sampler:
                 scoring=self.scoring,
                 step=step,
                 beat=self._clock.beat,
+                stop=lambda: self.replica.agreed(stop_asked()),
             )
             self.engine.release()
+            # What was sampled so far is lost, and drawn alike by the run that goes on.
+            if any_rank(stop_asked()):
+                raise StepAbandoned
         with self._clock.marked(Phase.scoring):
-            found = self._judged(answered)
-        self._require_scores([item.group for item in found])
-        return found
+            return self._judged(answered)
+
+    def _asked(self, due: Sequence[Due]) -> list[Asked]:
+        """The requests of what this rank samples. One rank of a tensor-parallel group encodes for
+        all of them: two devices need not agree on every code."""
+        codes: list[Codes] = []
+        failed: DataError | None = None
+        if self.replica.leads:
+            try:
+                for item in due:
+                    codes.append(self._source.codes(item))
+                    self._clock.beat()
+            except DataError as error:
+                failed = error
+        codes, failed = self.replica.agreed((codes, failed))
+        if failed is not None:
+            raise failed
+        return [self._source.asked(item, codes=of) for item, of in zip(due, codes, strict=True)]
 
     def _judged(self, answered: Sequence[Answered]) -> list[Scored]:
         """Scores of this rank's groups from whoever judges them, and the groups of the others of
@@ -87,16 +106,16 @@ class Sampler:
             for group in self.replica.joined(groups)
         ]
 
-    def _require_scores(self, groups: Sequence[Group]) -> None:
-        """Stop where the configuration says that so many answers without a score are too many."""
-        missing = Missing()
-        for group in groups:
-            for scores in group.scores:
-                missing.add(scores, trained=self._trained[group.prompt.task])
-        every = Missing()
-        for part in self.replica.gathered(missing):
-            every = every.plus(part)
-        every.check(policy=self._stage.unscored, most=self._stage.max_unscored)
+    def events(self) -> dict[str, float]:
+        """What the engine counted since this was last asked, over all ranks, as far as anything
+        happened. Collective."""
+        now = self.engine.tallies()
+        if not now:
+            return {}
+        own = [value - self._told.get(name, 0.0) for name, value in now.items()]
+        self._told = now
+        sums = self.replica.agreed(self.replica.everywhere(own))
+        return {name: value for name, value in zip(now, sums, strict=True) if value}
 
     def close(self) -> None:
         """End the engine, and the threads of the rewards."""

@@ -11,6 +11,9 @@ from emu35.stages.grpo.rollouts import rollout_of
 from emu35.stages.grpo.scoring import Pending, Scoring
 from emu35.stages.grpo.types import Group, Prompt, Rollout
 
+_POLL = 16
+"""Forwards between two looks at whether to stop: less than seconds, and hardly any time."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
@@ -48,6 +51,7 @@ def sample(
     scoring: Scoring | None,
     step: int,
     beat: Callable[[], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Answered]:
     """Answer every prompt. Answers to one prompt stand next to each other in the engine, so that
     a group is complete early.
@@ -57,14 +61,20 @@ def sample(
         scoring: judges what ends; None on ranks that do not judge.
         step: the weights are those before this step.
         beat: called again and again, as a sign of life.
+        stop: asked now and then, the same on all ranks that share the engine; once it is true, what
+            is unanswered remains so.
     """
     found = [Answered(asked=item) for item in asked]
     owners: dict[int, tuple[Answered, int]] = {}
     for answered in found:
         for number, request in enumerate(answered.asked.requests):
             owners[engine.submit(request)] = (answered, number)
+    turns = 0
     while engine.busy:
         beat()
+        turns += 1
+        if turns % _POLL == 0 and stop():
+            return found
         for answer in engine.step():
             answered, number = owners.pop(answer.index)
             _take(answered, number, answer, scoring=scoring, step=step)

@@ -1,7 +1,12 @@
-"""Where a run's prompts come from: files, checked; the plan; requests under the policy."""
+"""Where a run's prompts come from: files, checked; the plan; requests under the policy.
+
+Every rank knows the whole plan (:meth:`PromptSource.take`). Only who samples a prompt makes its
+requests (:meth:`PromptSource.asked`), for which the pictures that it shows have to be encoded.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ from emu35.config.grpo import PolicyConfig
 from emu35.config.prompts import PromptTaskConfig
 from emu35.errors import ConfigError, DataError
 from emu35.inference.request import Request
-from emu35.parallel.mesh import local_device
+from emu35.parallel.device import local_device
 from emu35.rewards.build import build_rewards
 from emu35.rewards.sample import Reward
 from emu35.stages.generate.options import gathered
@@ -24,9 +29,27 @@ from emu35.stages.grpo.prompts import TaskPrompt, read_tasks
 from emu35.stages.grpo.requests import answer_seed, request_of
 from emu35.stages.grpo.sampling import Asked
 from emu35.stages.grpo.types import Prompt
-from emu35.tokens.template import PromptTemplate
+from emu35.tokens.template import PromptTemplate, Task
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
 from emu35.vision.codec import ImageCodec, load_codec
+
+Codes = Sequence[NDArray[np.integer]]
+"""Of the pictures that a prompt shows, each [H, W]."""
+
+_KEPT = 2048
+"""Encoded pictures that are remembered; one of 1024 x 1024 pixels has 32 KiB of codes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Due:
+    """A prompt whose turn it is, in its ``serial``-th place among all of the run: one answer under
+    ``policy`` for each of ``seeds``."""
+
+    prompt: TaskPrompt
+    serial: int
+    task: PromptTaskConfig
+    policy: PolicyConfig
+    seeds: Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +105,7 @@ def _template(start: Path) -> PromptTemplate:
 
 
 class PromptSource:
-    """The prompts of a run, as requests in the order of the plan; the same on every rank.
+    """The prompts of a run in the order of the plan, the same on every rank, and their requests.
 
     Attributes:
         tokenizer: of the text.
@@ -105,6 +128,7 @@ class PromptSource:
         self.tokenizer, self.codec = tokenizer, codec
         ratios = {name: task.ratio for name, task in self._data.tasks.items()}
         self._plan = PromptPlan(files.tasks, ratios=ratios, seed=config.seed)
+        self._encoded = lru_cache(maxsize=_KEPT)(self._encode)
 
     @classmethod
     def open(cls, config: RunConfig) -> "PromptSource":
@@ -131,16 +155,14 @@ class PromptSource:
         source.check_fit()
         return source
 
-    def take(self, count: int) -> list[Asked]:
-        """The next ``count`` prompts, each with the requests of its group."""
-        stage, references = self._stage, self._references(self._data.tasks)
+    def take(self, count: int) -> list[Due]:
+        """The next ``count`` prompts."""
         return [
-            self._asked(
-                planned.prompt,
-                task=self._data.tasks[planned.prompt.task],
+            Due(
+                prompt=planned.prompt,
                 serial=planned.serial,
-                policy=stage.rollout,
-                references=references[planned.prompt.task],
+                task=self._data.tasks[planned.prompt.task],
+                policy=self._stage.rollout,
                 seeds=[
                     answer_seed(
                         self._seed,
@@ -149,25 +171,23 @@ class PromptSource:
                         serial=planned.serial,
                         sample=sample,
                     )
-                    for sample in range(stage.rollouts_per_prompt)
+                    for sample in range(self._stage.rollouts_per_prompt)
                 ],
             )
             for planned in self._plan.take(count)
         ]
 
     @property
-    def validation(self) -> dict[str, list[Asked]]:
+    def validation(self) -> dict[str, list[Due]]:
         """The prompts that are never trained on, by set. Their seeds are the same at every
         validation, so that what differs is the model."""
-        evaluation, references = self._stage.evaluation, self._references(self._data.validation)
         return {
             name: [
-                self._asked(
-                    prompt,
-                    task=self._data.validation[name],
+                Due(
+                    prompt=prompt,
                     serial=prompt.number,
-                    policy=evaluation,
-                    references=references[name],
+                    task=self._data.validation[name],
+                    policy=self._stage.evaluation,
                     seeds=[
                         answer_seed(
                             self._seed,
@@ -176,13 +196,39 @@ class PromptSource:
                             serial=0,
                             sample=sample,
                         )
-                        for sample in range(evaluation.samples)
+                        for sample in range(self._stage.evaluation.samples)
                     ],
                 )
                 for prompt in prompts
             ]
             for name, prompts in self._files.validation.items()
         }
+
+    def codes(self, due: Due) -> Codes:
+        """The pictures that a prompt shows, encoded, or remembered from an earlier turn.
+
+        Raises:
+            DataError: one of them can no longer be read.
+        """
+        wish, area = due.prompt.wish, due.task.image_area
+        return [self._encoded(path, wish.task, area) for path in wish.images]
+
+    def asked(self, due: Due, *, codes: Codes) -> Asked:
+        """A prompt with the requests of its group; ``codes`` are those of :meth:`codes`."""
+        prompt = due.prompt
+        request = self._request(prompt, policy=due.policy, codes=codes, seed=due.seeds[0])
+        return Asked(
+            prompt=Prompt(
+                task=prompt.task,
+                number=prompt.number,
+                id=prompt.id,
+                record=prompt.record,
+                references=codes,
+            ),
+            serial=due.serial,
+            task=due.task,
+            requests=[replace(request, seed=seed) for seed in due.seeds],
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The place among the prompts, as JSON."""
@@ -234,43 +280,21 @@ class PromptSource:
                     yield prompt, policy, references[name]
 
     def _references(self, tasks: Mapping[str, PromptTaskConfig]) -> dict[str, References]:
-        """What reads the references of each task, which are kept as long as it is."""
-        return {
-            name: References(codec=self.codec, area=task.image_area, positions=self._positions)
-            for name, task in tasks.items()
-        }
+        """What reads the references of each task."""
+        return {name: self._reading(task.image_area) for name, task in tasks.items()}
 
-    def _asked(
-        self,
-        prompt: TaskPrompt,
-        *,
-        task: PromptTaskConfig,
-        serial: int,
-        policy: PolicyConfig,
-        references: References,
-        seeds: Sequence[int],
-    ) -> Asked:
-        codes = [reference.codes_HW for reference in references.of(prompt.wish)]
-        request = self._request(prompt, policy=policy, codes=codes, seed=seeds[0])
-        return Asked(
-            prompt=Prompt(
-                task=prompt.task,
-                number=prompt.number,
-                id=prompt.id,
-                record=prompt.record,
-                references=codes,
-            ),
-            serial=serial,
-            task=task,
-            requests=[replace(request, seed=seed) for seed in seeds],
-        )
+    def _reading(self, area: int | None) -> References:
+        return References(codec=self.codec, area=area, positions=self._positions)
+
+    def _encode(self, path: Path, task: Task, area: int | None) -> NDArray[np.integer]:
+        return self._reading(area).open(path, task=task).codes_HW
 
     def _request(
         self,
         prompt: TaskPrompt,
         *,
         policy: PolicyConfig,
-        codes: Sequence[NDArray[np.integer]],
+        codes: Codes,
         seed: int,
     ) -> Request:
         return request_of(
@@ -280,7 +304,6 @@ class PromptSource:
             tokenizer=self.tokenizer,
             template=self._template,
             max_positions=self._positions,
-            # What is only judged stands in no row.
             row_length=None if policy is self._stage.evaluation else self._data.sequence_length,
             seed=seed,
         )

@@ -40,9 +40,9 @@ def run(config: RunConfig, *, run_dir: Path) -> FitResult:
     updates = PolicyUpdates(config=config, mesh=mesh, chunks=chunks, guard=guard, clock=clock)
     replica = Replica(mesh=mesh)
     sampler = Sampler(
-        config=config,
+        stage=stage,
+        source=source,
         engine=_engine(config, updates=updates, tokenizer=source.tokenizer, replica=replica),
-        codec=source.codec,
         replica=replica,
         clock=clock,
     )

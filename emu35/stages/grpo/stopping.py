@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from emu35.config.grpo import EvaluationConfig
+from emu35.config.prompts import PromptTaskConfig
 from emu35.errors import CheckpointError
+from emu35.parallel.collectives import is_main
 
 REWARD = "reward"
 """``SET/reward`` is the mean total of a validation set, ``SET/NAME`` that of reward NAME; both in
@@ -36,11 +38,12 @@ class EarlyStop:
 
     Args:
         config: its ``patience`` (0: never ends), ``min_gain`` and ``watch``.
-        sets: names of the validation sets.
+        sets: the validation sets.
     """
 
-    def __init__(self, config: EvaluationConfig, *, sets: Sequence[str]) -> None:
+    def __init__(self, config: EvaluationConfig, *, sets: Mapping[str, PromptTaskConfig]) -> None:
         self._patience, self._min_gain = config.patience, config.min_gain
+        self._said = False
         self._keys = _keys(config.watch, sets=sets)
         self._state = _State(watch=", ".join(self._keys))
 
@@ -60,11 +63,15 @@ class EarlyStop:
         """Take the validation metrics after ``step``.
 
         A validation that did not measure everything watched, because a reward could not score or
-        a set had no turn, is no evidence and is not counted; neither is a ``step`` seen before.
+        a set had no turn, is no evidence and is not counted, which is said once; neither is a
+        ``step`` seen before.
         """
         state = self._state
         values = [metrics.get(key, math.nan) for key in self._keys]
-        if step <= state.step or not values or not all(map(math.isfinite, values)):
+        if step <= state.step or not values:
+            return
+        if not all(map(math.isfinite, values)):
+            self._say_unmeasured(step, values)
             return
         state.step = step
         value = math.fsum(values) / len(values)
@@ -72,6 +79,19 @@ class EarlyStop:
             state.best, state.best_step, state.waited = value, step, 0
         else:
             state.waited += 1
+
+    def _say_unmeasured(self, step: int, values: Sequence[float]) -> None:
+        if self._said or not self._patience or not is_main():
+            return
+        self._said = True
+        pairs = zip(self._keys, values, strict=True)
+        missing = ", ".join(key for key, value in pairs if not math.isfinite(value))
+        print(
+            f"the validation after step {step} has no {missing}, which "
+            f"stage.evaluation.patience={self._patience} watches: no answer could be "
+            "scored. It does not count; if none does, nothing ends the run early",
+            flush=True,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -93,9 +113,9 @@ class EarlyStop:
         self._state = found
 
 
-def _keys(watch: str | None, *, sets: Sequence[str]) -> list[str]:
+def _keys(watch: str | None, *, sets: Mapping[str, PromptTaskConfig]) -> list[str]:
     """The metrics whose mean is watched."""
     if watch is None:
-        return [f"{name}/{REWARD}" for name in sets]
+        return [f"{name}/{REWARD}" for name, task in sets.items() if task.rewards]
     name, _, reward = watch.partition("/")
     return [f"{name}/{reward or REWARD}"]

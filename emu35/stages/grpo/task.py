@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.staged import StateWrite
-from emu35.config import GRPOConfig, LMConfig, PromptDataConfig, RunConfig
-from emu35.config.grpo import Alarm, Mode, ZeroVariance
+from emu35.config import GRPOConfig, LMConfig, PromptDataConfig, PromptTaskConfig, RunConfig
+from emu35.config.grpo import Alarm, Mode, Unscored, ZeroVariance
 from emu35.config.stage import adapters_of
 from emu35.model.flops import step_flops
 from emu35.model.shapes import adapter_count
@@ -19,12 +19,13 @@ from emu35.stages.grpo.books import Books
 from emu35.stages.grpo.lesson import Compared, compared, lesson
 from emu35.stages.grpo.objective import PolicyReport
 from emu35.stages.grpo.replica import Replica
-from emu35.stages.grpo.rewards_report import reward_metrics
+from emu35.stages.grpo.rewards_report import missing_scores, reward_metrics
 from emu35.stages.grpo.rows import lay_out
 from emu35.stages.grpo.sampler import Sampler
 from emu35.stages.grpo.sampling import Scored
 from emu35.stages.grpo.source import PromptSource
 from emu35.stages.grpo.stopping import EarlyStop
+from emu35.stages.grpo.types import Group
 from emu35.stages.grpo.updates import Drift, PolicyUpdates
 from emu35.stages.language_model import start_from
 from emu35.train.clock import Phase, StepClock
@@ -32,6 +33,7 @@ from emu35.train.guard import Guard
 from emu35.train.measure import FLOPS
 from emu35.train.objective import MicroBatch
 from emu35.train.optim import learning_rate
+from emu35.train.signals import StepAbandoned
 from emu35.train.step import LOADER_FILE
 
 
@@ -62,7 +64,7 @@ class GRPOTask:
         self.stage: GRPOConfig = config.stage
         self.source, self.sampler, self.updates = source, sampler, updates
         self.books, self.guard, self.clock = books, guard, clock
-        self.stopping = EarlyStop(self.stage.evaluation, sets=list(self.data.validation))
+        self.stopping = EarlyStop(self.stage.evaluation, sets=self.data.validation)
         self.replica = Replica(mesh=updates.mesh)
         self._started_from = 0
 
@@ -71,6 +73,7 @@ class GRPOTask:
         times.
 
         Raises:
+            StepAbandoned: on every rank, after a stop was asked for while answers were sampled.
             DataError: too many answers have no score.
         """
         groups, metrics = self._compared_groups(step)
@@ -118,6 +121,7 @@ class GRPOTask:
         metrics |= reward_metrics(
             [item.group for item in found], tasks=self.data.tasks, replica=self.replica
         )
+        metrics |= self.sampler.events()
         return groups, {**metrics, **self.books.enter(step, found=found, groups=groups)}
 
     def _saved(self, step: int) -> list[Scored]:
@@ -130,15 +134,27 @@ class GRPOTask:
 
     def _sampled(self, step: int) -> list[Scored]:
         """Answers to the next prompts, judged. With ``zero_variance: resample`` groups that compare
-        nothing make room for other prompts."""
+        nothing make room for other prompts. A step that is given up takes no prompt."""
+        place = self.source.state_dict()
+        try:
+            seen = self._rounds(step)
+        except StepAbandoned:
+            self.source.load_state_dict(place)
+            raise
+        missing = missing_scores(
+            [item.group for item in seen], tasks=self.data.tasks, replica=self.replica
+        )
+        missing.check(policy=self.stage.unscored, most=self.stage.max_unscored)
+        return seen
+
+    def _rounds(self, step: int) -> list[Scored]:
         advantage, wanted = self.stage.advantage, self.stage.prompts_per_step
         seen: list[Scored] = []
         missing, rounds = wanted, 1
         if advantage.zero_variance is ZeroVariance.resample:
             rounds += advantage.resample_rounds
         while missing > 0 and rounds > 0:
-            asked = self.source.take(missing)
-            seen += self.sampler.groups(asked, step=step)
+            seen += self.sampler.groups(self.source.take(missing), step=step)
             rounds -= 1
             groups = compared([item.group for item in seen], stage=self.stage)
             (useful,) = self.replica.total([sum(group.compares for group in groups)])
@@ -206,19 +222,39 @@ class GRPOTask:
 
     def validate(self, step: int) -> dict[str, float]:
         """Mean rewards of answers to held-out prompts, by set: ``SET/reward`` of the trained ones
-        together and ``SET/NAME`` of each reward, in [1, 10]."""
+        together and ``SET/NAME`` of each reward, in [1, 10]; ``SET/NAME/unscored`` is the share of
+        answers that it could not judge, if any. Beside them what went wrong with rewards and
+        engine.
+
+        Raises:
+            StepAbandoned: on every rank, after a stop was asked for.
+            DataError: a trained reward of a set failed, and ``stage.unscored`` is ``stop``.
+        """
         metrics: dict[str, float] = {}
-        for name, asked in self.source.validation.items():
-            groups = [item.group for item in self.sampler.groups(asked, step=step)]
-            found = reward_metrics(
-                groups, tasks={name: self.data.validation[name]}, replica=self.replica
-            )
+        for name, due in self.source.validation.items():
+            tasks = {name: self.data.validation[name]}
+            groups = [item.group for item in self.sampler.groups(due, step=step)]
+            self._check_validated(groups, tasks=tasks)
+            found = reward_metrics(groups, tasks=tasks, replica=self.replica)
             for key, value in found.items():
                 kind, _, reward = key.removesuffix(f"/{name}").partition(f"/{name}/")
                 if kind == "reward":
                     metrics[f"{name}/{reward or kind}"] = value
+                elif kind == "unscored" and value:
+                    metrics[f"{name}/{reward}/unscored"] = value
         self.stopping.observe(step, metrics)
-        return metrics
+        return {**metrics, **self.sampler.events(), **self.books.troubles()}
+
+    def _check_validated(
+        self, groups: Sequence[Group], *, tasks: Mapping[str, PromptTaskConfig]
+    ) -> None:
+        """Nothing is trained on a validation, so answers without a score do not end the run, unless
+        none may be without."""
+        missing = missing_scores(groups, tasks=tasks, replica=self.replica)
+        if self.stage.unscored is Unscored.stop:
+            missing.check(policy=self.stage.unscored, most=self.stage.max_unscored)
+        elif missing.share > self.stage.max_unscored and is_main():
+            print(f"validation {', '.join(tasks)}: {missing}", flush=True)
 
     @property
     def finished(self) -> str | None:

@@ -56,6 +56,25 @@ def dying(record: dict[str, Any], pictures: Sequence[np.ndarray]) -> float:
     return brightness(record, pictures)
 
 
+def terminating_one_rank(record: dict[str, Any], pictures: Sequence[np.ndarray]) -> float:
+    """:func:`brightness` that asks the second rank alone to stop at its 14th call."""
+    global calls
+    calls += 1
+    if calls == 14 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return brightness(record, pictures)
+
+
+def broken(record: dict[str, Any], pictures: Sequence[np.ndarray]) -> float:
+    """A reward whose server is gone."""
+    raise OSError("nobody answers")
+
+
+def hardly(record: dict[str, Any], pictures: Sequence[np.ndarray]) -> float | Unscored:
+    """:func:`constant` that has no opinion of one prompt."""
+    return Unscored("no opinion") if record["id"] == "p3" else constant(record, pictures)
+
+
 def write_prompts(path: Path, records: Sequence[dict[str, Any]] = PROMPTS) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -87,16 +106,7 @@ def configure(
             "validate_every": 0,
             "pages_every": 0,
             "rollout": {"save": True},
-            "rewards": {
-                "light": {
-                    "kind": "function",
-                    "function": f"learning:{reward}",
-                    "low": 0.0,
-                    "high": 1.0,
-                    "retries": 0,
-                    "timeout": 20.0,
-                }
-            },
+            "rewards": {"light": function_reward(reward)},
         },
         "optim": {"lr": 0.02, "min_lr": 0.02, "warmup_steps": 0},
         "checkpoint": {"every": 2},
@@ -107,6 +117,18 @@ def configure(
     assert config is not None, misfits
     assert not list(find_problems(config))
     return config
+
+
+def function_reward(name: str) -> dict[str, Any]:
+    """The section of a reward of this module."""
+    return {
+        "kind": "function",
+        "function": f"learning:{name}",
+        "low": 0.0,
+        "high": 1.0,
+        "retries": 0,
+        "timeout": 20.0,
+    }
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 Usage: policy_worker.py RESULT.json '{"stage": {...}, "parallel": {...}, "steps": 2}'
 
 Prompts, seeds and rewards are fixed, so every layout must draw the same answers and learn the same.
+``"free": [...]`` says how many bytes of memory are free to each rank.
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tiny_engine import TOKENIZER, V, picture_request, sampling, text_request
@@ -16,6 +19,7 @@ from tiny_models import tiny_lm
 
 from emu35.config import GRPOConfig, LMConfig, PromptTaskConfig, RunConfig
 from emu35.config.schema import build, to_plain, with_defaults
+from emu35.inference import memory
 from emu35.inference.request import Request
 from emu35.model.attention.support import MaskKind
 from emu35.parallel.mesh import init_mesh, leave
@@ -169,6 +173,9 @@ def rounds(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main(result: Path, spec: dict[str, Any]) -> None:
+    if "free" in spec:
+        found = SimpleNamespace(available=spec["free"][int(os.environ["RANK"])])
+        memory.psutil.virtual_memory = lambda: found  # type: ignore[attr-defined]
     found = rounds(spec)
     from emu35.parallel.collectives import is_main
 

@@ -67,6 +67,9 @@ def test_a_server_answers_as_the_trainer_would(server: str, start: Path, tmp_pat
     found, wanted = rows(tmp_path / "remote"), rows(tmp_path / "embedded")
     for step, row in found.items():
         assert row["drift/largest"] < 1e-4
+        assert row["engine/answered"] == 12
+        assert row["engine/update_s"] > 0
+        assert "engine/timeouts" not in row
         assert row["reward"] == wanted[step]["reward"]
         assert row["grad_norm"] == pytest.approx(wanted[step]["grad_norm"], rel=1e-3)
 

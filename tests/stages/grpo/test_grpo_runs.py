@@ -1,16 +1,19 @@
 """Runs of reinforcement learning from start to end, stopped, killed, replayed."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from learning import configure, learn, rows
+from learning import configure, function_reward, learn, rows
+from torchrun_ranks import run_ranks
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.manager import CheckpointManager
@@ -24,6 +27,12 @@ from emu35.stages.grpo.archive import archived_steps, read_groups
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     model = load_model(describe(folder), parallel=ParallelConfig(), precision=Precision.fp32)
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+def told(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Every row of the log with its step, those of validations apart."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(row["step"], row) for row in map(json.loads, lines)]
 
 
 def assert_same_run(one: Path, other: Path, *, steps: int = 4) -> None:
@@ -88,6 +97,75 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert max(archived_steps(folder / "rollouts")) < 4
     learn(config)
     assert_same_run(folder, whole)
+
+
+@pytest.mark.multiproc
+def test_ranks_of_which_one_was_stopped_give_up_their_step_together(
+    start: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two ranks that sample a part each is asked to stop in the middle of the third
+    step. Both leave with the second one saved, and go on as if nothing had happened. What either of
+    them judges is counted."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    folder = tmp_path / "run"
+    config = configure(
+        folder,
+        start=start,
+        reward="terminating_one_rank",
+        parallel={"cp": 2, "zero1": False},
+        launch={"nproc": 2},
+        stage={"rollout": {"batch_size": 1}, "rewards": {"lost": function_reward("broken")}},
+        data={"tasks": {"draw": {"held_out": ["lost"]}}},
+        checkpoint={"every": 0},
+    )
+    folder.mkdir()
+    write_config(config, folder)
+    worker, said = str(Path(__file__).with_name("learning_worker.py")), tmp_path / "said.txt"
+    run_ranks([worker, str(folder), str(said), "0"], ranks=2, timeout=240)
+    assert "at step 2/4; saved in" in said.read_text()
+    assert archived_steps(folder / "rollouts") == [1, 2]
+    run_ranks([worker, str(folder), str(said), "1000"], ranks=2, timeout=240)
+    assert said.read_text() == "step 4"
+    for step in range(1, 5):
+        for a, b in zip(
+            read_groups(folder / "rollouts", step=step),
+            read_groups(whole / "rollouts", step=step),
+            strict=True,
+        ):
+            assert (a.serial, a.prompt.id) == (b.serial, b.prompt.id)
+            for x, y in zip(a.rollouts, b.rollouts, strict=True):
+                np.testing.assert_array_equal(x.ids, y.ids)
+    for _, row in told(folder):
+        assert row["scoring/lost/failures"] == 12
+
+
+def test_a_validation_that_was_given_up_comes_first_again(start: Path, tmp_path: Path) -> None:
+    """Stopped among the answers of the validation behind step 2."""
+
+    def configured(name: str, reward: str) -> RunConfig:
+        config = configure(
+            tmp_path / name / "run",
+            start=start,
+            reward=reward,
+            stage={
+                "validate_every": 2,
+                "evaluation": {"samples": 3},
+                "rollout": {"batch_size": 1},
+            },
+            data={"validation": {"held": {"path": "x", "size": "3x4", "rewards": {"light": 1.0}}}},
+        )
+        config.data.validation["held"].path = config.data.tasks["draw"].path  # type: ignore[attr-defined]
+        return config
+
+    learn(configured("plain", "brightness"))
+    stopped = configured("stopped", "terminating")
+    with pytest.raises(Interrupted, match="at step 2/4; saved"):
+        learn(stopped)
+    found = rows(tmp_path / "stopped" / "run")
+    assert "val/held/reward" not in found[2]
+    learn_later(stopped)
+    assert rows(tmp_path / "stopped" / "run") == rows(tmp_path / "plain" / "run")
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(start: Path, whole: Path, tmp_path: Path) -> None:
@@ -179,7 +257,8 @@ def test_saved_answers_train_without_an_engine(start: Path, whole: Path, tmp_pat
 
 def test_rollouts_alone_change_no_weight(start: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    learn(configure(folder, start=start, stage={"mode": "rollouts_only", "steps": 2}))
+    stage = {"mode": "rollouts_only", "steps": 2, "rollout": {"save": False}}
+    learn(configure(folder, start=start, stage=stage))
     assert archived_steps(folder / "rollouts") == [1, 2]
     before, after = weights(start), weights(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -203,6 +282,60 @@ def test_answers_without_a_score_are_left_out_or_stop_the_run(start: Path, tmp_p
     stop = {"steps": 2, "unscored": "stop"}
     with pytest.raises(DataError, match=r"no opinion.*stage.unscored=stop"):
         learn(configure(tmp_path / "b" / "run", start=start, reward="undecided", stage=stop))
+
+
+def test_what_is_missing_is_counted_over_all_rounds_of_a_step(start: Path, tmp_path: Path) -> None:
+    """One of seven prompts has no scores: a quarter of the round it comes in, and at most a sixth
+    of three of them."""
+    folder = tmp_path / "run"
+    advantage = {"zero_variance": "resample", "resample_rounds": 2}
+    stage = {"steps": 1, "advantage": advantage, "max_unscored": 0.2}
+    learn(configure(folder, start=start, reward="hardly", stage=stage))
+    (row,) = rows(folder).values()
+    assert 1 / 12 <= row["unscored/draw/light"] <= 1 / 6
+
+
+def held_out(folder: Path, *, start: Path, task: dict[str, Any], **stage: Any) -> RunConfig:
+    """Two steps, validated after each on the same prompts as ``task`` says, under the same name;
+    reward ``lost`` fails at every answer."""
+    config = configure(
+        folder,
+        start=start,
+        stage={
+            "steps": 2,
+            "validate_every": 1,
+            "rewards": {"lost": function_reward("broken")},
+            **stage,
+        },
+        data={"validation": {"draw": {"path": "x", "size": "3x4", **task}}},
+    )
+    config.data.validation["draw"].path = config.data.tasks["draw"].path  # type: ignore[attr-defined]
+    return config
+
+
+def test_a_validation_may_have_held_out_rewards_alone(start: Path, tmp_path: Path) -> None:
+    """What fails in a validation is in its row, and not in that of the next step."""
+    task = {"held_out": ["light", "lost"]}
+    learn(held_out(tmp_path / "run", start=start, task=task, unscored="stop"))
+    for _, row in told(tmp_path / "run"):
+        if "loss" in row:
+            assert not [name for name in row if "lost" in name]
+        else:
+            assert 1 <= row["val/draw/light"] <= 10
+            assert row["val/draw/lost/unscored"] == 1
+            assert row["val/scoring/lost/failures"] == 7
+            assert "val/draw/reward" not in row
+
+
+def test_a_validation_without_scores_is_told_and_ends_no_run(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"rewards": {"lost": 1.0}}
+    assert learn(held_out(tmp_path / "a" / "run", start=start, task=task)).step == 2
+    said = capsys.readouterr().out
+    assert said.count("validation draw: 7 of 7 answers have no score (lost failed at 7, as") == 2
+    with pytest.raises(DataError, match=r"7 of 7 answers .*unscored=stop"):
+        learn(held_out(tmp_path / "b" / "run", start=start, task=task, unscored="stop"))
 
 
 @pytest.mark.parametrize(("policy", "asked"), [("keep", 4), ("drop", 4), ("resample", 12)])

@@ -23,7 +23,7 @@ from emu35.errors import ConfigError, DataError
 from emu35.inference.request import Request
 from emu35.stages.grpo.requests import answer_seed, row_tokens
 from emu35.stages.grpo.sampling import Asked
-from emu35.stages.grpo.source import PromptSource
+from emu35.stages.grpo.source import Due, PromptSource
 from emu35.tokens.template import Sampling
 
 POSITIONS = 900
@@ -69,8 +69,12 @@ def scenes(path: Path, *, count: int = 6, **changes: Any) -> PromptTaskConfig:
     return replace(task, **changes)
 
 
-def seeds(asked: Sequence[Asked]) -> list[list[int]]:
-    return [[request.seed for request in each.requests] for each in asked]
+def asked_of(source: PromptSource, due: Sequence[Due]) -> list[Asked]:
+    return [source.asked(each, codes=source.codes(each)) for each in due]
+
+
+def seeds(due: Sequence[Due]) -> list[list[int]]:
+    return [list(each.seeds) for each in due]
 
 
 def told(request: Request) -> Any:
@@ -81,7 +85,8 @@ def test_requests_follow_the_policy_and_differ_in_their_seeds_alone(
     run: Path, tmp_path: Path
 ) -> None:
     source = PromptSource.open(configured(run, {"t2i": scenes(tmp_path / "t2i.jsonl")}))
-    asked = source.take(8)
+    due = source.take(8)
+    asked = asked_of(source, due)
     assert [each.serial for each in asked] == list(range(8))
     assert {each.prompt.number for each in asked[:6]} == set(range(6))
     for each in asked:
@@ -95,7 +100,8 @@ def test_requests_follow_the_policy_and_differ_in_their_seeds_alone(
         assert request.keep_candidates
         assert request.grammar.size is not None
         assert str(request.grammar.size).startswith("3")
-    every = [seed for group in seeds(asked) for seed in group]
+    every = [request.seed for each in asked for request in each.requests]
+    assert every == [seed for group in seeds(due) for seed in group]
     assert len(set(every)) == 24, "a prompt that comes again is answered otherwise"
 
 
@@ -129,8 +135,11 @@ def test_validation_is_asked_alike_each_time_under_a_policy_of_its_own(
     source = PromptSource.open(config)
     found = source.validation["x"]
     assert [each.prompt.number for each in found] == [0, 1]
-    assert {request.guidance for each in found for request in each.requests} == {4.0}
-    assert all(len(each.requests) == 2 for each in found)
+    asked = asked_of(source, found)
+    assert {request.guidance for each in asked for request in each.requests} == {4.0}
+    assert all(len(each.requests) == 2 for each in asked)
+    # Nothing is replayed, so nobody has to say what top-k left.
+    assert not any(request.keep_candidates for each in asked for request in each.requests)
     trained = source.take(6)
     assert seeds(source.validation["x"]) == seeds(found)
     assert not {seed for group in seeds(found) for seed in group} & {
@@ -145,7 +154,8 @@ def test_references_are_codes_of_the_size_that_the_task_asks_for(run: Path, tmp_
     task = PromptTaskConfig(
         path=str(path), task="x2i", rewards={"scene": 1.0}, image_area=32, max_new_tokens=60
     )
-    (asked,) = PromptSource.open(configured(run, {"edits": task})).take(1)
+    source = PromptSource.open(configured(run, {"edits": task}))
+    (asked,) = asked_of(source, source.take(1))
     (codes_HW,) = asked.prompt.references
     assert codes_HW.shape == (2, 4)
     assert codes_HW.dtype.kind == "i"
@@ -160,6 +170,28 @@ def test_references_are_codes_of_the_size_that_the_task_asks_for(run: Path, tmp_
         PromptSource.open(configured(run, {"edits": task}))
 
 
+def test_pictures_are_read_by_who_asks_and_once(run: Path, tmp_path: Path) -> None:
+    """Taking a prompt reads no picture, and asking it again reads none either."""
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
+    records = [
+        {"prompt": "again", "images": ["red.png"], **scene}
+        for scene in sample_prompts(count=2, seed=4)
+    ]
+    path = write(tmp_path / "x2i.jsonl", records)
+    task = PromptTaskConfig(
+        path=str(path), task="x2i", rewards={"scene": 1.0}, image_area=32, max_new_tokens=60
+    )
+    source = PromptSource.open(configured(run, {"edits": task}))
+    first = source.codes(source.take(1)[0])
+    (tmp_path / "red.png").unlink()
+    due = source.take(3)
+    for each in asked_of(source, due):
+        np.testing.assert_array_equal(each.prompt.references, first)
+    other = replace(due[0], task=replace(task, image_area=16))
+    with pytest.raises(DataError, match=r"red\.png"):
+        source.codes(other)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_an_answer_fits_its_row_with_all_its_streams(
     run: Path, tmp_path: Path, guidance: float
@@ -167,12 +199,14 @@ def test_an_answer_fits_its_row_with_all_its_streams(
     # Free text and pictures, of which a task would allow more than the row holds.
     task = scenes(tmp_path / "story.jsonl", task="story", size=None, count=1)
     config = configured(run, {"s": task}, length=160, guidance=guidance)
-    (asked,) = PromptSource.open(config).take(1)
+    source = PromptSource.open(config)
+    (asked,) = asked_of(source, source.take(1))
     request = asked.requests[0]
     assert len(request.prompts) == (1 if guidance == 1.0 else 2)
     assert 160 - len(request.prompts) < row_tokens(request) <= 160
     roomy = configured(run, {"s": task}, length=10_000, guidance=guidance)
-    (asked,) = PromptSource.open(roomy).take(1)
+    source = PromptSource.open(roomy)
+    (asked,) = asked_of(source, source.take(1))
     longest = max(map(len, asked.requests[0].prompts))
     assert asked.requests[0].max_new_tokens + longest == POSITIONS
 

@@ -5,6 +5,7 @@ are not here."""
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -135,6 +136,17 @@ def test_what_vllm_cannot_do_is_said(
         trainer_of(servers=[url]).sample([kept])
     with pytest.raises(ConfigError, match=r"cannot answer a rollout: .*guidance=2\.5"):
         trainer_of(servers=[url]).sample([plain, guided])
+
+
+def test_what_is_only_judged_may_be_drawn_from_a_part(
+    like_vllm: Any, trainer_of: Callable[..., Trainer], tokenizer: TextTokenizer
+) -> None:
+    """Nothing is replayed of it, so nobody has to know what top-k and top-p left."""
+    url, _, _ = like_vllm
+    kept = next(each for each in requests(tokenizer) if each.keep_candidates and not each.guided)
+    (answer,) = trainer_of(servers=[url]).sample([replace(kept, keep_candidates=False)])
+    assert len(answer.ids) == kept.max_new_tokens or answer.ids[-1] == tokenizer.vocabulary.eos
+    assert {token.support for token in answer.tokens if not token.forced} == {0}
 
 
 def test_a_vllm_that_was_started_again_ends_the_step(
