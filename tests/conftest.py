@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("emu35", deadline=None)
+settings.load_profile("emu35")
 
 # Two ranks on two cores with two threads each would spend their time waiting for one another.
 # Set before torch is imported; child processes inherit it.

@@ -29,7 +29,7 @@ class _State:
     best: float | None = None
     best_step: int = 0
     waited: int = 0
-    step: int = 0
+    step: int = -1
 
 
 class EarlyStop:

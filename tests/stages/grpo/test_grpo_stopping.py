@@ -59,6 +59,15 @@ def test_what_is_watched() -> None:
         assert f"{best:g} at step 1" in stop.finished
 
 
+def test_what_the_run_begins_with_is_the_first_to_beat() -> None:
+    stop = EarlyStop(EvaluationConfig(patience=1), sets=sets("a"))
+    stop.observe(0, {"a/reward": 5.0})
+    assert not stop.finished
+    stop.observe(1, {"a/reward": 4.0})
+    assert stop.finished
+    assert "5 at step 0" in stop.finished
+
+
 def test_a_set_without_its_turn_is_not_averaged_over() -> None:
     """The mean over another choice of sets is another quantity, here a lower one."""
     stop = EarlyStop(EvaluationConfig(patience=1), sets=sets("easy", "hard"))
