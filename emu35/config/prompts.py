@@ -50,7 +50,7 @@ class PromptTaskConfig:
             ("max_new_tokens", self.max_new_tokens),
             ("steps", self.steps),
         ):
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:
                 yield f"{where}.{name}={value} is too small; use at least 1, or null"
         if self.min_pictures is not None and self.min_pictures < 0:
             yield f"{where}.min_pictures={self.min_pictures} must be 0 or more, or null"

@@ -31,7 +31,7 @@ class RewardConfig:
         where = f"stage.rewards.{name}"
         yield from at_least(where, 1, concurrency=self.concurrency, batch_size=self.batch_size)
         yield from at_least(where, 0, retries=self.retries, backoff=self.backoff)
-        if self.timeout <= 0:
+        if not self.timeout > 0:
             yield f"{where}.timeout={self.timeout} must be positive (seconds a call may take)"
         if (self.low is None) != (self.high is None):
             yield f"{where}: low and high are one range; give both, or neither"

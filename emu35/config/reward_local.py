@@ -93,7 +93,7 @@ class IdentityRewardConfig(FacesRewardConfig):
         where = f"stage.rewards.{name}"
         if not self.embedder:
             yield f"{where}.embedder is empty; give the ONNX file of a face embedding model"
-        if self.std <= 0:
+        if not self.std > 0:
             yield f"{where}.std={self.std} must be positive"
         if self.channels not in ("rgb", "bgr"):
             yield f"{where}.channels={self.channels!r} must be rgb or bgr"

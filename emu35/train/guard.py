@@ -1,7 +1,7 @@
 """Whether a step may change the parameters.
 
-A step of reinforcement learning may have several updates. Each is judged on its own, so what is
-counted here, the refused ones in a row too, are updates there.
+A step of reinforcement learning has several updates. Each is judged on its own
+(:meth:`Guard.judge`), and the step is refused if all of them are (:meth:`Guard.conclude`).
 
 A task asks between the gradient norm and the update. A step that is refused leaves parameters and
 optimizer as they were; its data count as read, so the run goes on with the next step's. The task
@@ -11,7 +11,7 @@ the guard's state in the checkpoint, hence a resumed run decides as one that nev
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median_low
 from typing import Any
 
@@ -35,21 +35,29 @@ class Guard:
         self._losses: deque[float] = deque(maxlen=config.window)
         self._grad_norms: deque[float] = deque(maxlen=config.window)
 
-    def begin(self) -> None:
-        """A step begins, or what it refused was told: nothing is refused of it so far."""
-        self.reason = None
-
     def accepts(self, *, loss: float, grad_norm: float) -> bool:
         """Judge one step, once: ``loss`` and ``grad_norm`` (before clipping) of the global batch,
         the same numbers on every rank."""
-        self.reason = self._problem(loss=loss, grad_norm=grad_norm)
-        if self.reason is not None:
-            self.refuse(self.reason)
-            return False
-        self.in_a_row = 0
-        self._losses.append(loss)
-        self._grad_norms.append(grad_norm)
-        return True
+        self.conclude([self.judge(loss=loss, grad_norm=grad_norm)])
+        return self.reason is None
+
+    def judge(self, *, loss: float, grad_norm: float) -> str | None:
+        """What speaks against one update of a step, None if it may be made. Nothing is counted
+        before :meth:`conclude`."""
+        problem = self._problem(loss=loss, grad_norm=grad_norm)
+        if problem is None:
+            self._losses.append(loss)
+            self._grad_norms.append(grad_norm)
+        return problem
+
+    def conclude(self, problems: Sequence[str | None]) -> None:
+        """A step is over: what :meth:`judge` said of its updates. It is refused where all of them
+        were; one without updates refuses nothing."""
+        self.reason = None
+        if problems and all(problems):
+            self.refuse("; ".join(dict.fromkeys(filter(None, problems))))
+        elif problems:
+            self.in_a_row = 0
 
     def refuse(self, reason: str) -> None:
         """Count a step that something else than its numbers speaks against."""

@@ -50,6 +50,21 @@ def test_a_loss_spike_needs_its_own_factor_and_a_positive_median() -> None:
         assert [guard.accepts(loss=loss, grad_norm=1.0) for loss in losses][-1] is expected
 
 
+def test_a_step_of_several_updates_is_refused_where_all_of_them_are() -> None:
+    guard = Guard(GuardConfig(max_skipped=2))
+    bad, good = [guard.judge(loss=loss, grad_norm=1.0) for loss in (math.nan, 1.0)]
+    assert good is None
+    guard.conclude([bad, good, bad])
+    assert (guard.reason, guard.skipped, guard.in_a_row) == (None, 0, 0)
+    guard.conclude([bad, bad])
+    assert guard.reason == bad
+    assert (guard.skipped, guard.in_a_row, guard.exhausted) == (1, 1, False)
+    guard.conclude([])  # nothing to learn from: neither good nor bad
+    assert (guard.reason, guard.in_a_row) == (None, 1)
+    guard.conclude([bad])
+    assert guard.exhausted
+
+
 def test_state_survives_json_bit_for_bit() -> None:
     config = GuardConfig(grad_norm_factor=1.5, window=4, max_skipped=3)
     one, other = Guard(config), Guard(config)

@@ -10,6 +10,7 @@ from emu35.checkpoint.staged import StateWrite
 from emu35.config import GRPOConfig, LMConfig, PromptDataConfig, PromptTaskConfig, RunConfig
 from emu35.config.grpo import Alarm, Mode, Unscored, ZeroVariance
 from emu35.config.stage import adapters_of
+from emu35.errors import CheckpointError
 from emu35.model.flops import step_flops
 from emu35.model.shapes import adapter_count
 from emu35.parallel.collectives import barrier, is_main
@@ -81,7 +82,7 @@ class GRPOTask:
         learned = [micro_batch for part in parts for micro_batch in part]
         rate = learning_rate(self.config.optim, step=step, steps=self.stage.steps)
         metrics |= {"lr": rate}
-        self.guard.begin()
+        self.guard.conclude([])
         if not learned or self.stage.mode is Mode.rollouts_only:
             return {**metrics, "loss": 0.0, "updates": 0.0, "tokens": 0.0}
         with self.clock.marked(Phase.replay):
@@ -93,24 +94,23 @@ class GRPOTask:
         return {**metrics, **self._sizes(learned), **self._update(parts, rate=rate)}
 
     def _update(self, parts: Sequence[list[MicroBatch]], *, rate: float) -> dict[str, float]:
-        """Every update of the step: means over all of them, and the largest gradient norm. Where
-        the guard refused some, that is said; where it refused all, the trainer says so."""
-        reports: list[PolicyReport] = []
-        norms: list[float] = []
-        refused: list[str] = []
-        for part in [part for _ in range(self.stage.epochs) for part in parts]:
-            report, norm = self.updates.update(part, rate=rate)
-            reports.append(report)
-            norms.append(norm if math.isfinite(norm) else math.inf)
-            refused += [self.guard.reason] if self.guard.reason else []
-        made = len(reports) - len(refused)
-        if refused and made:
-            if is_main():
-                told = "; ".join(dict.fromkeys(refused))
-                print(f"{len(refused)} of {len(reports)} updates were refused: {told}", flush=True)
-            self.guard.begin()
-        metrics = PolicyReport.over(reports).metrics()
-        return {**metrics, "grad_norm": max(norms), "updates": float(made)}
+        """Every update of the step: means over all of them, the largest gradient norm, and how many
+        were made and refused. Where all were refused, the trainer says so."""
+        updates = [
+            self.updates.update(part, rate=rate) for _ in range(self.stage.epochs) for part in parts
+        ]
+        self.guard.conclude([update.refused for update in updates])
+        refused = [update.refused for update in updates if update.refused]
+        if refused and self.guard.reason is None and is_main():
+            told = "; ".join(dict.fromkeys(refused))
+            print(f"{len(refused)} of {len(updates)} updates were refused: {told}", flush=True)
+        norms = [update.grad_norm for update in updates]
+        return {
+            **PolicyReport.over([update.report for update in updates]).metrics(),
+            "grad_norm": max(norm if math.isfinite(norm) else math.inf for norm in norms),
+            "updates": float(len(updates) - len(refused)),
+            "updates_refused": float(len(refused)),
+        }
 
     def _compared_groups(self, step: int) -> tuple[list[Compared], dict[str, float]]:
         """The groups of this replica, and what the rewards said over all replicas."""
@@ -269,6 +269,17 @@ class GRPOTask:
         self.updates.version += 1
         self._keep_reference()
 
+    def _read_reference(self) -> None:
+        step, name = self._started_from, self.config.stage.init_from
+        try:
+            start_from(self.updates.chunks, config=self.config, step=step)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the reference of this run is step {step} of stage.init_from={name}, and cannot "
+                f"be read again: {error}; put it back, or begin another run_dir"
+            ) from error
+        self._keep_reference()
+
     def _keep_reference(self) -> None:
         if self.stage.keeps_reference:
             self.updates.reference.take()
@@ -302,8 +313,7 @@ class GRPOTask:
         self._started_from = place["started_from"]
         if self.stage.keeps_reference:
             # It may have newer checkpoints by now, and the reference must stay what it was.
-            start_from(self.updates.chunks, config=self.config, step=self._started_from)
-            self._keep_reference()
+            self._read_reference()
         sharded.load(folder, chunks=self.updates.chunks, optimizer=self.updates.optimizer)
         self.updates.version += 1
         self.source.load_state_dict(place["prompts"])

@@ -9,7 +9,6 @@ said is the drift between the two.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +68,16 @@ class FrozenCopy:
         for chunk, kept in zip(self._chunks, self._kept, strict=True):
             for name, parameter in base_weights(chunk).items():
                 parameter.data, kept[name] = kept[name], parameter.data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """One update over all its micro-batches and ranks: what it did or would have done, its gradient
+    norm before clipping, and why it was ``refused``; None: it was made."""
+
+    report: PolicyReport
+    grad_norm: float
+    refused: str | None
 
 
 class PolicyUpdates:
@@ -153,11 +162,9 @@ class PolicyUpdates:
                 stack.callback(self.reference.swap)
             self._look(micro_batches, self._note_reference)
 
-    def update(
-        self, micro_batches: Sequence[MicroBatch], *, rate: float
-    ) -> tuple[PolicyReport, float]:
-        """Forward, backward and, where the guard permits, an update; the report over the whole
-        batch, and the gradient norm."""
+    def update(self, micro_batches: Sequence[MicroBatch], *, rate: float) -> Update:
+        """Forward, backward and, where the guard permits, an update. Collective. The guard is to be
+        told of all refusals of the step in the end."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -170,15 +177,19 @@ class PolicyUpdates:
         largest = torch.stack([item["largest"] for item in reports]).amax(0) if reports else None
         ratios = worst_over_ranks([0.0, 0.0] if largest is None else largest.tolist())
         report = PolicyReport.from_vector(vector, largest=ratios)
+        loss, refused = report.metrics()["loss"], None
+
+        def accepts(grad_norm: float) -> bool:
+            nonlocal refused
+            worst_loss, worst_norm = worst_over_ranks([loss, grad_norm])
+            refused = self._guard.judge(loss=worst_loss, grad_norm=worst_norm)
+            return refused is None
+
         set_learning_rate(self.optimizer, rate)
         with self._clock.marked(Phase.optimizer):
-            norm = update(self.optimizer, accepts=partial(self._accepts, report.metrics()["loss"]))
-        self.version += 1
-        return report, norm
-
-    def _accepts(self, loss: float, grad_norm: float) -> bool:
-        loss, grad_norm = worst_over_ranks([loss, grad_norm])
-        return self._guard.accepts(loss=loss, grad_norm=grad_norm)
+            norm = update(self.optimizer, accepts=accepts)
+        self.version += refused is None
+        return Update(report=report, grad_norm=norm, refused=refused)
 
     def _look(self, micro_batches: Sequence[MicroBatch], note: Any) -> None:
         """A pass without gradients and without dropout."""

@@ -155,8 +155,9 @@ def rounds(spec: dict[str, Any]) -> list[dict[str, Any]]:
         made = []
         for _ in range(stage.epochs):
             for part in micro_batches:
-                report, norm = updates.update(part, rate=0.01)
-                made.append({**report.metrics(), "grad_norm": norm})
+                update = updates.update(part, rate=0.01)
+                assert update.refused is None
+                made.append({**update.report.metrics(), "grad_norm": update.grad_norm})
         ids = {
             group.serial: [rollout.ids.tolist() for rollout in group.rollouts]
             for some in replica.gathered(list(groups))
