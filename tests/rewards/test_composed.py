@@ -21,7 +21,7 @@ stage:
     taste: {base_url: "http://judge:8000/v1", model: vlm, form: line, scale_high: 5.0}
 data:
   tasks:
-    t2i: {held_out: [taste]}
+    words: {held_out: [taste]}
 """
 
 
@@ -48,7 +48,7 @@ def test_an_experiment_adds_a_reward_to_those_of_another(tmp_path: Path) -> None
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(MINE)
     rewards = stage("experiment=mine", configs=tmp_path).rewards
-    assert list(rewards) == ["scene", "taste"]
+    assert list(rewards) == ["scene", "ocr", "taste"]
     taste = rewards["taste"]
     assert isinstance(taste, JudgeRewardConfig)
     assert (taste.model, taste.form.value, taste.scale_high) == ("vlm", "line", 5.0)
@@ -61,11 +61,13 @@ def test_the_command_line_adds_and_drops_rewards() -> None:
         "stage.rewards.clip.base_url=http://clip:8100",
         "stage.rewards.clip.low=0.1",
         "stage.rewards.clip.high=0.4",
-        "~stage.rewards.scene",
-        "data.tasks.t2i.rewards={clip: 1.0}",
-        "~data.tasks.t2i.rewards.scene",
+        "~stage.rewards.ocr",
+        "data.tasks.words.rewards={clip: 1.0}",
+        "~data.tasks.words.rewards.ocr",
+        "data.validation.words.rewards={clip: 1.0}",
+        "~data.validation.words.rewards.ocr",
     ).rewards
-    assert list(rewards) == ["clip"]
+    assert list(rewards) == ["scene", "clip"]
     assert isinstance(rewards["clip"], SimilarityEndpointRewardConfig)
     with pytest.raises(ConfigError, match=r"unknown reward 'juge'; .*Did you mean 'judge'"):
         stage("experiment=demo/grpo", "+reward@stage.rewards.x=juge")
