@@ -145,6 +145,20 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, repository: 
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_there_are_as_many_prompts_as_every_budget_asks_for(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(repository / "scripts" / "demo")
+    from budget import BUDGETS
+
+    from emu35.data.scenes.corpus import sample_word_prompts
+    from emu35.data.scenes.words import Words
+
+    for budget in BUDGETS.values():
+        sample_word_prompts(count=budget.grpo_prompts, seed=7, use=Words.practised)
+        sample_word_prompts(count=budget.grpo_heldout, seed=7, use=Words.held_out)
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_the_summary_says_what_the_verification_found(
     equal: bool, repository: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,8 @@ class GuardConfig:
 
     ``grad_norm_factor`` and ``loss_factor`` (0: off) also skip a spike: a value above that many
     times the median of the last ``window`` accepted steps. Nothing is judged a spike before
-    ``window`` steps were accepted, since the first steps of a run change fast by nature.
+    ``window`` steps were accepted, since the first steps of a run change fast by nature. Where a
+    step makes several updates, ``window`` counts those.
     """
 
     max_skipped: int = 5

@@ -28,9 +28,9 @@ class HeldOut:
 
     def has_turn(self, step: int, *, stage: LMStageConfig) -> bool:
         """Whether the validation after ``step`` includes it: the first one does, then every
-        ``every``-th, and the one after the last step. The step decides, not a count of
-        validations, so an interruption changes nothing."""
-        if step == stage.steps or not stage.validate_every:
+        ``every``-th, the one before the first step, and the one after the last. The step decides,
+        not a count of validations, so an interruption changes nothing."""
+        if step in (0, stage.steps) or not stage.validate_every:
             return True
         return (step // stage.validate_every - 1) % self.every == 0
 

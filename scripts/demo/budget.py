@@ -76,7 +76,7 @@ BUDGETS = {
             *("stage.denoise_steps=[8,25]", "stage.ar_seeds=1", "stage.shown=12"),
             "stage.times=[0.25,0.5,0.75]",
         ),
-        grpo_prompts=256,
+        grpo_prompts=160,
         grpo_heldout=48,
         grpo_overrides=(),
         grpo_answer_options=("--guidance", "1", "--temperature", "1.0", "--batch-size", "48"),

@@ -149,7 +149,7 @@ class Rewarded:
             "large and in the middle. <i>Words</i>: letters may be large or small, and optical "
             "character recognition cannot make out small ones; none of these words was ever "
             "pictured. Rewards are shares of attributes or characters, from 1 to 10. Held-out "
-            "prompts are never trained on; <i>captions</i> leave nothing open and show what "
+            "prompts are never practised; <i>captions</i> leave nothing open and show what "
             "becomes of everything else.</p>"
             f'<div class="charts">{"".join(self._charts())}</div>'
             f"<table><tr><th></th>{heads}</tr>{rows}</table>"
@@ -216,8 +216,9 @@ class Rewarded:
             results = [models[model]["answers"][number] for model in MODELS]
             images = "".join(
                 picture_tag(self._drawn(task, model) / result["picture"])
-                for model, result in zip(MODELS, results, strict=True)
                 if result["picture"]
+                else "<p>no picture</p>"
+                for model, result in zip(MODELS, results, strict=True)
             )
             marks = "".join(
                 f'<span class="{"yes" if result["share"] == 1 else "no"}">{when} '

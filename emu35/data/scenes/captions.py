@@ -2,7 +2,7 @@
 
 A *full* caption names shape, colour, size and place of every object, and therefore exactly one
 entry of the train / held-out hash. A *brief* one groups and counts and leaves size and place open;
-it is for training only.
+it is for training, and for wishes (:mod:`emu35.data.scenes.wishes`), only.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Pictures of a word: large letters in one colour on a plain background, for optical character
+"""Pictures of a word: letters in one colour on a plain background, for optical character
 recognition to read back.
 
 Words are all pairs of :data:`LETTERS`, so that a word that was never drawn in training is made of
@@ -104,7 +104,7 @@ SHARES = {Words.held_out: 0.15, Words.practised: 0.35, Words.pictured: 0.5}
 
 
 def word_use(text: str) -> Words:
-    """Where ``text`` belongs, in every colour: a hash of its letters."""
+    """Where ``text`` belongs: a hash of its letters."""
     digest = hashlib.sha256(f"word {text}".encode()).digest()
     place = int.from_bytes(digest[:4], "big") / 2**32
     if place < SHARES[Words.held_out]:

@@ -306,7 +306,8 @@ class PolicyReport:
 
     @classmethod
     def over(cls, reports: Sequence["PolicyReport"]) -> "PolicyReport":
-        """Of several updates: the means of their losses, and of tokens those of all updates."""
+        """Of several updates, those that were made if any were: the means of their losses, and of
+        tokens those of all of them."""
         text, visual = reports[0].text, reports[0].visual
         for report in reports[1:]:
             text, visual = text + report.text, visual + report.visual

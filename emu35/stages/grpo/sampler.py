@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from emu35.checkpoint.agree import gather
 from emu35.config import GRPOConfig
 from emu35.errors import DataError
 from emu35.parallel.collectives import any_rank
@@ -79,9 +80,10 @@ class Sampler:
                     self._clock.beat()
             except DataError as error:
                 failed = error
-        codes, failed = self.replica.agreed((codes, failed))
-        if failed is not None:
-            raise failed
+        codes = self.replica.agreed(codes)
+        # Everybody ends, or those who could read would wait for the others in sampling.
+        for error in filter(None, gather(failed)):
+            raise error
         return [self._source.asked(item, codes=of) for item, of in zip(due, codes, strict=True)]
 
     def _judged(self, answered: Sequence[Answered]) -> list[Scored]:

@@ -12,7 +12,8 @@ from emu35.stages.grpo.scoring import Pending, Scoring
 from emu35.stages.grpo.types import Group, Prompt, Rollout
 
 _POLL = 16
-"""Forwards between two looks at whether to stop: less than seconds, and hardly any time."""
+"""Turns of the engine between two looks at whether to stop: forwards, less than seconds together,
+or half-second waits for servers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

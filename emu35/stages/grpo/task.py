@@ -10,7 +10,7 @@ from emu35.checkpoint.staged import StateWrite
 from emu35.config import GRPOConfig, LMConfig, PromptDataConfig, PromptTaskConfig, RunConfig
 from emu35.config.grpo import Alarm, Mode, Unscored, ZeroVariance
 from emu35.config.stage import adapters_of
-from emu35.errors import CheckpointError
+from emu35.errors import CheckpointError, ReleaseError
 from emu35.model.flops import step_flops
 from emu35.model.shapes import adapter_count
 from emu35.parallel.collectives import barrier, is_main
@@ -67,7 +67,7 @@ class GRPOTask:
         self.books, self.guard, self.clock = books, guard, clock
         self.stopping = EarlyStop(self.stage.evaluation, sets=self.data.validation)
         self.replica = Replica(mesh=updates.mesh)
-        self._started_from = 0
+        self._started_from: int | None = None
 
     def train_step(self, step: int) -> dict[str, float]:
         """Answer prompts, judge and compare the answers, and update ``epochs`` x ``minibatches``
@@ -104,11 +104,12 @@ class GRPOTask:
         if refused and self.guard.reason is None and is_main():
             told = "; ".join(dict.fromkeys(refused))
             print(f"{len(refused)} of {len(updates)} updates were refused: {told}", flush=True)
+        made = [update for update in updates if update.refused is None]
         norms = [update.grad_norm for update in updates]
         return {
-            **PolicyReport.over([update.report for update in updates]).metrics(),
+            **PolicyReport.over([update.report for update in made or updates]).metrics(),
             "grad_norm": max(norm if math.isfinite(norm) else math.inf for norm in norms),
-            "updates": float(len(updates) - len(refused)),
+            "updates": float(len(made)),
             "updates_refused": float(len(refused)),
         }
 
@@ -223,7 +224,7 @@ class GRPOTask:
     def validate(self, step: int) -> dict[str, float]:
         """Mean rewards of answers to held-out prompts, by set: ``SET/reward`` of the trained ones
         together and ``SET/NAME`` of each reward, in [1, 10]; ``SET/NAME/unscored`` is the share of
-        answers that it could not judge, if any. Beside them what went wrong with rewards and
+        answers that it could not judge. Beside them what went wrong with rewards and
         engine.
 
         Raises:
@@ -237,10 +238,11 @@ class GRPOTask:
             self._check_validated(groups, tasks=tasks)
             found = reward_metrics(groups, tasks=tasks, replica=self.replica)
             for key, value in found.items():
-                kind, _, reward = key.removesuffix(f"/{name}").partition(f"/{name}/")
+                kind, _, where = key.partition("/")
+                reward = where.removeprefix(name).removeprefix("/")
                 if kind == "reward":
                     metrics[f"{name}/{reward or kind}"] = value
-                elif kind == "unscored" and value:
+                elif kind == "unscored":
                     metrics[f"{name}/{reward}/unscored"] = value
         self.stopping.observe(step, metrics)
         return {**metrics, **self.sampler.events(), **self.books.troubles()}
@@ -273,10 +275,10 @@ class GRPOTask:
         step, name = self._started_from, self.config.stage.init_from
         try:
             start_from(self.updates.chunks, config=self.config, step=step)
-        except CheckpointError as error:
+        except (CheckpointError, ReleaseError) as error:
             raise CheckpointError(
-                f"the reference of this run is step {step} of stage.init_from={name}, and cannot "
-                f"be read again: {error}; put it back, or begin another run_dir"
+                f"the reference of this run is what stage.init_from={name} had when it began (step "
+                f"{step}), and cannot be read again: {error}; put it back, or begin another run_dir"
             ) from error
         self._keep_reference()
 
@@ -310,7 +312,8 @@ class GRPOTask:
             CheckpointError: the run that the reference is from has that checkpoint no more.
         """
         place = json.loads((folder / LOADER_FILE).read_text(encoding="utf-8"))
-        self._started_from = place["started_from"]
+        # A run of before this was kept began with what was the newest then.
+        self._started_from = place.get("started_from")
         if self.stage.keeps_reference:
             # It may have newer checkpoints by now, and the reference must stay what it was.
             self._read_reference()
