@@ -150,7 +150,6 @@ def test_there_are_as_many_prompts_as_every_budget_asks_for(
 ) -> None:
     monkeypatch.syspath_prepend(repository / "scripts" / "demo")
     from budget import BUDGETS
-
     from emu35.data.scenes.corpus import sample_word_prompts
     from emu35.data.scenes.words import Words
 
