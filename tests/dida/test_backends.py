@@ -58,6 +58,7 @@ def test_the_rows_have_all_that_a_mask_can_have() -> None:
     assert batch.tokens.shape == (2, COLUMNS + ROOM)
 
 
+@pytest.mark.slow
 def test_flex_and_segment_equal_dense_forward() -> None:
     batch = two_rows()
     found = {}

@@ -77,6 +77,7 @@ def test_the_others_do_not_notice_an_abort() -> None:
     assert [answers[index] for index in indices[1:]] == alone[1:]
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_thousand_requests() -> None:
     """Requests of every kind through a tight cache; a third is given up somewhere on the way."""
     rng = random.Random(0)

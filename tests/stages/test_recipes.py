@@ -187,7 +187,7 @@ def write(folder: Path, documents: Sequence[list[Part]], *, tokenizer: TextToken
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "dida")) for name in PARENTS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "pretrain_s1")) for name in PARENTS],
 )
 def test_a_recipe_trains_two_steps_in_its_own_layout(recipes: Recipes, name: str) -> None:
     run = recipes.run(name)

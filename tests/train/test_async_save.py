@@ -137,6 +137,7 @@ def test_kill_9_during_a_save_leaves_the_previous_checkpoint_as_the_newest(tmp_p
     shutil.rmtree(run_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_two_ranks_stopped_during_a_save_complete_it_and_save_the_same_step(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

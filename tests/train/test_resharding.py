@@ -93,6 +93,7 @@ def assert_close(run: dict, uninterrupted: dict, *, pair: str) -> None:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), pair
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_layouts_continue_themselves_bitwise_and_each_other(tmp_path: Path) -> None:
     """A round through all of them; every pair is in the slow suite."""

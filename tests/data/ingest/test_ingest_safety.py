@@ -124,6 +124,7 @@ def test_a_first_run_survives_a_kill_at_any_change_of_the_disk(tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 def test_replacing_survives_a_kill_at_any_change_of_the_disk(tmp_path: Path) -> None:
     old = write_texts(tmp_path / "old", first=100)
     inputs = write_texts(tmp_path / "in")
@@ -138,6 +139,7 @@ def test_replacing_survives_a_kill_at_any_change_of_the_disk(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.slow
 def test_mending_a_lost_shard_survives_a_kill_at_any_change_of_the_disk(tmp_path: Path) -> None:
     inputs = write_texts(tmp_path / "in")
 

@@ -77,6 +77,7 @@ def test_prompts_are_held_out_distinct_and_half_of_them_single() -> None:
     assert len({prompt["id"] for prompt in prompts}) == 60
 
 
+@pytest.mark.slow
 def test_more_prompts_than_there_are_single_objects_still_differ() -> None:
     prompts = sample_prompts(count=300, seed=0)
     objects = [json.dumps(prompt["scene"]["objects"]) for prompt in prompts]
