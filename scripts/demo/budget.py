@@ -66,7 +66,7 @@ BUDGETS = {
         task_records={"t2i": 1500, "x2i": 2500, "story": 1000, "chat": 2000, "words": 1000},
         task_prompts=64,
         sft_overrides=(),
-        lora_overrides=("stage.steps=600",),
+        lora_overrides=("stage.steps=400",),
         answer_options=(
             *("--guidance", "1", "--temperature", "0.1", "--text-temperature", "0.1"),
             *("--max-new-tokens", "256"),
