@@ -20,7 +20,8 @@ def evaluate(prompts: list[dict[str, Any]], *, pictures: dict[str, Path]) -> dic
     A prompt without a picture counts as a picture with nothing in it.
     """
     scenes = [Scene.from_json(prompt["scene"]) for prompt in prompts]
-    pixels = [_read(pictures.get(prompt["id"])) for prompt in prompts]
+    found = [pictures.get(prompt["id"]) for prompt in prompts]
+    pixels = [pixels_of(path) if path is not None else None for path in found]
     readings = read_pictures(pixels, scenes=scenes)
     scores = [reading.score for reading in readings]
     single = [result for result in scores if result.objects == 1]
@@ -41,9 +42,8 @@ def evaluate(prompts: list[dict[str, Any]], *, pictures: dict[str, Path]) -> dic
     }
 
 
-def _read(path: Path | None) -> NDArray[np.uint8] | None:
-    if path is None:
-        return None
+def pixels_of(path: Path) -> NDArray[np.uint8]:
+    """RGB [H, W, 3]."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 

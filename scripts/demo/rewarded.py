@@ -8,14 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from budget import Budget
 from emu35.data.scenes.describe import Split
 from emu35.log.charts import Series, line_chart
 from emu35.log.jsonl import read_rows
-from evaluate import find_pictures, read_lines
+from evaluate import find_pictures, pixels_of, read_lines
 from report import picture_tag
 from steps import Runner, say, shown, write_json, write_text
 from tuning import Tuning
@@ -258,7 +255,7 @@ def _judged(
             task="t2i",
             prompt=prompt["prompt"],
             texts=[""],
-            pictures=[_pixels(pictures[prompt["id"]])] if prompt["id"] in pictures else [],
+            pictures=[pixels_of(pictures[prompt["id"]])] if prompt["id"] in pictures else [],
         )
         for prompt in prompts
     ]
@@ -277,8 +274,3 @@ def _judged(
             for prompt, share in zip(prompts, shares, strict=True)
         ],
     }
-
-
-def _pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))

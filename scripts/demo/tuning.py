@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from bounds import ceiling, chance
 from budget import Budget
 from emu35.config import IBQConfig
 from emu35.config.io import read_config
 from emu35.data.scenes.task_score import AnswerScore, score_answer
 from emu35.data.scenes.tasks import write_task, write_task_prompts, write_word_task
-from evaluate import read_lines
+from evaluate import pixels_of, read_lines
 from steps import Runner, say, shown, write_json, write_text
 
 MODELS = {"pretrain": "pretraining alone", "sft": "fine-tuning", "lora": "adapters alone"}
@@ -106,7 +103,7 @@ class Tuning:
             )
             say(f"  {MODELS[name]}: {figures}")
         drawn = [
-            [_pixels(self.out / "answers" / "sft" / name) for name in answer["pictures"]]
+            [pixels_of(self.out / "answers" / "sft" / name) for name in answer["pictures"]]
             for answer in models["sft"]["answers"]
         ]
         bounds = {
@@ -166,7 +163,7 @@ def _answers(prompts: Sequence[Mapping[str, Any]], *, folder: Path) -> list[dict
     for index, prompt in enumerate(prompts):
         row = rows[index]
         text = "".join(part.get("text", "") for part in row["parts"])
-        pictures = [_pixels(folder / name) for name in row["images"]]
+        pictures = [pixels_of(folder / name) for name in row["images"]]
         result = score_answer(prompt["expect"], text=text, pictures=pictures)
         found.append({"text": text, "pictures": row["images"], **_counts(result)})
     return found
@@ -190,8 +187,3 @@ def _accuracy(
         right.setdefault(prompt["task"], []).append(answer["right"])
     shares = {task: sum(values) / len(values) for task, values in right.items()}
     return {**shares, "mean": sum(shares.values()) / len(shares)}
-
-
-def _pixels(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))

@@ -20,6 +20,15 @@ class Language(StrEnum):
     zh = "zh"
 
 
+CHINESE_SHARE = 0.2
+"""Of everything that is said about scenes."""
+
+
+def sample_language(rng: random.Random) -> Language:
+    """English, or Chinese now and then."""
+    return Language.zh if rng.random() < CHINESE_SHARE else Language.en
+
+
 class Detail(StrEnum):
     """How much a caption says."""
 

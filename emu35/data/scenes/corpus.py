@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from emu35.data.scenes.captions import Detail, Language, caption
+from emu35.data.scenes.captions import Detail, Language, caption, sample_language
 from emu35.data.scenes.describe import Scene, Size, Split, sample_scene
 from emu35.data.scenes.render import render
 from emu35.data.scenes.words import Words, render_word, sample_word, word_caption
@@ -25,8 +25,6 @@ from emu35.errors import DataError
 
 BRIEF_SHARE = 0.5
 """Share of training captions that leave size and place open."""
-
-CHINESE_SHARE = 0.2
 
 
 def write_scenes(
@@ -101,7 +99,7 @@ def _drawn_scene(rng: random.Random, *, split: Split, resolution: int) -> _Drawn
 
 def _drawn_word(rng: random.Random, *, resolution: int) -> _Drawn:
     word = sample_word(rng, use=Words.pictured)
-    language = _language(rng)
+    language = sample_language(rng)
     return _Drawn(
         picture=render_word(word, resolution=resolution),
         text=word_caption(word, rng=rng, language=language),
@@ -147,14 +145,10 @@ def _add(tar: tarfile.TarFile, *, name: str, data: bytes) -> None:
 
 def sample_caption(scene: Scene, *, rng: random.Random, split: Split) -> tuple[Language, str]:
     """A caption for ``scene``, with the language it is in."""
-    language = _language(rng)
+    language = sample_language(rng)
     brief = split is Split.train and rng.random() < BRIEF_SHARE
     detail = Detail.brief if brief else Detail.full
     return language, caption(scene, rng=rng, language=language, detail=detail)
-
-
-def _language(rng: random.Random) -> Language:
-    return Language.zh if rng.random() < CHINESE_SHARE else Language.en
 
 
 ENOUGH_DRAWS = 1000
@@ -181,7 +175,7 @@ def sample_prompts(*, count: int, seed: int, split: Split = Split.val) -> list[d
         if taken:
             continue
         seen.add(scene.objects)
-        language = _language(rng)
+        language = sample_language(rng)
         text = caption(scene, rng=rng, language=language, detail=Detail.full)
         prompts.append(
             {
@@ -207,7 +201,7 @@ def sample_word_prompts(*, count: int, seed: int, use: Words) -> list[dict[str, 
     known = 0  # draws in a row
     while len(prompts) < count:
         word = replace(sample_word(rng, use=use), size=Size.large)
-        language = _language(rng)
+        language = sample_language(rng)
         text = word_caption(word, rng=rng, language=language)
         known = known + 1 if text in seen else 0
         if known > ENOUGH_DRAWS:

@@ -161,6 +161,11 @@ class Scene:
         )
 
 
+def hashed_share(text: str) -> float:
+    """A number in [0, 1) that ``text`` always has: what lies below a share belongs to it."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+
+
 def split_of(scene: Scene) -> Split:
     """The side ``scene`` is on: a hash of its objects.
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from emu35.data.scenes.captions import EN_COUNT, EN_PLACE, Language, caption
+from emu35.data.scenes.captions import EN_COUNT, EN_PLACE, caption, sample_language
 from emu35.data.scenes.clips import change, opening
-from emu35.data.scenes.corpus import CHINESE_SHARE
 from emu35.data.scenes.describe import (
     Colour,
     Place,
@@ -68,7 +67,7 @@ class SceneTask:
 def drawing(rng: random.Random, *, split: Split) -> SceneTask:
     """``t2i``: a caption that leaves nothing open, to be drawn."""
     scene = sample_scene(rng, split=split)
-    language = Language.zh if rng.random() < CHINESE_SHARE else Language.en
+    language = sample_language(rng)
     text = caption(scene, rng=rng, language=language)
     return SceneTask(task="t2i", prompt=text, drawn=(scene,))
 
@@ -196,7 +195,7 @@ def write_word_task(
     lines: list[str] = []
     for number in range(count):
         word = sample_word(rng, use=Words.pictured)
-        language = Language.zh if rng.random() < CHINESE_SHARE else Language.en
+        language = sample_language(rng)
         name = f"word-{number:06d}"
         image = f"{IMAGES}/{name}.png"
         render_word(word, resolution=resolution).save(folder / image)

@@ -5,11 +5,10 @@ No caption says so and no training picture is chosen for it, so nobody can learn
 reward that compares with the liked scene (:mod:`emu35.rewards.scene`) teaches it.
 """
 
-import hashlib
 import random
 from typing import Any
 
-from emu35.data.scenes.captions import Detail, Language, caption
+from emu35.data.scenes.captions import Detail, caption, sample_language
 from emu35.data.scenes.describe import (
     Background,
     Colour,
@@ -19,6 +18,7 @@ from emu35.data.scenes.describe import (
     Shape,
     Size,
     Split,
+    hashed_share,
 )
 
 LIKED_SIZE, LIKED_PLACE = Size.large, Place.centre
@@ -26,13 +26,10 @@ LIKED_SIZE, LIKED_PLACE = Size.large, Place.centre
 HELD_OUT_SHARE = 0.25
 """Of all shapes in their colours."""
 
-CHINESE_SHARE = 0.2
-
 
 def wish_split(shape: Shape, colour: Colour) -> Split:
     """The side that an object is on: a hash of its shape and colour."""
-    digest = hashlib.sha256(f"wish {shape} {colour}".encode()).digest()
-    held_out = int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
+    held_out = hashed_share(f"wish {shape} {colour}") < HELD_OUT_SHARE
     return Split.val if held_out else Split.train
 
 
@@ -53,7 +50,7 @@ def sample_wishes(*, count: int, seed: int, split: Split) -> list[dict[str, Any]
         shape, colour = objects[number % len(objects)]
         liked = SceneObject(shape=shape, colour=colour, size=LIKED_SIZE, place=LIKED_PLACE)
         scene = Scene(objects=(liked,), background=rng.choice(list(Background)))
-        language = Language.zh if rng.random() < CHINESE_SHARE else Language.en
+        language = sample_language(rng)
         prompts.append(
             {
                 "id": f"wish-{number:04d}",

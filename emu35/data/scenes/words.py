@@ -15,7 +15,6 @@ half of the time and four never. Of 200 pairs it reads 92 in 100 where the token
 word, and 98 where 3,000 were among the pictures that it was trained on.
 """
 
-import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from emu35.data.scenes.describe import (
     Background,
     Colour,
     Size,
+    hashed_share,
 )
 from emu35.data.scenes.render import OVERSAMPLING
 
@@ -105,8 +105,7 @@ SHARES = {Words.held_out: 0.15, Words.practised: 0.35, Words.pictured: 0.5}
 
 def word_use(text: str) -> Words:
     """Where ``text`` belongs: a hash of its letters."""
-    digest = hashlib.sha256(f"word {text}".encode()).digest()
-    place = int.from_bytes(digest[:4], "big") / 2**32
+    place = hashed_share(f"word {text}")
     if place < SHARES[Words.held_out]:
         return Words.held_out
     practised = place < SHARES[Words.held_out] + SHARES[Words.practised]
