@@ -270,7 +270,10 @@ class _Loop:
             except StepAbandoned:
                 return  # it stays due
         found = {key: float(value) for key, value in metrics.items()}
-        self.progress.validation = {**self.progress.validation, **found}
+        # At the last step everything has its turn: what is not among it, as a trouble that has
+        # passed, is no longer true.
+        at_last = self.progress.step >= self.config.stage.steps
+        self.progress.validation = {**({} if at_last else self.progress.validation), **found}
         self.progress.validated_step = self.progress.step
         if found:
             self.log.validation(self.progress.step, found)

@@ -106,6 +106,20 @@ def test_a_run_may_validate_before_its_first_step(tmp_path: Path) -> None:
     assert train(tmp_path / "first", config=config).validations == 0
 
 
+class Troubled(TinyTask):
+    """Something goes wrong in its first validation, and never again."""
+
+    def validate(self, step: int) -> dict[str, float]:
+        found = super().validate(step)
+        return {**found, "trouble": 1.0} if self.validations == 1 else found
+
+
+def test_a_trouble_that_has_passed_is_not_told_of_the_last_validation(tmp_path: Path) -> None:
+    result = fit(Troubled(), config=tiny_config(), run_dir=tmp_path)
+    assert "trouble" not in result.validation
+    assert any("val/trouble" in row for row in read_rows(tmp_path / "metrics.jsonl"))
+
+
 def test_finished_run_trains_no_more_but_holds_the_final_state(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
