@@ -126,6 +126,15 @@ def test_a_folder_of_another_budget_is_refused(tmp_path: Path, repository: Path)
     assert "Traceback" not in text
 
 
+def test_a_step_that_does_not_exist_is_refused_with_those_that_do(
+    tmp_path: Path, repository: Path
+) -> None:
+    code, text = run(tmp_path / "out", "--until", "judges", repository=repository, cwd=tmp_path)
+    assert code == 2
+    assert "--until judges" in text
+    assert all(step in text for step in STEPS)
+
+
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "out").write_text("mine")
     code, text = run(tmp_path / "out", repository=repository, cwd=tmp_path)

@@ -329,10 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="demo.sh", description="From nothing to a trained, checked, released model."
     )
-    names = ["corpus", "tokenizer", "ingest", "pretrain", "generate"]
-    names += ["tasks", "sft", "lora", "answer", "dida", "compare", "release", "report"]
     parser.add_argument("out", nargs="?", type=Path, default=Path("runs/demo"), metavar="OUT")
-    parser.add_argument("--until", choices=names, help="stop after this step")
+    parser.add_argument("--until", metavar="STEP", help="stop after this step")
     parser.add_argument("--budget", choices=list(BUDGETS), default="default")
     options = parser.parse_args(arguments)
     out: Path = options.out.absolute()
@@ -365,6 +363,9 @@ def _go(out: Path, *, budget_name: str, until: str | None) -> int:
             "choose another folder or remove that one"
         )
     demo = Demo(out=out, budget=budget, budget_name=budget_name, runner=runner)
+    names = [step.name for step in demo.steps]
+    if until is not None and until not in names:
+        return _refuse(f"--until {until} names no step; the steps are {', '.join(names)}")
     runner.catch_signals()
     runner.run(demo.steps, until=until)
     if until in (None, "report"):
