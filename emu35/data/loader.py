@@ -54,8 +54,10 @@ class TokenLoader:
         dp_size: int,
         message: Message = _say_nothing,
         prepare: BatchChange = as_it_is,
+        reads: bool = True,
     ) -> None:
-        """Open every source with a positive ratio.
+        """Open every source with a positive ratio. One that does not read plans along and hands
+        out no batches: its rank gets them from another.
 
         Raises:
             DataError: if a source is missing, damaged, empty, was made with another tokenizer, or
@@ -78,7 +80,8 @@ class TokenLoader:
         self._pad = vocabulary.pad
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
-        self._mine = slice(dp_rank * share, (dp_rank + 1) * share)
+        first = dp_rank * share
+        self._mine = slice(first, first + share if reads else first)
         self._sources: list[SourceItems] = []
         planned: list[PlannedSource] = []
         for name, config in sorted(data.sources.items()):

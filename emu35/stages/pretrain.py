@@ -112,6 +112,7 @@ def train_language_model(
         dp_size=mesh.dp_size,
         message=message,
         prepare=learned.prepare,
+        reads=mesh.tp_rank == 0,
     )
     try:
         validation = _validation(

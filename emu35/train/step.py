@@ -29,6 +29,7 @@ from emu35.model.transformer import Emu35Model
 from emu35.parallel.collectives import barrier, is_main, sum_over, worst_over_ranks
 from emu35.parallel.mesh import Mesh
 from emu35.train.clock import Phase, StepClock
+from emu35.train.feed import Feed
 from emu35.train.guard import Guard
 from emu35.train.held_out import HeldOut, with_labels
 from emu35.train.measure import FLOPS
@@ -91,6 +92,7 @@ class LMTask:
         # Pipeline stages do unlike work: embedding here, logits there.
         self.clock = StepClock(device=mesh.device, peers=mesh.pp_rank)
         self.loader, self.terms = loader, tuple(terms)
+        self.feed = Feed(loader, mesh=mesh)
         self.validation = with_labels(validation, mesh=mesh)
         self.chunks, self.start_weights = chunks, start_weights
         self.finish, self.tally = finish, tally
@@ -133,7 +135,7 @@ class LMTask:
             DataError: no token of the global batch has a weight in a term that is required.
         """
         with self.clock.marked(Phase.data):
-            batches = [self.finish(batch) for batch in self.loader.next_step()]
+            batches = [self.finish(batch) for batch in self.feed.next_step()]
         micro_batches, weights = self._normalise(batches, terms=self.terms)
         for term, weight in zip(self.terms, weights, strict=True):
             if term.required and term.share > 0 and not weight:
