@@ -112,6 +112,7 @@ def train_language_model(
         dp_size=mesh.dp_size,
         message=message,
         prepare=learned.prepare,
+        steps=stage.steps,
     )
     try:
         validation = _validation(
