@@ -90,7 +90,7 @@ class SourceConfig:
     schedule: dict[int, float] = field(default_factory=dict[int, float])
     epochs: float | None = None
     max_tokens: int | None = None
-    filter: FilterConfig = field(default_factory=FilterConfig)
+    filter: FilterConfig | None = None
     packing: Packing | None = None
     area: str | None = None
 
@@ -207,7 +207,8 @@ def _source(key: str, source: SourceConfig) -> Iterator[str]:
         )
     if source.max_tokens is not None and source.max_tokens < 1:
         yield f"{key}.max_tokens={source.max_tokens} draws nothing; use at least 1, null for no end"
-    yield from _filter(f"{key}.filter", source.filter)
+    if source.filter is not None:
+        yield from _filter(f"{key}.filter", source.filter)
 
 
 def _filter(key: str, bounds: FilterConfig) -> Iterator[str]:

@@ -19,12 +19,12 @@ class Filtered:
     left_out: str | None
 
 
-def describe_filter(bounds: FilterConfig) -> str:
+def describe_filter(bounds: FilterConfig | None) -> str:
     """The bounds that are given, in words: equal if and only if they are."""
     given = [
         f"{field.name}={value}"
-        for field in fields(bounds)
-        if (value := getattr(bounds, field.name)) is not None
+        for field in fields(bounds or FilterConfig)
+        if (value := getattr(bounds, field.name, None)) is not None
     ]
     return ", ".join(given) or "none"
 

@@ -305,8 +305,8 @@ class Planner:
             for number, walk in enumerate(self._walks)
         ]
         return (
-            f"the data has ended: {wanted} samples are to follow sample {self.samples - 1}, and "
-            f"{left} are left; " + "; ".join(ends) + ". In a new run, raise "
+            f"the data has ended: from sample {self.samples} on {wanted} are needed and {left} are "
+            "left; " + "; ".join(ends) + ". In a new run, raise "
             "data.sources.NAME.epochs or max_tokens, add a source, or lower stage.steps; "
             "stage.init_from goes on from the weights of this one"
         )

@@ -238,10 +238,19 @@ def test_a_run_reports_its_sources_thins_out_validation_and_draws_curves(
         parts = [(row[f"share/{name}"], row[f"loss/{name}"]) for name in ("apples", "pears")]
         assert sum(share * loss for share, loss in parts) == pytest.approx(row["loss"], rel=1e-5)
         assert sum(share for share, _ in parts) == pytest.approx(1.0, rel=1e-5)
+    steps = [row for row in found if "loss" in row]
+    for row in steps:
+        both = [row[f"data/tokens/{name}"] for name in ("apples", "pears")]
+        assert sum(both) == row["tokens_total"]
+        assert row["data/fill"] == pytest.approx(row["tokens"] / (128 * 4))
+        one, other = (row[f"data/epoch/{name}"] for name in ("apples", "pears"))
+        assert one / both[0] == pytest.approx(other / both[1])  # they are the same shards
+    assert steps[-1]["data/documents/pears"] > steps[0]["data/documents/pears"]
     assert [row["step"] for row in found if "val/often/loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in found if "val/seldom/loss" in row] == [1, 4, 6]
     assert set(result.validation) == {"often/loss", "seldom/loss"}
     page = (tmp_path / "curves.html").read_text(encoding="utf-8")
     assert all(f"</i>{name} <b>" in page for name in ("apples", "pears", "often", "seldom"))
+    assert "Passes over the documents by source" in page
     assert "source 'apples': " in (told := capsys.readouterr().out)
     assert "rows of 128 tokens" in told
