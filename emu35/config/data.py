@@ -174,7 +174,7 @@ def _mixture(data: TokenDataConfig) -> Iterator[str]:
         yield "data.sources: every ratio is 0; at least one source needs a positive ratio"
         return
     for step in sorted({step for steps in points.values() for step in steps}):
-        if not any(ratio_at(steps, step, between=data.schedule) > 0 for steps in points.values()):
+        if not any(ratio_at(steps, step, between=data.schedule) for steps in points.values()):
             yield (
                 f"data.sources: every ratio is 0 at step {step}; at least one source needs a "
                 "positive ratio there, see data.sources.NAME.schedule"
