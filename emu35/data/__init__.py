@@ -13,14 +13,23 @@ that training maps the tar and slices it without parsing anything. An index name
 tar; one that does not match is refused.
 
 Reading. Planning is global, fetching is local. From the index lengths alone every rank computes the
-same endless stream of packed samples (:mod:`~emu35.data.plan`): the source with the largest token
-deficit is next (:mod:`~emu35.data.mix`), its documents come in a shuffled order
-(:mod:`~emu35.data.order`), and each goes into the open bin it fits best
+same stream of packed samples (:mod:`~emu35.data.plan`): the source with the largest token deficit
+is next (:mod:`~emu35.data.mix`), its documents come in a shuffled order
+(:mod:`~emu35.data.order`, :mod:`~emu35.data.cursor`), and each goes into the open bin it fits best
 (:mod:`~emu35.data.pack`). A rank then reads only the bytes of its own slice of a global step and
 lays them out as a :class:`~emu35.data.batch.Batch`. Since no random generator, worker or rank
 number takes part in planning, the stream is the same for every data-parallel size, and the state
 of a run is a cursor per source plus the bins that are open: a few KB of JSON, restored without
 replay.
+
+What a source gives may be narrowed. ``filter`` leaves documents out by what the index tells of
+them (:mod:`~emu35.data.filter`), and says how many. ``schedule`` changes its ratio with the steps;
+targets are kept across a change, so that what was due stays due. ``epochs`` and ``max_tokens`` end
+it: the others share its ratio from then on, and its documents in open bins still come out. A run
+whose sources all end is refused at the start if they cannot last for its steps, and stops with a
+sentence if they do not. All of this is part of the plan, hence the same on every rank and held to
+on resuming. What has come out of each source in samples, tokens and documents, is counted in the
+state and logged as ``data/tokens/NAME``, ``data/documents/NAME`` and ``data/epoch/NAME``.
 
 With ``data.packing=offline`` (paper: stage 2 and fine-tuning) each source is instead packed once,
 over all its documents at a time, and the shuffled rows are what the mixture draws. Documents of one
@@ -28,7 +37,8 @@ row then come from all over the source, and rows are drawn by their tokens, so t
 
 A document is never joined to another: labels stop at its last token, positions restart, and a row
 holds whole documents. Only a document longer than the row may be cut, at a part boundary where one
-is near and never inside a picture (:mod:`~emu35.data.split`); ``data.overlong`` can also leave it
+is near and never inside a picture (:mod:`~emu35.data.split`); its pieces are drawn one after the
+other, so that the clips of one video keep their order in time. ``data.overlong`` can also leave it
 out, or refuse to start.
 
 Answers of a model leave as stories (:mod:`~emu35.data.story`), the protobuf files that the official

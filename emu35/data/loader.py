@@ -1,20 +1,32 @@
-"""What training asks for batches: the endless token loader, and a validation set read whole."""
+"""What training asks for batches: the token loader, and a validation set read whole."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emu35.config.data import Overlong, Packing, TokenDataConfig, ValidationConfig
+from emu35.config.data import (
+    FilterConfig,
+    Overlong,
+    Packing,
+    SourceConfig,
+    TokenDataConfig,
+    ValidationConfig,
+    is_drawn,
+)
 from emu35.data.batch import Batch, BatchChange, SourceItems, as_it_is, assemble
+from emu35.data.filter import apply_filter, describe_filter
 from emu35.data.pack import Item, best_fit_decreasing
 from emu35.data.plan import PlannedSource, Planner, Sample
 from emu35.data.prefetch import Prefetcher
 from emu35.data.source import Items, Source, check_vision
 from emu35.errors import DataError
 from emu35.tokens.vocabulary import Vocabulary
+
+_ENOUGH = 0.9
+"""Of the tokens that the rows of a run have places for."""
 
 Message = Callable[[str], None]
 """Tells the person who started the run something."""
@@ -26,9 +38,12 @@ def _say_nothing(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Step:
-    """This rank's share of a global step, and the planner's state after the whole step."""
+    """This rank's share of a global step; of the whole step, what is counted, what there is to say
+    of it, and the planner's state after it."""
 
     batches: list[Batch]
+    counts: dict[str, float]
+    notes: list[str]
     state: dict[str, Any]
 
 
@@ -38,8 +53,8 @@ class TokenLoader:
     Of every ``global_batch_size`` consecutive samples, rank r of n takes the r-th n-th, so that
     the ranks' slices laid end to end are the stream, whatever n is. Batches are prepared
     ``data.prefetch_steps`` ahead in a thread, ``prepare`` included; the state is that of the steps
-    handed out. ``message`` hears once what ``data.overlong`` leaves out and how full offline
-    packing gets.
+    handed out. ``message`` hears once what filters and ``data.overlong`` leave out, how full
+    offline packing gets, and when a source has ended.
     """
 
     def __init__(
@@ -55,14 +70,15 @@ class TokenLoader:
         message: Message = _say_nothing,
         prepare: BatchChange = as_it_is,
         reads: bool = True,
+        steps: int | None = None,
     ) -> None:
-        """Open every source with a positive ratio. One that does not read plans along and hands
-        out no batches: its rank gets them from another.
+        """Open every source whose ratio is ever positive. A loader that does not read plans along
+        and hands out no batches: its rank gets them from another.
 
         Raises:
             DataError: if a source is missing, damaged, empty, was made with another tokenizer, or
                 holds documents longer than ``data.sequence_length`` that ``data.overlong`` refuses
-                or cannot cut.
+                or cannot cut; or if all have an end and too few tokens for ``steps``.
         """
         share = global_batch_size // dp_size
         if global_batch_size % dp_size or share % micro_batch_size:
@@ -71,7 +87,7 @@ class TokenLoader:
                 f"ranks x micro-batches of {micro_batch_size}; "
                 f"use a multiple of {dp_size * micro_batch_size}"
             )
-        if not any(source.ratio > 0 for source in data.sources.values()):
+        if not any(is_drawn(source) for source in data.sources.values()):
             raise DataError(
                 "data.sources names no source with a positive ratio; add one, for example "
                 "data.sources.text.path=FOLDER"
@@ -85,18 +101,18 @@ class TokenLoader:
         self._sources: list[SourceItems] = []
         planned: list[PlannedSource] = []
         for name, config in sorted(data.sources.items()):
-            if config.ratio > 0:
+            if is_drawn(config):
                 entry = open_source(
                     name=name,
                     path=Path(config.path),
                     vocabulary=vocabulary,
                     limit=data.sequence_length,
+                    bounds=config.filter,
                     overlong=data.overlong,
                     message=message,
                 )
                 self._sources.append(entry)
-                packing = config.packing or data.packing
-                planned.append(plan_source(entry, ratio=config.ratio, packing=packing))
+                planned.append(_plan(entry, config=config, data=data))
         check_vision(self.sources)
         self._planner = Planner(
             sources=planned,
@@ -105,15 +121,39 @@ class TokenLoader:
             shuffle_window=data.shuffle_window,
             seed=seed,
             overlong=data.overlong,
+            between=data.schedule,
+            samples_per_step=global_batch_size,
         )
+        self._message = message
         for number, rows in self._planner.packed.items():
             entry = self._sources[number]
             message(
                 f"source {entry.source.name!r}: {len(entry.items)} pieces packed offline into "
                 f"{len(rows)} rows of {data.sequence_length} tokens, {rows.fill:.2%} full"
             )
+        if steps is not None:
+            self._check_supply(steps)
+        self._counts: dict[str, float] = {}
         self._state = self._planner.state_dict()
         self._prefetcher = self._new_prefetcher()
+
+    def _check_supply(self, steps: int) -> None:
+        """Sources that all end should not do so before the run does."""
+        available = self._planner.available
+        wanted = steps * self._global_batch_size * self._data.sequence_length
+        if available is None or available >= wanted:
+            return
+        text = (
+            f"every source has an end (data.sources.NAME.epochs or max_tokens), and together they "
+            f"hold about {available:,} tokens, but {steps} steps of {self._global_batch_size} "
+            f"samples of {self._data.sequence_length} tokens take up to {wanted:,}"
+        )
+        if available < _ENOUGH * wanted:
+            raise DataError(
+                f"{text}. Raise epochs or max_tokens of a source or leave them out, add a source, "
+                f"or set stage.steps to at most {int(steps * available / wanted)}"
+            )
+        self._message(f"{text}; the run may stop before its last step")
 
     def __enter__(self) -> "TokenLoader":
         return self
@@ -123,18 +163,26 @@ class TokenLoader:
 
     @property
     def sources(self) -> list[Source]:
-        """Those with a positive ratio, by name."""
+        """Those whose ratio is ever positive, by name."""
         return [entry.source for entry in self._sources]
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global step.
 
         Raises:
-            DataError: if a shard changed under the run.
+            DataError: if a shard changed under the run, or all sources have ended.
         """
         step = self._prefetcher.next()
-        self._state = step.state
+        self._state, self._counts = step.state, step.counts
+        for note in step.notes:
+            self._message(note)
         return step.batches
+
+    def counts(self) -> dict[str, float]:
+        """Of the last step handed out, the same on every rank: ``tokens/NAME``,
+        ``documents/NAME`` and ``epoch/NAME`` (passes, with fractions) by source since the run
+        began, and ``fill``, the share of the step's rows that holds tokens."""
+        return self._counts
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the last step handed out; the same on every rank."""
@@ -159,7 +207,13 @@ class TokenLoader:
         return Prefetcher(self._produce, depth=self._data.prefetch_steps, name="emu35-loader")
 
     def _produce(self) -> _Step:
-        samples = self._planner.take(self._global_batch_size)[self._mine]
+        planner = self._planner
+        before = planner.tokens
+        samples = planner.take(self._global_batch_size, only=self._mine)
+        places = self._global_batch_size * self._data.sequence_length
+        counts = {**planner.counts(), "fill": (planner.tokens - before) / places}
+        notes, planner.notes = planner.notes, []
+        state = planner.state_dict()
         size = self._micro_batch_size
         batches = [
             self._prepare(
@@ -172,7 +226,7 @@ class TokenLoader:
             )
             for first in range(0, len(samples), size)
         ]
-        return _Step(batches=batches, state=self._planner.state_dict())
+        return _Step(batches=batches, counts=counts, notes=notes, state=state)
 
 
 class ValidationSet:
@@ -246,12 +300,14 @@ def open_source(
     vocabulary: Vocabulary,
     limit: int,
     max_documents: int | None = None,
+    bounds: FilterConfig | None = None,
     overlong: Overlong = Overlong.cut,
     message: Message = _say_nothing,
 ) -> SourceItems:
     """Open a folder of shards and fit its documents to rows of ``limit`` tokens.
 
-    ``message`` hears what ``overlong`` leaves out.
+    ``bounds`` are those that its documents are to keep. ``message`` hears what they and
+    ``overlong`` leave out.
 
     Raises:
         DataError: if the folder cannot be used, is empty, or nothing of it is left.
@@ -260,6 +316,13 @@ def open_source(
     keep = None
     if max_documents is not None:
         keep = np.arange(len(source)) < max_documents
+    if bounds is not None:
+        filtered = apply_filter(source, bounds=bounds)
+        if filtered.left_out is not None:
+            if not filtered.keep.any():
+                raise DataError(f"{filtered.left_out}. That leaves nothing; widen its filter")
+            message(filtered.left_out)
+        keep = filtered.keep if keep is None else keep & filtered.keep
     items = Items(source=source, limit=limit, documents=keep, overlong=overlong)
     if items.dropped is not None:
         too_long = items.dropped.describe(source=source, limit=limit)
@@ -285,4 +348,16 @@ def plan_source(
         per_shard=entry.items.per_shard,
         fingerprint=entry.source.fingerprint,
         packing=packing,
+        document=entry.items.document,
+    )
+
+
+def _plan(entry: SourceItems, *, config: SourceConfig, data: TokenDataConfig) -> PlannedSource:
+    """With all that the configuration says of it."""
+    return replace(
+        plan_source(entry, ratio=config.ratio, packing=config.packing or data.packing),
+        schedule=dict(config.schedule),
+        epochs=config.epochs,
+        max_tokens=config.max_tokens,
+        filter=describe_filter(config.filter),
     )

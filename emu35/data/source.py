@@ -64,6 +64,11 @@ class Source:
         """[N, 4] tokens of each modality in each document."""
         return np.concatenate([shard.modality for shard in self.shards])
 
+    @property
+    def pictures(self) -> Ints:
+        """[N] pictures in each document."""
+        return np.concatenate([np.diff(shard.span_row) for shard in self.shards])
+
     def spans(self, document: int) -> Ints:
         """[M, 2] pictures of a document as half-open token ranges."""
         index, row = self.locate(document)

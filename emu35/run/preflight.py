@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from emu35.checkpoint.published import start_problems
-from emu35.config.data import ImageDataConfig, TokenDataConfig
+from emu35.config.data import ImageDataConfig, TokenDataConfig, is_drawn
 from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.grpo import GRPOConfig
 from emu35.config.io import CONFIG_FILE
@@ -53,7 +53,7 @@ def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if isinstance(data, TokenDataConfig):
         for name, source in data.sources.items():
-            if source.ratio > 0:
+            if is_drawn(source):
                 yield from _folder(f"data.sources.{name}.path", source.path)
         for name, validation in data.validation.items():
             yield from _folder(f"data.validation.{name}.path", validation.path)

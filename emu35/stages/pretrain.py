@@ -113,6 +113,7 @@ def train_language_model(
         message=message,
         prepare=learned.prepare,
         reads=mesh.tp_rank == 0,
+        steps=stage.steps,
     )
     try:
         validation = _validation(

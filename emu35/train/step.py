@@ -128,8 +128,9 @@ class LMTask:
     def train_step(self, step: int) -> dict[str, float]:
         """Forward, backward and update for one global batch; returns metrics of the whole world.
 
-        ``tokens`` counts document tokens (no padding), ``loss`` is the weighted mean. A step that
-        the guard refuses updates nothing; its data count as read.
+        ``tokens`` counts document tokens (no padding), ``loss`` is the weighted mean, and
+        ``data/...`` what the loader has counted up to this step. A step that the guard refuses
+        updates nothing; its data count as read.
 
         Raises:
             DataError: no token of the global batch has a weight in a term that is required.
@@ -157,6 +158,7 @@ class LMTask:
             "lr": rate,
             "grad_norm": grad_norm,
             **self._tallied(batches),
+            **{f"data/{name}": value for name, value in self.loader.counts().items()},
             **self._sizes(micro_batches),
         }
 
