@@ -1,27 +1,28 @@
 """What training asks for batches: the endless token loader, and a validation set read whole."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from emu35.config.data import Overlong, Packing, TokenDataConfig, ValidationConfig
+from emu35.config.data import (
+    CacheConfig,
+    Damaged,
+    Overlong,
+    Packing,
+    TokenDataConfig,
+    ValidationConfig,
+)
 from emu35.data.batch import Batch, BatchChange, SourceItems, as_it_is, assemble
 from emu35.data.pack import Item, best_fit_decreasing
+from emu35.data.place import Place, name_of, place_of
 from emu35.data.plan import PlannedSource, Planner, Sample
 from emu35.data.prefetch import Prefetcher
-from emu35.data.source import Items, Source, check_vision
+from emu35.data.source import Items, Source, check_vision, say_nothing
+from emu35.data.storage import Message as Message
 from emu35.errors import DataError
 from emu35.tokens.vocabulary import Vocabulary
-
-Message = Callable[[str], None]
-"""Tells the person who started the run something."""
-
-
-def _say_nothing(text: str) -> None:
-    del text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +39,9 @@ class TokenLoader:
     Of every ``global_batch_size`` consecutive samples, rank r of n takes the r-th n-th, so that
     the ranks' slices laid end to end are the stream, whatever n is. Batches are prepared
     ``data.prefetch_steps`` ahead in a thread, ``prepare`` included; the state is that of the steps
-    handed out. ``message`` hears once what ``data.overlong`` leaves out and how full offline
-    packing gets.
+    handed out. ``message`` hears once what ``data.overlong`` and ``data.damaged`` leave out and how
+    full offline packing gets, ``alarm`` (``message`` without it) of every document that turns out
+    damaged when it is read, which this rank alone notices.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class TokenLoader:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        message: Message = _say_nothing,
+        message: Message = say_nothing,
         prepare: BatchChange = as_it_is,
         reads: bool = True,
+        alarm: Message | None = None,
     ) -> None:
         """Open every source with a positive ratio. One that does not read plans along and hands
         out no batches: its rank gets them from another.
@@ -88,11 +91,14 @@ class TokenLoader:
             if config.ratio > 0:
                 entry = open_source(
                     name=name,
-                    path=Path(config.path),
+                    path=place_of(config.path),
                     vocabulary=vocabulary,
                     limit=data.sequence_length,
                     overlong=data.overlong,
+                    damaged=data.damaged,
+                    cache=data.cache,
                     message=message,
+                    alarm=alarm,
                 )
                 self._sources.append(entry)
                 packing = config.packing or data.packing
@@ -126,11 +132,17 @@ class TokenLoader:
         """Those with a positive ratio, by name."""
         return [entry.source for entry in self._sources]
 
+    @property
+    def damaged_documents(self) -> int:
+        """How many documents this rank has found damaged so far, and put padding in their place."""
+        return sum(len(source.damaged_documents) for source in self.sources)
+
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global step.
 
         Raises:
-            DataError: if a shard changed under the run.
+            DataError: if a shard changed under the run and ``data.damaged`` refuses it, or cannot
+                be reached any more.
         """
         step = self._prefetcher.next()
         self._state = step.state
@@ -191,17 +203,19 @@ class ValidationSet:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        message: Message = _say_nothing,
+        message: Message = say_nothing,
         prepare: BatchChange = as_it_is,
     ) -> None:
         """Raises: DataError, as :class:`TokenLoader` does."""
         self._entry = open_source(
-            name=Path(config.path).name,
-            path=Path(config.path),
+            name=name_of(place_of(config.path)),
+            path=place_of(config.path),
             vocabulary=vocabulary,
             limit=data.sequence_length,
             max_documents=config.max_documents,
             overlong=data.overlong,
+            damaged=data.damaged,
+            cache=data.cache,
             message=message,
         )
         self._length, self._prepare = data.sequence_length, prepare
@@ -242,21 +256,33 @@ class ValidationSet:
 def open_source(
     *,
     name: str,
-    path: Path,
+    path: Place,
     vocabulary: Vocabulary,
     limit: int,
     max_documents: int | None = None,
     overlong: Overlong = Overlong.cut,
-    message: Message = _say_nothing,
+    damaged: Damaged = Damaged.refuse,
+    cache: CacheConfig | None = None,
+    message: Message = say_nothing,
+    alarm: Message | None = None,
 ) -> SourceItems:
     """Open a folder of shards and fit its documents to rows of ``limit`` tokens.
 
-    ``message`` hears what ``overlong`` leaves out.
+    ``message`` hears what ``overlong`` and ``damaged`` leave out; for ``alarm`` see
+    :class:`~emu35.data.source.Source`.
 
     Raises:
         DataError: if the folder cannot be used, is empty, or nothing of it is left.
     """
-    source = Source(name=name, path=path, vocabulary=vocabulary)
+    source = Source(
+        name=name,
+        path=path,
+        vocabulary=vocabulary,
+        damaged=damaged,
+        cache=cache,
+        message=message,
+        alarm=alarm,
+    )
     keep = None
     if max_documents is not None:
         keep = np.arange(len(source)) < max_documents
@@ -284,5 +310,6 @@ def plan_source(
         length=entry.items.length,
         per_shard=entry.items.per_shard,
         fingerprint=entry.source.fingerprint,
+        left_out=tuple(shard.name for shard in entry.source.damaged),
         packing=packing,
     )

@@ -33,7 +33,8 @@ online."""
 class PlannedSource:
     """What the plan knows of a source: its share, the lengths of its items, and how it is packed.
 
-    ``length`` is [N] in shard order, ``per_shard`` counts the items of each shard.
+    ``length`` is [N] in shard order, ``per_shard`` counts the items of each shard. ``left_out``
+    names damaged shards, which are no part of ``fingerprint``.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PlannedSource:
     length: Ints
     per_shard: Ints
     fingerprint: str
+    left_out: tuple[str, ...] = ()
     packing: Packing = Packing.online
 
 
@@ -178,6 +180,7 @@ class Planner:
                     "ratio": source.ratio,
                     "items": len(source.length),
                     "fingerprint": source.fingerprint,
+                    "left_out": list(source.left_out),
                     "packing": source.packing.value,
                     "epoch": cursor.epoch,
                     "position": cursor.position,
@@ -238,7 +241,7 @@ class Planner:
             if entry["fingerprint"] != source.fingerprint:
                 changes.append(
                     f"shards of source {source.name!r} changed ({entry['items']} pieces then, "
-                    f"{len(source.length)} now)"
+                    f"{len(source.length)} now{_other_shards(entry, source=source)})"
                 )
             packing = entry.get("packing", Packing.online.value)
             if packing != source.packing.value:
@@ -250,3 +253,14 @@ class Planner:
                     f"ratio of source {source.name!r} was {entry['ratio']} and is {source.ratio}"
                 )
         return changes
+
+
+def _other_shards(entry: Mapping[str, Any], *, source: PlannedSource) -> str:
+    """What became of shards that were or are left out, for the end of a sentence."""
+    before, now = set[str](entry.get("left_out", ())), set(source.left_out)
+    parts: list[str] = []
+    if now - before:
+        parts.append("damaged since and left out: " + ", ".join(sorted(now - before)))
+    if before - now:
+        parts.append("left out then and not now: " + ", ".join(sorted(before - now)))
+    return "".join(f"; {part}" for part in parts)
