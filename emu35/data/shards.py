@@ -163,8 +163,8 @@ def member_header(name: str, size: int) -> bytes:
 
 
 class ShardFile:
-    """A mapped shard; ``words`` is the whole tar as uint32, ``wide`` as uint64, ``inode`` what tells
-    the file from another of the same name."""
+    """A mapped shard; ``words`` is the whole tar as uint32, ``wide`` as uint64, ``inode`` tells
+    the file from another of its name."""
 
     __slots__ = ("_map", "inode", "path", "wide", "words")
 
