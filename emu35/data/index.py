@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from emu35.data.index_file import ARRAYS, Ints, ShardIndex, decode_index, encode_index
+from emu35.data.index_file import ARRAYS, Ints, ShardIndex, check_sense, decode_index, encode_index
 from emu35.data.place import Place, Url
 from emu35.data.shards import (
     BLOCK,
@@ -147,7 +147,7 @@ def _scan_members(shard: Place, *, file: BinaryIO, digest: str) -> ShardIndex:
         spans.extend([image[0], image[1]] for image in facts["images"])
         span_row.append(len(spans))
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
-    return ShardIndex(
+    index = ShardIndex(
         path=shard,
         meta=meta,
         digest=digest,
@@ -164,6 +164,8 @@ def _scan_members(shard: Place, *, file: BinaryIO, digest: str) -> ShardIndex:
         span_row=np.array(span_row, dtype=np.int64),
         spans=np.array(spans, dtype=np.int64).reshape(-1, 2),
     )
+    check_sense(index)
+    return index
 
 
 def _sha256(file: BinaryIO, *, stop: int = 0) -> str:

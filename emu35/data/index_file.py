@@ -113,7 +113,7 @@ def decode_index(data: bytes, *, shard: Place, sidecar: Place, remedy: str) -> S
         raise DataError(f"index {sidecar} has another format (version {version}); {remedy}")
     try:
         index = _decode(body, header_size=header_size, shard=shard)
-        _check_sense(index)
+        check_sense(index)
     # The seal is right, so somebody made these bytes on purpose; they still stop nothing.
     except (LookupError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise DataError(f"index {sidecar} makes no sense ({error}); {remedy}") from error
@@ -151,8 +151,12 @@ def _natural(value: object, *, name: str) -> int:
     return value
 
 
-def _check_sense(index: ShardIndex) -> None:
-    """Raises: ValueError if something lies outside the tar, or the arrays contradict each other."""
+def check_sense(index: ShardIndex) -> None:
+    """Check that everything lies inside the tar, and that no array contradicts another.
+
+    Raises:
+        ValueError: saying what does not fit.
+    """
     documents, pictures = len(index.length), len(index.spans)
     shapes = dict.fromkeys(ARRAYS, (documents,)) | {
         "modality": (documents, len(Modality)),

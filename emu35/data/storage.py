@@ -378,8 +378,9 @@ def _may_pass(error: BaseException) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return status >= 500 or status in _LATER
-    lasting = (PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
-    return not isinstance(error, DataError | ValueError | TypeError | lasting)
+    # What is wrong with the request stays wrong.
+    files = PermissionError | IsADirectoryError | NotADirectoryError
+    return not isinstance(error, files | DataError | ImportError | ValueError | TypeError)
 
 
 def _words(error: BaseException) -> str:
