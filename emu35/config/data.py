@@ -26,6 +26,15 @@ class Overlong(StrEnum):
     refuse = "refuse"
 
 
+class Damaged(StrEnum):
+    """A shard that is cut short, altered, or without its own index: ``refuse`` to start, or
+    ``skip`` it, with its name and reason said at the start. A document whose bytes turn out altered
+    when it is read: ``refuse`` ends the run, ``skip`` puts padding in its place and says so."""
+
+    refuse = "refuse"
+    skip = "skip"
+
+
 class Packing(StrEnum):
     """When documents are put together into rows: ``online`` (paper section 3.2, stage 1) while
     training, or ``offline`` once for all, padded to the full row. Stage 2 packs its interleaved
@@ -79,6 +88,8 @@ class SourceConfig:
     stays. 0 draws nothing of the source meanwhile.
     ``epochs`` and ``max_tokens`` are its end: after so many passes over its documents, or before
     the document that would exceed so many tokens, the others share its ratio. None: no end.
+    ``path`` is a local folder or a URL: ``s3://BUCKET/FOLDER``, ``gs://...``, ``https://...`` or
+    another that fsspec opens (``pip install "emu35[s3]"``, ``gcs``, ``azure`` or ``http``).
     ``packing`` is that of the section (``data.packing``) unless it is given here.
     ``area`` is how large its pictures are to be when they are ingested, in the words of
     :func:`emu35.config.area.parse_area`; ``emu35 data ingest --recipe`` reads it, training does
@@ -112,13 +123,31 @@ class ValidationConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CacheConfig:
+    """Local copies of shards whose ``path`` is a URL; local shards are read where they lie.
+
+    All processes of a host share ``folder`` (None: ``shards`` in ``$EMU35_CACHE``, or in
+    ``~/.cache/emu35``), which holds at most ``bytes``: the copies used least recently go first.
+    """
+
+    folder: str | None = None
+    bytes: int = 64 * 2**30
+
+    def problems(self) -> Iterator[str]:
+        yield from at_least("data.cache", 1, bytes=self.bytes)
+        if self.folder is not None and "://" in self.folder:
+            yield f"data.cache.folder={self.folder} is a URL; name a folder on a local disk"
+
+
+@dataclass(kw_only=True, slots=True)
 class TokenDataConfig(DataConfig):
     """Token shards, mixed by ratio and packed into rows of ``sequence_length``.
 
     ``packing: online`` fits documents of all sources into ``open_bins`` rows as they come;
     ``offline`` packs each source once, before the first step, and mixes whole rows. ``overlong``
-    says what becomes of a document that is longer than a row. ``schedule`` is what ratios do
-    between the points of :attr:`SourceConfig.schedule`.
+    says what becomes of a document that is longer than a row, ``damaged`` of a shard or document
+    that is not what was written. ``schedule`` is what ratios do between the points of
+    :attr:`SourceConfig.schedule`.
     """
 
     kind: str = "tokens"
@@ -128,6 +157,8 @@ class TokenDataConfig(DataConfig):
     packing: Packing = Packing.online
     overlong: Overlong = Overlong.cut
     schedule: Interpolation = Interpolation.steps
+    damaged: Damaged = Damaged.refuse
+    cache: CacheConfig = field(default_factory=CacheConfig)
     open_bins: int = 16
     shuffle_window: int = 4096
     prefetch_steps: int = 2
@@ -142,6 +173,7 @@ class TokenDataConfig(DataConfig):
         )
         yield from at_least("data", 0, prefetch_steps=self.prefetch_steps)
         yield from _areas(self)
+        yield from self.cache.problems()
         for name, section in self.validation.items():
             yield from at_least(f"data.validation.{name}", 1, every=section.every)
             if section.max_documents < 1:

@@ -10,7 +10,8 @@ A shard is a plain webdataset tar: a document is three members, ``KEY.tok`` (tok
 ``KEY.mod`` (modality, run-length coded) and ``KEY.json`` (where it came from, picture grids and
 spans). Beside it lies ``.idx`` (:mod:`~emu35.data.index`), which holds every offset and length, so
 that training maps the tar and slices it without parsing anything. An index names the digest of its
-tar; one that does not match is refused.
+tar; a shard and an index that do not match are refused, or left out and named
+(``data.damaged``).
 
 Reading. Planning is global, fetching is local. From the index lengths alone every rank computes the
 same stream of packed samples (:mod:`~emu35.data.plan`): the source with the largest token deficit
@@ -40,6 +41,10 @@ holds whole documents. Only a document longer than the row may be cut, at a part
 is near and never inside a picture (:mod:`~emu35.data.split`); its pieces are drawn one after the
 other, so that the clips of one video keep their order in time. ``data.overlong`` can also leave it
 out, or refuse to start.
+
+Where shards lie (:mod:`~emu35.data.storage`) matters to nothing above: local ones are mapped in
+place, those behind a URL come into a bounded cache on this host (:mod:`~emu35.data.cache`) when
+they are first read.
 
 Answers of a model leave as stories (:mod:`~emu35.data.story`), the protobuf files that the official
 viewer reads.

@@ -137,10 +137,11 @@ def assemble(
     sequence_length: int,
     pad: int,
 ) -> Batch:
-    """Read the items of ``samples`` and lay them out; None gives a row of padding.
+    """Read the items of ``samples`` and lay them out; None gives a row of padding, and so do the
+    columns of a document that is damaged and left out.
 
     Raises:
-        DataError: if a document changed after it was indexed.
+        DataError: if a document changed after it was indexed and its source refuses that.
     """
     shape_BS = (len(samples), sequence_length)
     tokens_BS = np.full(shape_BS, pad, dtype=np.int64)
@@ -157,10 +158,15 @@ def assemble(
         starts = entry.items.start[numbers].tolist()
         lengths = entry.items.length[numbers].tolist()
         reader = entry.source.read(entry.items.document[numbers])
-        for row, column, start, length, (words, runs) in zip(
-            pieces.row, pieces.column, starts, lengths, reader, strict=True
+        for item, row, column, start, length, (words, runs) in zip(
+            pieces.item, pieces.row, pieces.column, starts, lengths, reader, strict=True
         ):
+            if not len(words):  # damaged; its columns stay padding
+                continue
             codes = decode_runs(runs)
+            if len(codes) != len(words):
+                entry.source.leave_out(int(entry.items.document[item]))
+                continue
             if len(words) != length:
                 words, codes = words[start : start + length], codes[start : start + length]
             end = column + length

@@ -1,13 +1,14 @@
 """What training asks for batches: the token loader, and a validation set read whole."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from emu35.config.data import (
+    CacheConfig,
+    Damaged,
     FilterConfig,
     Overlong,
     Packing,
@@ -19,21 +20,16 @@ from emu35.config.data import (
 from emu35.data.batch import Batch, BatchChange, SourceItems, as_it_is, assemble
 from emu35.data.filter import apply_filter, describe_filter
 from emu35.data.pack import Item, best_fit_decreasing
+from emu35.data.place import Place, name_of, place_of
 from emu35.data.plan import PlannedSource, Planner, Sample
 from emu35.data.prefetch import Prefetcher
-from emu35.data.source import Items, Source, check_vision
+from emu35.data.source import Items, Source, check_vision, say_nothing
+from emu35.data.storage import Message as Message
 from emu35.errors import DataError
 from emu35.tokens.vocabulary import Vocabulary
 
 _ENOUGH = 0.9
 """Of the tokens that the rows of a run have places for."""
-
-Message = Callable[[str], None]
-"""Tells the person who started the run something."""
-
-
-def _say_nothing(text: str) -> None:
-    del text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +49,9 @@ class TokenLoader:
     Of every ``global_batch_size`` consecutive samples, rank r of n takes the r-th n-th, so that
     the ranks' slices laid end to end are the stream, whatever n is. Batches are prepared
     ``data.prefetch_steps`` ahead in a thread, ``prepare`` included; the state is that of the steps
-    handed out. ``message`` hears once what filters and ``data.overlong`` leave out, how full
-    offline packing gets, and when a source has ended.
+    handed out. ``message`` hears once what filters, ``data.overlong`` and ``data.damaged`` leave
+    out, how full offline packing gets, and when a source has ended; ``alarm`` (``message`` without
+    it) of every document that turns out damaged when it is read, which this rank alone notices.
     """
 
     def __init__(
@@ -67,10 +64,11 @@ class TokenLoader:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        message: Message = _say_nothing,
+        message: Message = say_nothing,
         prepare: BatchChange = as_it_is,
         reads: bool = True,
         steps: int | None = None,
+        alarm: Message | None = None,
     ) -> None:
         """Open every source whose ratio is ever positive. A loader that does not read plans along
         and hands out no batches: its rank gets them from another.
@@ -104,12 +102,15 @@ class TokenLoader:
             if is_drawn(config):
                 entry = open_source(
                     name=name,
-                    path=Path(config.path),
+                    path=place_of(config.path),
                     vocabulary=vocabulary,
                     limit=data.sequence_length,
                     bounds=config.filter,
                     overlong=data.overlong,
+                    damaged=data.damaged,
+                    cache=data.cache,
                     message=message,
+                    alarm=alarm,
                 )
                 self._sources.append(entry)
                 planned.append(_plan(entry, config=config, data=data))
@@ -166,11 +167,17 @@ class TokenLoader:
         """Those whose ratio is ever positive, by name."""
         return [entry.source for entry in self._sources]
 
+    @property
+    def damaged_documents(self) -> int:
+        """How many documents this rank has found damaged so far, and put padding in their place."""
+        return sum(len(source.damaged_documents) for source in self.sources)
+
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global step.
 
         Raises:
-            DataError: if a shard changed under the run, or all sources have ended.
+            DataError: if a shard changed under the run and ``data.damaged`` refuses it, or cannot
+                be reached any more; or if all sources have ended.
         """
         step = self._prefetcher.next()
         self._state, self._counts = step.state, step.counts
@@ -245,17 +252,19 @@ class ValidationSet:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        message: Message = _say_nothing,
+        message: Message = say_nothing,
         prepare: BatchChange = as_it_is,
     ) -> None:
         """Raises: DataError, as :class:`TokenLoader` does."""
         self._entry = open_source(
-            name=Path(config.path).name,
-            path=Path(config.path),
+            name=name_of(place_of(config.path)),
+            path=place_of(config.path),
             vocabulary=vocabulary,
             limit=data.sequence_length,
             max_documents=config.max_documents,
             overlong=data.overlong,
+            damaged=data.damaged,
+            cache=data.cache,
             message=message,
         )
         self._length, self._prepare = data.sequence_length, prepare
@@ -296,23 +305,34 @@ class ValidationSet:
 def open_source(
     *,
     name: str,
-    path: Path,
+    path: Place,
     vocabulary: Vocabulary,
     limit: int,
     max_documents: int | None = None,
     bounds: FilterConfig | None = None,
     overlong: Overlong = Overlong.cut,
-    message: Message = _say_nothing,
+    damaged: Damaged = Damaged.refuse,
+    cache: CacheConfig | None = None,
+    message: Message = say_nothing,
+    alarm: Message | None = None,
 ) -> SourceItems:
     """Open a folder of shards and fit its documents to rows of ``limit`` tokens.
 
-    ``bounds`` are those that its documents are to keep. ``message`` hears what they and
-    ``overlong`` leave out.
+    ``bounds`` are those that its documents are to keep. ``message`` hears what they, ``overlong``
+    and ``damaged`` leave out; for ``alarm`` see :class:`~emu35.data.source.Source`.
 
     Raises:
         DataError: if the folder cannot be used, is empty, or nothing of it is left.
     """
-    source = Source(name=name, path=path, vocabulary=vocabulary)
+    source = Source(
+        name=name,
+        path=path,
+        vocabulary=vocabulary,
+        damaged=damaged,
+        cache=cache,
+        message=message,
+        alarm=alarm,
+    )
     keep = None
     if max_documents is not None:
         keep = np.arange(len(source)) < max_documents
@@ -347,6 +367,7 @@ def plan_source(
         length=entry.items.length,
         per_shard=entry.items.per_shard,
         fingerprint=entry.source.fingerprint,
+        left_out=tuple(shard.name for shard in entry.source.damaged),
         packing=packing,
         document=entry.items.document,
     )

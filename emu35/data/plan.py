@@ -49,6 +49,7 @@ class PlannedSource:
         document: [N] what document an item is a piece of, ascending; None: each is a document.
         epochs, max_tokens: its end; None: it has none.
         filter: by what its documents were chosen, in words.
+        left_out: names of damaged shards, which are no part of ``fingerprint``.
     """
 
     name: str
@@ -56,6 +57,7 @@ class PlannedSource:
     length: Ints
     per_shard: Ints
     fingerprint: str
+    left_out: tuple[str, ...] = ()
     packing: Packing = Packing.online
     document: Ints | None = None
     schedule: Mapping[int, float] = field(default_factory=dict[int, float])
@@ -391,7 +393,7 @@ class Planner:
             if entry["fingerprint"] != source.fingerprint:
                 changes.append(
                     f"shards of source {source.name!r} changed ({entry['items']} pieces then, "
-                    f"{len(source.length)} now)"
+                    f"{len(source.length)} now{_other_shards(entry, source=source)})"
                 )
             for name, value in source.settings().items():
                 if entry[name] != value:
@@ -411,6 +413,7 @@ def _saved(walk: _Walk) -> dict[str, Any]:
         **walk.source.settings(),
         "items": len(walk.source.length),
         "fingerprint": walk.source.fingerprint,
+        "left_out": list(walk.source.left_out),
         "epoch": epoch,
         "position": position,
         "piece": piece,
@@ -418,3 +421,14 @@ def _saved(walk: _Walk) -> dict[str, Any]:
         "documents": walk.documents,
         "ended": walk.ended,
     }
+
+
+def _other_shards(entry: Mapping[str, Any], *, source: PlannedSource) -> str:
+    """What became of shards that were or are left out, for the end of a sentence."""
+    before, now = set[str](entry.get("left_out", ())), set(source.left_out)
+    parts: list[str] = []
+    if now - before:
+        parts.append("damaged since and left out: " + ", ".join(sorted(now - before)))
+    if before - now:
+        parts.append("left out then and not now: " + ", ".join(sorted(before - now)))
+    return "".join(f"; {part}" for part in parts)

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from emu35.data.loader import open_source, plan_source
+from emu35.data.place import Place, name_of
 from emu35.data.plan import Planner
 from emu35.data.source import Source
 from emu35.errors import DataError
@@ -51,13 +51,13 @@ class SourceStats:
         ]
 
 
-def source_stats(path: Path, *, sequence_length: int, open_bins: int = 16) -> SourceStats:
+def source_stats(path: Place, *, sequence_length: int, open_bins: int = 16) -> SourceStats:
     """Statistics of the source in ``path``.
 
     Raises:
         DataError: if the folder or a shard cannot be used.
     """
-    name = path.resolve().name
+    name = name_of(path)
     first = Source(name=name, path=path)
     entry = open_source(
         name=name,

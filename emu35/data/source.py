@@ -1,18 +1,26 @@
-"""A source as training sees it: a folder of shards, cut into items that fit a row."""
+"""A source as training sees it: a folder of shards, cut into items that fit a row.
+
+Damage (:class:`~emu35.config.data.Damaged`) is found at two moments. Opening finds shards that are
+not what their index says; left out, they are no part of the fingerprint, so that all ranks and a
+resumed run must find the same ones. Reading finds documents with altered bytes; in their place
+stand no tokens, which changes nothing for any other document.
+"""
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from emu35.config.data import Overlong
-from emu35.data.index import ShardIndex, checksum_range, find_shards, read_index
+from emu35.config.data import CacheConfig, Damaged, Overlong
+from emu35.data.index import checksum_range, read_indices
+from emu35.data.index_file import ShardIndex
+from emu35.data.place import Place
 from emu35.data.shards import Codes, ShardFile, ShardMeta, Words, decode_runs
 from emu35.data.split import PictureTooLong, cut_points
+from emu35.data.storage import Message, Unreachable, open_folder
 from emu35.errors import DataError
 from emu35.tokens.serialize import Modality
 from emu35.tokens.vocabulary import Vocabulary
@@ -21,6 +29,13 @@ Ints = npt.NDArray[np.int64]
 
 # A mapped file holds a descriptor; a source may have more shards than a process may open files.
 _MAPPED_SHARDS = 256
+_MARK = -1
+_NO_WORDS: Words = np.zeros(0, np.uint32)
+
+
+def say_nothing(text: str) -> None:
+    """A :data:`~emu35.data.storage.Message` that nobody hears."""
+    del text
 
 
 class Source:
@@ -29,17 +44,36 @@ class Source:
     Attributes:
         length, shard: [N] tokens of each document and the shard it lies in.
         fingerprint: changes when any shard changes, is added, removed or reordered.
+        damaged: shards that are left out, and why.
+        damaged_documents: numbers of documents that turned out altered when they were read.
     """
 
-    def __init__(self, *, name: str, path: Path, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        path: Place,
+        vocabulary: Vocabulary | None = None,
+        damaged: Damaged = Damaged.refuse,
+        cache: CacheConfig | None = None,
+        message: Message = say_nothing,
+        alarm: Message | None = None,
+    ) -> None:
         """Open the indices of ``path``; with ``vocabulary``, refuse shards made with another.
 
+        ``message`` hears at once of shards that are left out, ``alarm`` (``message`` without it)
+        later of documents that are.
+
         Raises:
-            DataError: if a shard or an index is missing, damaged, or of another tokenizer.
+            DataError: if shards or indices are missing or damaged (every one is named) and
+                ``damaged`` refuses them or none is left, or are of another tokenizer.
         """
         self.name = name
         self.path = path
-        self.shards: list[ShardIndex] = [read_index(shard) for shard in find_shards(path)]
+        self._policy, self._alarm = damaged, alarm or message
+        self._folder = open_folder(path, cache=cache, message=message)
+        self.shards, self.damaged = read_indices(self._folder)
+        _judge(self, policy=damaged, message=message)
         if vocabulary is not None:
             for shard in self.shards:
                 _check_tokenizer(shard, vocabulary=vocabulary)
@@ -54,7 +88,11 @@ class Source:
         self._checksum = np.concatenate([shard.checksum for shard in self.shards])
         digests = "".join(shard.digest for shard in self.shards)
         self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()
-        self._files: OrderedDict[int, ShardFile] = OrderedDict()
+        self.damaged_documents: set[int] = set()
+        # Least recently used first; what lies behind _MARK was used since a shard was last mapped.
+        self._files: OrderedDict[int, ShardFile | None] = OrderedDict()
+        self._lost: set[int] = set()
+        self._renewals: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.length)
@@ -88,6 +126,8 @@ class Source:
         """The JSON member of a document."""
         index, row = self.locate(document)
         file = self._file(int(self.shard[document]))
+        if file is None:
+            raise DataError(f"{self.describe(document)} in {self.path} cannot be read any more")
         return file.text(offset=int(index.json_byte[row]), size=int(index.json_size[row]))
 
     def words(self, document: int) -> tuple[Words, Words]:
@@ -104,7 +144,10 @@ class Source:
         return decode_runs(self.words(document)[1])
 
     def read(self, documents: Ints) -> Iterator[tuple[Words, Words]]:
-        """:meth:`words` of many documents, in the order given; the path that training takes."""
+        """:meth:`words` of many documents, in the order given; the path that training takes.
+
+        With ``damaged=skip``, a document that cannot be read has no words and no runs.
+        """
         reduce = np.bitwise_xor.reduce
         for document, shard, word, length, run_word, runs, checksum in zip(
             documents.tolist(),
@@ -117,23 +160,125 @@ class Source:
             strict=True,
         ):
             file = self._file(shard)
+            if file is None:
+                self.damaged_documents.add(document)
+                yield _NO_WORDS, _NO_WORDS
+                continue
             start, stop = checksum_range(token_word=word, run_word=run_word, runs=runs)
             if reduce(file.wide[start:stop]) != checksum:
-                raise DataError(
-                    f"{self.describe(document)} in {self.path} changed after it was indexed; "
-                    f"check it with `emu35 data index {self.path} --verify` and restore it"
-                )
+                file = self._renewed(shard)
+                if file is None or reduce(file.wide[start:stop]) != checksum:
+                    self.leave_out(document)
+                    yield _NO_WORDS, _NO_WORDS
+                    continue
             words = file.words
             yield words[word : word + length], words[run_word : run_word + runs]
 
-    def _file(self, shard: int) -> ShardFile:
+    def leave_out(self, document: int) -> None:
+        """Count and tell of a document whose bytes are not those that were indexed, once.
+
+        Raises:
+            DataError: ``damaged`` refuses it.
+        """
+        text = f"{self.describe(document)} in {self.path} changed after it was indexed"
+        remedy = f"check it with `emu35 data index {self.path} --verify` and restore it"
+        if self._policy is Damaged.refuse:
+            raise DataError(f"{text}; {remedy}, or go on without it with data.damaged=skip")
+        if document not in self.damaged_documents:
+            self.damaged_documents.add(document)
+            self._alarm(
+                f"source {self.name!r}: {text}; its {self.length[document]} tokens are left out "
+                f"(data.damaged=skip, number {len(self.damaged_documents)} so far); {remedy}"
+            )
+
+    def _file(self, shard: int) -> ShardFile | None:
+        """The mapped shard; None for one that cannot be opened any more and is to be skipped."""
         files = self._files
         if shard in files:
             files.move_to_end(shard)
             return files[shard]
-        if len(files) >= _MAPPED_SHARDS:
+        if shard in self._lost:
+            return None
+        self._look_after()
+        index = self.shards[shard]
+        try:
+            with self._folder.open(
+                index.path.name, size=index.tar_bytes, digest=index.digest
+            ) as file:
+                mapped = ShardFile(index.path, file=file)
+            if mapped.words.nbytes != index.tar_bytes:
+                raise DataError(
+                    f"shard {index.path} has {mapped.words.nbytes} bytes but its index was made "
+                    f"for {index.tar_bytes}; restore it"
+                )
+        except Unreachable:
+            raise
+        except DataError as error:
+            if self._policy is Damaged.refuse:
+                raise
+            self._lost.add(shard)
+            self._alarm(
+                f"source {self.name!r}: {error}. Its {len(index)} documents are left out from now "
+                "on (data.damaged=skip)"
+            )
+            return None
+        files[shard] = mapped
+        return mapped
+
+    def _look_after(self) -> None:
+        """Before another shard is mapped: keep what was used since the last time in the cache, and
+        let go of what the cache has removed, since a map holds the space."""
+        files = self._files
+        used = True
+        for shard in reversed(list(files)):
+            if shard == _MARK:
+                used = False
+                continue
+            index = self.shards[shard]
+            if used:
+                self._folder.touch(index.path.name, digest=index.digest)
+            elif self._folder.gone(index.path.name, digest=index.digest):
+                del files[shard]
+        # Whatever is used from here on comes to lie behind the mark.
+        files[_MARK] = None
+        files.move_to_end(_MARK)
+        while len(files) > _MAPPED_SHARDS:
             files.popitem(last=False)
-        return files.setdefault(shard, ShardFile(self.shards[shard].path))
+
+    def _renewed(self, shard: int) -> ShardFile | None:
+        """A shard mapped from another copy, once; None where it was no copy or was renewed."""
+        if shard in self._renewals:
+            return None
+        self._renewals.add(shard)
+        index, old = self.shards[shard], self._files[shard]
+        assert old is not None
+        file = self._folder.renew(
+            index.path.name, size=index.tar_bytes, digest=index.digest, seen=old.inode
+        )
+        if file is None:
+            return None
+        with file:
+            fresh = self._files[shard] = ShardFile(index.path, file=file)
+        return fresh
+
+
+def _judge(source: Source, *, policy: Damaged, message: Message) -> None:
+    """Tell what is left out, or raise DataError naming every damaged shard."""
+    damaged = source.damaged
+    if not damaged:
+        return
+    if len(damaged) == 1 and policy is Damaged.refuse:
+        raise DataError(damaged[0].reason)
+    total = len(damaged) + len(source.shards)
+    lines = "".join(f"\n  - {shard.name}: {shard.reason}" for shard in damaged)
+    head = f"source {source.name!r} ({source.path}): {len(damaged)} of {total} shards"
+    if policy is Damaged.refuse:
+        raise DataError(
+            f"{head} cannot be used; restore them, or leave them out with data.damaged=skip{lines}"
+        )
+    if not source.shards:
+        raise DataError(f"{head} are damaged, so that data.damaged=skip leaves nothing{lines}")
+    message(f"{head} are left out (data.damaged=skip){lines}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,7 +387,7 @@ class EncodedBy:
     """SHA-256 of the weights of the image tokenizer that made the codes, and a shard of them."""
 
     digest: str
-    shard: Path
+    shard: Place
 
 
 def check_vision(sources: Sequence[Source]) -> EncodedBy | None:
@@ -251,7 +396,7 @@ def check_vision(sources: Sequence[Source]) -> EncodedBy | None:
     Raises:
         DataError: there are several; two of them are named.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, Place] = {}
     for source in sources:
         for shard in source.shards:
             if shard.meta.vision is not None and bool(shard.modality[:, Modality.VISUAL].any()):

@@ -11,6 +11,7 @@ from emu35.config.io import CONFIG_FILE
 from emu35.config.model import LMConfig
 from emu35.config.prompts import PromptDataConfig
 from emu35.config.root import RunConfig
+from emu35.data.place import is_url
 from emu35.errors import ConfigError
 
 
@@ -94,5 +95,6 @@ def _start(config: RunConfig) -> Iterator[str]:
 
 
 def _folder(key: str, path: str) -> Iterator[str]:
-    if not Path(path).is_dir():
+    # Whether a URL can be read is seen when its shards are opened, by every host for itself.
+    if not is_url(path) and not Path(path).is_dir():
         yield f"{key}={path} is no folder; expected token shards (emu35 data ingest writes them)"

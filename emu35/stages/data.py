@@ -6,8 +6,9 @@ Here the image tokenizer meets the data: :mod:`emu35.data` asks for codes throug
 
 import contextlib
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,21 @@ from PIL.Image import Image, Resampling
 
 from emu35.config.area import Area
 from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
-from emu35.data.index import build_index, find_shards, verify_index
+from emu35.data.index import (
+    build_index,
+    find_shards,
+    shard_names,
+    verify_index,
+    verify_index_in,
+)
+from emu35.data.index_file import ShardIndex
 from emu35.data.ingest.ingest import ingest as ingest_files
 from emu35.data.ingest.options import IngestOptions, IngestSummary
 from emu35.data.ingest.pictures import UnusablePicture
+from emu35.data.place import Url, name_of, place_of
 from emu35.data.report import ShownDocument, ShownImage, show_documents, source_stats
 from emu35.data.source import Source
+from emu35.data.storage import open_folder
 from emu35.errors import ConfigError, DataError
 from emu35.tokens.text import build_text_tokenizer
 from emu35.vision.codec import ImageCodec, load_codec, weights_digest
@@ -130,7 +140,7 @@ def ingest(options: IngestOptions) -> IngestSummary:
 class IndexOptions:
     """``emu35 data index``: rebuild the indices of folders, or with ``verify`` only check them."""
 
-    folders: list[Path]
+    folders: Sequence[str | Path]
     verify: bool = False
 
 
@@ -142,26 +152,39 @@ def index(options: IndexOptions) -> None:
         DataError: naming each shard that is damaged or does not match its index.
     """
     problems: list[str] = []
-    for folder in options.folders:
-        shards = find_shards(folder)
+    for place in map(place_of, options.folders):
+        if isinstance(place, Path):
+            work = verify_index if options.verify else build_index
+            actions = [partial(work, shard) for shard in find_shards(place)]
+        else:
+            actions = _remote_checks(place, verify=options.verify)
         documents = 0
-        for shard in shards:
+        for action in actions:
             try:
-                found = verify_index(shard) if options.verify else build_index(shard)
-                documents += len(found)
+                documents += len(action())
             except DataError as error:
                 problems.append(str(error))
         verb = "verified" if options.verify else "indexed"
-        print(f"{folder}: {verb} {len(shards)} shards, {documents} documents")
+        print(f"{place}: {verb} {len(actions)} shards, {documents} documents")
     if problems:
         raise DataError("\n".join(problems))
+
+
+def _remote_checks(place: Url, *, verify: bool) -> list[Callable[[], ShardIndex]]:
+    if not verify:
+        raise ConfigError(
+            f"indices cannot be written to {place}; index the shards where they were written and "
+            "upload them, or check them with --verify"
+        )
+    folder = open_folder(place, message=print)
+    return [partial(verify_index_in, folder, name=name) for name in shard_names(folder)]
 
 
 @dataclass(kw_only=True, slots=True)
 class StatsOptions:
     """``emu35 data stats``: ``sequence_length`` is the row that packing is measured for."""
 
-    folders: list[Path]
+    folders: Sequence[str | Path]
     sequence_length: int = 32768
 
 
@@ -175,7 +198,11 @@ def stats(options: StatsOptions) -> None:
     if options.sequence_length < 1:
         raise ConfigError(f"--sequence-length {options.sequence_length} must be at least 1")
     for folder in options.folders:
-        print("\n".join(source_stats(folder, sequence_length=options.sequence_length).lines()))
+        print(
+            "\n".join(
+                source_stats(place_of(folder), sequence_length=options.sequence_length).lines()
+            )
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -186,7 +213,7 @@ class InspectOptions:
     is a folder to write the decoded pictures to, with the image tokenizer in folder ``vision``.
     """
 
-    folder: Path
+    folder: str | Path
     first: int = 0
     count: int = 5
     images: Path | None = None
@@ -201,7 +228,8 @@ def inspect(options: InspectOptions) -> None:
     Raises:
         Emu35Error: if the shards, the tokenizer or the image tokenizer cannot be used.
     """
-    source = Source(name=options.folder.resolve().name, path=options.folder)
+    place = place_of(options.folder)
+    source = Source(name=name_of(place), path=place)
     meta = source.metas[0]
     config = TokenizerConfig(
         kind=TokenizerKind(meta.kind), codebook_size=meta.codebook_size, table=options.table

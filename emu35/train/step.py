@@ -17,7 +17,8 @@ import torch
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.staged import StateWrite
-from emu35.config import LMConfig, LMStageConfig, RunConfig
+from emu35.config import LMConfig, LMStageConfig, RunConfig, TokenDataConfig
+from emu35.config.data import Damaged
 from emu35.config.stage import adapters_of
 from emu35.data.batch import Batch, BatchChange, as_it_is
 from emu35.data.loader import TokenLoader, ValidationSet
@@ -159,6 +160,7 @@ class LMTask:
             "grad_norm": grad_norm,
             **self._tallied(batches),
             **{f"data/{name}": value for name, value in self.loader.counts().items()},
+            **self._damaged(),
             **self._sizes(micro_batches),
         }
 
@@ -176,6 +178,14 @@ class LMTask:
         own = [[count[name] for name in names] for count in counts]
         sums = torch.tensor(own, dtype=torch.float64, device=self.mesh.device).sum(0)
         return dict(zip(names, sum_over(sums, self.mesh.dp_group).tolist(), strict=True))
+
+    def _damaged(self) -> dict[str, float]:
+        """Documents that ranks have come upon damaged so far, where those are left out."""
+        data = self.config.data
+        if not isinstance(data, TokenDataConfig) or data.damaged is Damaged.refuse:
+            return {}
+        own = torch.tensor(float(self.loader.damaged_documents), device=self.mesh.device)
+        return {"damaged_documents": float(sum_over(own, self.mesh.dp_group))}
 
     def _sizes(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Document tokens of the global batch, and the model FLOPs they cost."""

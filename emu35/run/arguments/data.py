@@ -123,7 +123,7 @@ def _add_tasks(actions: "Commands[argparse.ArgumentParser]") -> None:
 def _add_index(actions: "Commands[argparse.ArgumentParser]") -> None:
     text = "rebuild the indices of shards, or check shards against them"
     command = actions.add_parser("index", help=text, description=text)
-    command.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    command.add_argument("folders", nargs="+", metavar="DIR", help="folder or URL")
     command.add_argument("--verify", action="store_true", help="hash and compare, write nothing")
     command.set_defaults(handler=_index)
 
@@ -131,7 +131,7 @@ def _add_index(actions: "Commands[argparse.ArgumentParser]") -> None:
 def _add_stats(actions: "Commands[argparse.ArgumentParser]") -> None:
     text = "documents, tokens, lengths, modalities and packing fill of sources"
     command = actions.add_parser("stats", help=text, description=text)
-    command.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    command.add_argument("folders", nargs="+", metavar="DIR", help="folder or URL")
     command.add_argument(
         "--sequence-length", type=int, default=32768, metavar="N", help="row to pack for"
     )
@@ -141,7 +141,7 @@ def _add_stats(actions: "Commands[argparse.ArgumentParser]") -> None:
 def _add_inspect(actions: "Commands[argparse.ArgumentParser]") -> None:
     text = "print documents of a source; with --images also decode their pictures"
     command = actions.add_parser("inspect", help=text, description=text)
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", metavar="DIR", help="folder or URL")
     command.add_argument("--first", type=int, default=0, metavar="N", help="document number")
     command.add_argument("--count", type=int, default=5, metavar="N")
     command.add_argument("--images", type=Path, metavar="DIR", help="write pictures here")
