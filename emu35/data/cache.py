@@ -36,6 +36,10 @@ _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 3600
 
 
+class Unreachable(DataError):
+    """A shard or its folder could not be read for now; whether it is damaged is not known."""
+
+
 class ShardCache:
     """The copies in one folder, at most ``config.bytes`` of them."""
 
@@ -54,8 +58,9 @@ class ShardCache:
         """The copy of a shard, brought by ``fetch`` where there is none that is as it should be.
 
         Raises:
-            DataError: what is at ``url`` is another shard (it is brought twice before that is
-                believed), it is larger than the bound, or the folder cannot be written.
+            DataError: what is at ``url`` is another shard; it is brought twice before that is
+                believed.
+            Unreachable: it is larger than the bound, or the folder cannot be written.
         """
         path = self.path(url=url, digest=digest)
         with self._errors():
@@ -92,7 +97,7 @@ class ShardCache:
     def _bring(self, path: Path, *, size: int, url: str, fetch: Fetch) -> None:
         temporary = path.with_name(f".{path.name}.{size}.tmp")
         if size > self.bytes:
-            raise DataError(
+            raise Unreachable(
                 f"shard {url} has {size} bytes, more than data.cache.bytes={self.bytes}; raise the "
                 "bound, or write smaller shards (emu35 data ingest --shard-bytes)"
             )
@@ -113,7 +118,7 @@ class ShardCache:
                     return
             # All the room is for what other processes are bringing, which can go when it is there.
             if time.monotonic() > give_up:
-                raise DataError(
+                raise Unreachable(
                     f"the shard cache {self.folder} is full of downloads that do not end; raise "
                     f"data.cache.bytes={self.bytes}"
                 )
@@ -146,7 +151,7 @@ class ShardCache:
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             remedy = "free some space or lower data.cache.bytes" if full else "check the folder"
-            raise DataError(
+            raise Unreachable(
                 f"shard cache {self.folder}: {error.strerror or error}; {remedy}, or name another "
                 "folder with data.cache.folder"
             ) from error

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from emu35.data.cache import Unreachable
 from emu35.data.index_file import ARRAYS, Ints, ShardIndex, check_sense, decode_index, encode_index
 from emu35.data.place import Place, Url
 from emu35.data.shards import (
@@ -33,7 +34,7 @@ from emu35.data.shards import (
     read_tail,
     tail_digest,
 )
-from emu35.data.storage import LocalFolder, ShardFolder, Unreachable
+from emu35.data.storage import LocalFolder, ShardFolder
 from emu35.errors import DataError
 from emu35.tokens.serialize import Modality
 

@@ -20,7 +20,7 @@ from emu35.config.data import (
 from emu35.data.batch import Batch, BatchChange, SourceItems, as_it_is, assemble
 from emu35.data.filter import apply_filter, describe_filter
 from emu35.data.pack import Item, best_fit_decreasing
-from emu35.data.place import Place, name_of, place_of
+from emu35.data.place import Place, Url, name_of, place_of
 from emu35.data.plan import PlannedSource, Planner, Sample
 from emu35.data.prefetch import Prefetcher
 from emu35.data.source import Items, Source, check_vision, say_nothing
@@ -113,6 +113,8 @@ class TokenLoader:
                     alarm=alarm,
                 )
                 self._sources.append(entry)
+                packing = config.packing or data.packing
+                _warn_of_thrashing(entry.source, packing=packing, data=data, message=message)
                 planned.append(_plan(entry, config=config, data=data))
         check_vision(self.sources)
         self._planner = Planner(
@@ -355,6 +357,19 @@ def open_source(
     if len(items) == 0:
         raise DataError(f"shard folder {path} holds no document; ingest some into it")
     return SourceItems(source=source, items=items)
+
+
+def _warn_of_thrashing(
+    source: Source, *, packing: Packing, data: TokenDataConfig, message: Message
+) -> None:
+    size = sum(shard.tar_bytes for shard in source.shards)
+    if isinstance(source.path, Url) and packing is Packing.offline and size > data.cache.bytes:
+        message(
+            f"source {source.name!r} ({source.path}) is packed offline, so that every row has "
+            f"documents from all over it, and its {size} bytes do not fit "
+            f"data.cache.bytes={data.cache.bytes}: shards will come again and again. Raise the "
+            "bound, or pack it online"
+        )
 
 
 def plan_source(

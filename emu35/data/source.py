@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from emu35.config.data import CacheConfig, Damaged, Overlong
+from emu35.data.cache import Unreachable
 from emu35.data.index import checksum_range, read_indices
 from emu35.data.index_file import ShardIndex
 from emu35.data.place import Place
 from emu35.data.shards import Codes, ShardFile, ShardMeta, Words, decode_runs
 from emu35.data.split import PictureTooLong, cut_points
-from emu35.data.storage import Message, Unreachable, open_folder
+from emu35.data.storage import Message, RemoteFolder, open_folder
 from emu35.errors import DataError
 from emu35.tokens.serialize import Modality
 from emu35.tokens.vocabulary import Vocabulary
@@ -199,7 +200,10 @@ class Source:
             return files[shard]
         if shard in self._lost:
             return None
-        self._look_after()
+        if isinstance(self._folder, RemoteFolder):
+            self._look_after(self._folder)
+        while len(files) >= _MAPPED_SHARDS:
+            files.popitem(last=False)
         index = self.shards[shard]
         try:
             with self._folder.open(
@@ -225,7 +229,7 @@ class Source:
         files[shard] = mapped
         return mapped
 
-    def _look_after(self) -> None:
+    def _look_after(self, folder: RemoteFolder) -> None:
         """Before another shard is mapped: keep what was used since the last time in the cache, and
         let go of what the cache has removed, since a map holds the space."""
         files = self._files
@@ -236,27 +240,30 @@ class Source:
                 continue
             index = self.shards[shard]
             if used:
-                self._folder.touch(index.path.name, digest=index.digest)
-            elif self._folder.gone(index.path.name, digest=index.digest):
+                folder.touch(index.path.name, digest=index.digest)
+            elif folder.gone(index.path.name, digest=index.digest):
                 del files[shard]
         # Whatever is used from here on comes to lie behind the mark.
         files[_MARK] = None
         files.move_to_end(_MARK)
-        while len(files) > _MAPPED_SHARDS:
-            files.popitem(last=False)
 
     def _renewed(self, shard: int) -> ShardFile | None:
         """A shard mapped from another copy, once; None where it was no copy or was renewed."""
-        if shard in self._renewals:
+        if shard in self._renewals or not isinstance(self._folder, RemoteFolder):
             return None
         self._renewals.add(shard)
         index, old = self.shards[shard], self._files[shard]
         assert old is not None
-        file = self._folder.renew(
-            index.path.name, size=index.tar_bytes, digest=index.digest, seen=old.inode
-        )
-        if file is None:
-            return None
+        try:
+            file = self._folder.renew(
+                index.path.name, size=index.tar_bytes, digest=index.digest, seen=old.inode
+            )
+        except Unreachable:
+            raise
+        except DataError:
+            if self._policy is Damaged.refuse:
+                raise
+            return None  # the document is left out, and told of
         with file:
             fresh = self._files[shard] = ShardFile(index.path, file=file)
         return fresh

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from emu35.config.data import CacheConfig
-from emu35.data.cache import ShardCache
+from emu35.data.cache import ShardCache, Unreachable
 from emu35.data.place import Place, Url
 from emu35.data.shards import TAIL, read_tail
 from emu35.errors import DataError
@@ -47,10 +47,6 @@ _EXTRAS = {
 _SILENCE_SECONDS = 60
 _LATER = (408, 425, 429)
 """HTTP answers below 500 that ask to come again."""
-
-
-class Unreachable(DataError):
-    """A shard or its folder could not be read for now; whether it is damaged is not known."""
 
 
 class ShardFolder(Protocol):
@@ -98,22 +94,10 @@ class ShardFolder(Protocol):
         """
         ...
 
-    def renew(self, name: str, *, size: int, digest: str, seen: int) -> BinaryIO | None:
-        """:meth:`open` once more where what was opened (inode ``seen``) was a copy; else None."""
-        ...
-
-    def gone(self, name: str, *, digest: str) -> bool:
-        """Whether an opened tar has no name any more, so that mapping it holds its space."""
-        ...
-
-    def touch(self, name: str, *, digest: str) -> None:
-        """Tell that a tar is in use."""
-        ...
-
 
 def open_folder(
     place: Place, *, cache: CacheConfig | None = None, message: Message | None = None
-) -> ShardFolder:
+) -> "LocalFolder | RemoteFolder":
     """The folder ``place``; ``message`` hears of reads that are tried again.
 
     Raises:
@@ -167,16 +151,6 @@ class LocalFolder:
         del size, digest
         with _file_errors(self._path / name):
             return (self._path / name).open("rb")
-
-    def renew(self, name: str, *, size: int, digest: str, seen: int) -> BinaryIO | None:
-        del name, size, digest, seen
-
-    def gone(self, name: str, *, digest: str) -> bool:
-        del name, digest
-        return False
-
-    def touch(self, name: str, *, digest: str) -> None:
-        del name, digest
 
 
 @contextmanager
@@ -264,14 +238,17 @@ class RemoteFolder:
 
         return self._cache.open(url=self._url(name), digest=digest, size=size, fetch=fetch)
 
-    def renew(self, name: str, *, size: int, digest: str, seen: int) -> BinaryIO | None:
+    def renew(self, name: str, *, size: int, digest: str, seen: int) -> BinaryIO:
+        """:meth:`open` another copy than that with the inode ``seen``."""
         self._cache.forget(url=self._url(name), digest=digest, seen=seen)
         return self.open(name, size=size, digest=digest)
 
     def gone(self, name: str, *, digest: str) -> bool:
+        """Whether the cache has removed a copy, so that mapping it holds its space."""
         return not self._cache.path(url=self._url(name), digest=digest).exists()
 
     def touch(self, name: str, *, digest: str) -> None:
+        """Tell the cache that a copy is in use."""
         self._cache.touch(url=self._url(name), digest=digest)
 
     def _path(self, name: str) -> str:

@@ -6,7 +6,7 @@ import random
 import shutil
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import fsspec
@@ -19,15 +19,16 @@ from shard_server import Served, serve
 from emu35.config.data import (
     CacheConfig,
     Damaged,
+    Packing,
     SourceConfig,
     TokenDataConfig,
     ValidationConfig,
 )
 from emu35.data import storage
+from emu35.data.cache import Unreachable
 from emu35.data.loader import TokenLoader, ValidationSet
 from emu35.data.place import Url, name_of, place_of
 from emu35.data.source import Source
-from emu35.data.storage import Unreachable
 from emu35.errors import ConfigError, DataError
 from emu35.stages import data as commands
 from emu35.tokens.vocabulary import Vocabulary
@@ -70,12 +71,19 @@ def copies(cache: CacheConfig) -> list[Path]:
     return sorted(Path(cache.folder).glob("*.tar"))
 
 
-def loader_of(path: str, cache: CacheConfig) -> TokenLoader:
+def loader_of(
+    path: str,
+    cache: CacheConfig,
+    *,
+    packing: Packing = Packing.online,
+    message: Callable[[str], None] = print,
+) -> TokenLoader:
     data = TokenDataConfig(
         sequence_length=96,
         open_bins=4,
         shuffle_window=8,
         cache=cache,
+        packing=packing,
         sources={"far": SourceConfig(path=path)},
     )
     return TokenLoader(
@@ -86,6 +94,7 @@ def loader_of(path: str, cache: CacheConfig) -> TokenLoader:
         micro_batch_size=4,
         dp_rank=0,
         dp_size=1,
+        message=message,
     )
 
 
@@ -271,6 +280,19 @@ def test_a_copy_that_went_bad_is_brought_again(
     copy.unlink()
     with pytest.raises(DataError, match=r"document 3 of far-000000\.tar .*changed"):
         everything(remote(served, cache))
+    left_out = remote(served, cache, damaged=Damaged.skip)
+    assert everything(left_out) == [*expected[:3], [], *expected[4:]]
+    assert left_out.damaged_documents == {3}
+
+
+def test_rows_from_all_over_a_source_larger_than_the_cache_are_warned_of(
+    served: Served, cache: CacheConfig
+) -> None:
+    cache.bytes = 100_000
+    for packing, warned in ((Packing.offline, True), (Packing.online, False)):
+        told: list[str] = []
+        loader_of(served.url, cache, packing=packing, message=told.append).close()
+        assert any("do not fit data.cache.bytes=100000" in text for text in told) == warned
 
 
 @pytest.mark.parametrize("name", ["far", "far-000000.idx", "far-000000.tar"])
@@ -322,7 +344,8 @@ def test_a_server_without_ranges_will_do(folder: Path, served: Served, cache: Ca
 
 def test_a_shard_larger_than_the_bound_is_refused(served: Served, cache: CacheConfig) -> None:
     cache.bytes = 10_000
-    source = remote(served, cache)
+    # The shard is as it should be, so that nothing is skipped.
+    source = remote(served, cache, damaged=Damaged.skip)
     with pytest.raises(DataError, match=r"more than data\.cache\.bytes=10000; raise the bound"):
         source.words(0)
 
