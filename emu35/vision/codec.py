@@ -15,6 +15,10 @@ from emu35.vision.ibq.codec import IBQCodec
 from emu35.vision.ibq.folder import WEIGHTS, ibq_codebook, read_folder
 
 
+CODES_DTYPE = "float32"
+"""What codes are computed in. A code is the nearest of up to 131072, so lower precision flips it."""
+
+
 class ImageCodec(Protocol):
     """Pixels to a grid of codes and back, without gradients.
 

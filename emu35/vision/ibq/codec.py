@@ -107,9 +107,15 @@ class IBQCodec:
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
     """fp32 throughout: no autocast, no TF32, and no gradients."""
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-    ):
-        yield
+    precision = torch.get_float32_matmul_precision()
+    # A run that trains in this process may have asked for TF32.
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
