@@ -50,8 +50,8 @@ Codes = npt.NDArray[np.uint8]
 class ShardMeta:
     """What all documents of a shard share: their source and the tokenizer that made the ids.
 
-    ``vision`` is the digest of the image tokenizer's weights, None where no picture was encoded, and
-    ``vision_dtype`` what the codes were computed in, None also where an older version wrote it.
+    ``vision`` is the digest of the image tokenizer's weights, None where no picture was encoded.
+    ``vision_dtype`` is what the codes were computed in, None also in shards of earlier versions.
     """
 
     source: str

@@ -164,9 +164,7 @@ class _Job:
         self, inputs: Sequence[InputFile], *, spools: Mapping[Path, Path], progress: Progress
     ) -> None:
         """One input after the other, in this process."""
-        stage = DocumentStage(
-            options=self.options, tokenizer=self.tokenizer, encoder=self.encoder
-        )
+        stage = DocumentStage(options=self.options, tokenizer=self.tokenizer, encoder=self.encoder)
         for source in inputs:
             progress.begin(size=source.size)
             spool = spools[source.path]

@@ -93,7 +93,7 @@ class EncodedRecord:
 
     def hashes_of(self, parts: Iterable[RawPart]) -> bytes:
         """The hashes of the pictures among ``parts``, one after the other."""
-        return b"".join(self.hashes[part] for part in parts if part in self.hashes)
+        return b"".join(self.hashes.get(p, b"") for p in parts if isinstance(p, RawImage))
 
     def documents(self) -> Iterator[tuple[str, list[Part], bytes]]:
         """Id, parts and the pictures' hashes of every document of the record."""

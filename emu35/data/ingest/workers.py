@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from emu35.data.ingest.documents import DocumentStage, Outcome
 from emu35.data.ingest.options import IngestOptions
@@ -100,16 +100,14 @@ class Crew:
         count = min(self.options.workers, len(self.errands))
         for number in range(count):
             ours, theirs = context.Pipe()
-            setup = _Setup(
-                options=self.options, encoder=self.encoder, number=number, workers=count
-            )
+            setup = _Setup(options=self.options, encoder=self.encoder, number=number, workers=count)
             process = context.Process(
                 target=_work, args=(setup, theirs), name=f"emu35-ingest-{number}", daemon=True
             )
             process.start()
             # Ours alone, so that the pipe ends when the worker does.
             theirs.close()
-            self._workers.append(_Worker(process=process, pipe=cast(Connection, ours)))
+            self._workers.append(_Worker(process=process, pipe=ours))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -84,9 +84,7 @@ def read_conversation(row: Mapping[str, Any], *, folder: Path) -> TaskRecord:
     return TaskRecord(task=Task.chat, id=None, turns=tuple(turns), kinds=())
 
 
-def _turn(
-    question: str, *, answer: str, images: Sequence[PictureData], number: int
-) -> TaskTurn:
+def _turn(question: str, *, answer: str, images: Sequence[PictureData], number: int) -> TaskTurn:
     """Raises: WrongDialogue."""
     bare = question.strip()
     # Pictures at either end go where the template has them; those between words stay.
@@ -149,9 +147,9 @@ def read_edit(row: Mapping[str, Any], *, folder: Path) -> TaskRecord:
             f"it has {len(sources)} source pictures and {len(targets)} targets; an edit has at "
             f"least one source (one of {', '.join(SOURCES)}) and one target"
         )
-    words = row[_key(row, INSTRUCTIONS) or ""]
+    words: Any = row[_key(row, INSTRUCTIONS) or ""]
     # OmniEdit has several wordings of one instruction, the first of which is the plain one.
-    found = cast(list[Any], words)[0] if isinstance(words, list) and words else words
+    found: Any = cast(list[Any], words)[0] if isinstance(words, list) and words else words
     if not isinstance(found, str) or not found.strip():
         raise _wrong_edit("its instruction is no text, or blank; write what is to be changed")
     turn = TaskTurn(

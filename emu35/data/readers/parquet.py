@@ -4,7 +4,7 @@
 import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from emu35.data.readers.dialogues import CONVERSATIONS, INSTRUCTIONS, SOURCES, TARGETS
 from emu35.data.readers.named_pictures import PICTURE_FILES
@@ -101,12 +101,11 @@ def _columns(names: Sequence[str]) -> list[str]:
         own = (*SOURCES, *INSTRUCTIONS, *TARGETS)
     elif CONVERSATIONS in names:
         own = (CONVERSATIONS, "image", "images", "video", "audio")
-    elif "texts" in names and "images" in names:
-        own = ("images",)
     elif "parts" in names:
-        own = ("parts",)
+        own = ("parts", "images")
     else:
-        own = tuple(name for name in _PAIR if name in names)[:1]
+        # Pictures that no form has beside others are read, too, so that they are refused.
+        own = (*[name for name in _PAIR if name in names][:1], "images")
     if not any(name in names for name in own):
         return []
     return [name for name in names if name in own or name in _BESIDE]
@@ -152,7 +151,7 @@ def _schema_problem(schema: Any, *, types: Any) -> str | None:
 
 def _record(value: Any, *, place: Place) -> RawRecord | Reject:
     if isinstance(value, dict):
-        return read_row(value, place=place)
+        return read_row(cast(dict[str, Any], value), place=place)
     if isinstance(value, UnicodeDecodeError):
         return Reject(
             id=place.id, reason=Reason.bad_encoding, detail=str(value), offset=place.offset

@@ -132,9 +132,7 @@ def pair_record(
     if caption is None or not caption.strip():
         return Reject(id=id, reason=Reason.no_caption, offset=offset)
     parts: list[RawPart] = [RawText(caption.strip()), RawImage(picture)]
-    return RawRecord(
-        id=id, parts=parts, form=RecordForm.pair, offset=offset, fields=fields or {}
-    )
+    return RawRecord(id=id, parts=parts, form=RecordForm.pair, offset=offset, fields=fields or {})
 
 
 def text_record(*, id: str, data: bytes | str, offset: int) -> RawRecord | Reject:
