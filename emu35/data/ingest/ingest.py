@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ class _Job:
             if has_spool(spools[source.path], fingerprint=source.fingerprint)
         }
         progress.skip(sum(source.size for source in inputs if source.path in ready))
-        waiting = list(inputs)
+        waiting = deque(inputs)
         errands = [
             Errand(source=source, spool=spools[source.path])
             for source in inputs
@@ -198,7 +199,7 @@ class _Job:
                 done, documents = crew.done
                 progress.update_all(done, items=documents)
                 while waiting and waiting[0].path in ready:
-                    source = waiting.pop(0)
+                    source = waiting.popleft()
                     spool = spools[source.path]
                     self._finish(source, outcomes=read_spool(spool), progress=None)
                     spool.unlink()

@@ -104,7 +104,7 @@ class Crew:
             process = context.Process(
                 target=_work, args=(setup, theirs), name=f"emu35-ingest-{number}", daemon=True
             )
-            process.start()
+            _start(process)
             # Ours alone, so that the pipe ends when the worker does.
             theirs.close()
             self._workers.append(_Worker(process=process, pipe=ours))
@@ -173,6 +173,15 @@ class Crew:
         raise RuntimeError(f"a worker failed at {errand.source.path}:\n{message.trace}")
 
 
+def _start(process: SpawnProcess) -> None:
+    """Start with Ctrl-C blocked, so that it cannot hit a worker that is still importing."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _died(worker: _Worker) -> LaunchError:
     worker.process.join(_STOP_SECONDS)
     code = worker.process.exitcode
@@ -186,7 +195,6 @@ def _died(worker: _Worker) -> LaunchError:
 
 def _work(setup: _Setup, pipe: Connection) -> None:
     """The life of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

@@ -149,7 +149,8 @@ def read_edit(row: Mapping[str, Any], *, folder: Path) -> TaskRecord:
         )
     words: Any = row[_key(row, INSTRUCTIONS) or ""]
     # OmniEdit has several wordings of one instruction, the first of which is the plain one.
-    found: Any = cast(list[Any], words)[0] if isinstance(words, list) and words else words
+    wordings = cast(list[Any], words) if isinstance(words, list) else [words]
+    found: Any = wordings[0] if wordings else ""
     if not isinstance(found, str) or not found.strip():
         raise _wrong_edit("its instruction is no text, or blank; write what is to be changed")
     turn = TaskTurn(
