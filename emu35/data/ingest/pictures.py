@@ -195,27 +195,37 @@ class PictureStage:
             if not isinstance(prepared, Reject)
             for picture in prepared.pictures
         ]
-        codes = iter(self._encode_grouped(pictures))
+        # Encoded when the first record needs them, so that records come out as the work goes on.
+        batches = self._batches(pictures)
+        codes: dict[int, npt.NDArray[np.integer[Any]]] = {}
+        number = 0
         for prepared in window:
             if isinstance(prepared, Reject):
                 yield prepared
                 continue
-            encoded = {image: Image(next(codes)) for image in prepared.record.pictures()}
+            encoded: dict[RawImage, Image] = {}
+            for image in prepared.record.pictures():
+                if number not in codes:
+                    assert self.encoder is not None
+                    batch = batches[number]
+                    found = self.encoder.encode([pictures[other] for other in batch])
+                    codes.update(zip(batch, found, strict=True))
+                encoded[image] = Image(codes.pop(number))
+                number += 1
             yield EncodedRecord(record=prepared.record, codes=encoded, hashes=prepared.hashes)
 
-    def _encode_grouped(self, pictures: Sequence[Picture]) -> list[npt.NDArray[np.integer[Any]]]:
-        """Codes of each picture, in order; pictures of equal size go through the codec together."""
+    def _batches(self, pictures: Sequence[Picture]) -> dict[int, list[int]]:
+        """Number of each picture -> those that go through the codec with it, all of one size."""
         groups: dict[tuple[int, int], list[int]] = {}
         for number, picture in enumerate(pictures):
             groups.setdefault(picture.size, []).append(number)
-        codes: dict[int, npt.NDArray[np.integer[Any]]] = {}
-        for numbers in groups.values():
-            for first in range(0, len(numbers), self.images_per_call):
-                batch = numbers[first : first + self.images_per_call]
-                assert self.encoder is not None
-                found = self.encoder.encode([pictures[number] for number in batch])
-                codes.update(zip(batch, found, strict=True))
-        return [codes[number] for number in range(len(pictures))]
+        return {
+            number: batch
+            for numbers in groups.values()
+            for first in range(0, len(numbers), self.images_per_call)
+            for batch in [numbers[first : first + self.images_per_call]]
+            for number in batch
+        }
 
 
 def picture_tokens(*, rows: int, columns: int) -> int:
