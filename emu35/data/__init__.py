@@ -2,10 +2,11 @@
 
 Two halves meet at a folder of shards, one folder a source.
 
-Writing. :mod:`~emu35.data.readers` turn what people have (webdataset tars, JSON lines, folders,
-text) into raw records or named rejects; :mod:`~emu35.data.ingest` resizes and encodes the pictures,
-serializes each document into one token sequence and appends it to a shard
-(:mod:`~emu35.data.shards`). A record is one document; some tasks of fine-tuning make several of it.
+Writing. :mod:`~emu35.data.readers` turn what people have (webdataset tars, JSON lines, parquet,
+folders, text) into raw records or named rejects; :mod:`~emu35.data.ingest` resizes and encodes the
+pictures, serializes each document into one token sequence and appends it to a shard
+(:mod:`~emu35.data.shards`). A record is one document; some tasks of fine-tuning make several of it,
+and the clips of one video can be joined into one.
 A shard is a plain webdataset tar: a document is three members, ``KEY.tok`` (token ids, uint32),
 ``KEY.mod`` (modality, run-length coded) and ``KEY.json`` (where it came from, picture grids and
 spans). Beside it lies ``.idx`` (:mod:`~emu35.data.index`), which holds every offset and length, so

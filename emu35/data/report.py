@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class SourceStats:
         percentiles: document lengths in tokens at 1, 10, 50, 90 and 99 percent.
         shares: share of each modality, by tokens.
         fill: share of a packed row of ``sequence_length`` that holds tokens, over one epoch.
+        vision: the image tokenizers of the codes, and what they were computed in.
     """
 
     name: str
@@ -38,6 +39,7 @@ class SourceStats:
     shares: dict[str, float]
     sequence_length: int
     fill: float
+    vision: list[str] = field(default_factory=list[str])
 
     def lines(self) -> list[str]:
         """A few lines to print."""
@@ -48,6 +50,7 @@ class SourceStats:
             f"  length   {lengths}  max {self.longest}",
             f"  tokens   {shares}",
             f"  packing  {self.fill:.2%} of rows of {self.sequence_length}",
+            *(f"  codes    of image tokenizer {line}" for line in self.vision),
         ]
 
 
@@ -89,6 +92,13 @@ def source_stats(path: Place, *, sequence_length: int, open_bins: int = 16) -> S
         shares={code.name.lower(): float(counts[code] / total) for code in Modality},
         sequence_length=sequence_length,
         fill=used / (len(samples) * sequence_length),
+        vision=sorted(
+            {
+                f"{meta.vision[:12]}, computed in {meta.vision_dtype or 'a dtype not recorded'}"
+                for meta in source.metas
+                if meta.vision is not None
+            }
+        ),
     )
 
 

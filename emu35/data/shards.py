@@ -52,6 +52,7 @@ class ShardMeta:
     """What all documents of a shard share: their source and the tokenizer that made the ids.
 
     ``vision`` is the digest of the image tokenizer's weights, None where no picture was encoded.
+    ``vision_dtype`` is what the codes were computed in, None also in shards of earlier versions.
     """
 
     source: str
@@ -59,6 +60,7 @@ class ShardMeta:
     n_text: int
     codebook_size: int
     vision: str | None = None
+    vision_dtype: str | None = None
 
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(n_text=self.n_text, codebook_size=self.codebook_size)

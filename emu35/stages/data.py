@@ -5,6 +5,7 @@ Here the image tokenizer meets the data: :mod:`emu35.data` asks for codes throug
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from emu35.data.source import Source
 from emu35.data.storage import open_folder
 from emu35.errors import ConfigError, DataError
 from emu35.tokens.text import build_text_tokenizer
-from emu35.vision.codec import ImageCodec, load_codec, weights_digest
+from emu35.vision.codec import CODES_DTYPE, ImageCodec, load_codec, weights_digest
 from emu35.vision.resize import RejectedImage, open_image, smart_resize, to_image, to_pixels
 
 
@@ -46,14 +47,38 @@ class VisionPictures:
     The network is loaded when the first picture needs it, so that text alone never does.
     """
 
+    dtype = CODES_DTYPE
+
     def __init__(self, *, folder: Path, area: Area, codebook_size: int) -> None:
         """Raises: DataError if ``folder`` holds no image tokenizer."""
         self.digest = weights_digest(folder)
         self._folder = folder
         self._area = area
         self._codebook_size = codebook_size
+        self._begin(worker=0)
+
+    def _begin(self, *, worker: int) -> None:
+        self._worker = worker
         self._lock = threading.Lock()
         self._loaded: ImageCodec | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs to load the network itself; the digest is not taken again."""
+        return {
+            "digest": self.digest,
+            "_folder": self._folder,
+            "_area": self._area,
+            "_codebook_size": self._codebook_size,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin(worker=0)
+
+    def join(self, *, worker: int, workers: int) -> None:
+        """Use the GPUs in turn, and no more cores than this worker's share."""
+        self._worker = worker
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
     @property
     def factor(self) -> int:
@@ -92,7 +117,9 @@ class VisionPictures:
     def _codec(self) -> ImageCodec:
         with self._lock:
             if self._loaded is None:
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                device = torch.device("cpu")
+                if torch.cuda.is_available():
+                    device = torch.device("cuda", self._worker % torch.cuda.device_count())
                 codec = load_codec(self._folder, device=device)
                 if codec.codebook_size != self._codebook_size:
                     raise ConfigError(
