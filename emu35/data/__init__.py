@@ -15,8 +15,8 @@ tar; a shard and an index that do not match are refused, or left out and named
 (``data.damaged``).
 
 Reading. Planning is global, fetching is local. From the index lengths alone every rank computes the
-same stream of packed samples (:mod:`~emu35.data.plan`): the source with the largest token deficit
-is next (:mod:`~emu35.data.mix`), its documents come in a shuffled order
+same stream of packed samples (:mod:`~emu35.data.plan`): the source that was served least for its
+ratio is next (:mod:`~emu35.data.mix`), its documents come in a shuffled order
 (:mod:`~emu35.data.order`, :mod:`~emu35.data.cursor`), and each goes into the open bin it fits best
 (:mod:`~emu35.data.pack`). A rank then reads only the bytes of its own slice of a global step and
 lays them out as a :class:`~emu35.data.batch.Batch`. Since no random generator, worker or rank

@@ -2,13 +2,10 @@
 
 What is shuffled, counted in epochs and limited is a unit: a document with all its pieces, which
 come one after the other from its beginning to its end, or a whole packed row. A window of units is
-looked up at once and becomes a list of codes, plain integers (:mod:`~emu35.data.pack`), since the
-planner's loops take one of them for every piece they place.
+looked up at once and becomes an array of codes, plain integers (:mod:`~emu35.data.pack`).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import length_hint
 
 import numpy as np
 import numpy.typing as npt
@@ -96,8 +93,8 @@ def row_units(rows: PackedRows, *, document: Ints | None, window: int) -> Units:
 class Cursor:
     """Walks the units of a source epoch after epoch, up to its end where it has one.
 
-    :attr:`codes` is an iterator over what is left of the present window; when it ends,
-    :meth:`refill` goes on to the next.
+    :attr:`left` is what is left of the present window; when nothing is, :meth:`refill` goes on to
+    the next.
     """
 
     def __init__(
@@ -114,6 +111,15 @@ class Cursor:
         self._max_units = None if epochs is None else max(1, round(epochs * order.size))
         self._max_tokens = max_tokens
         self.seek(epoch=0, position=0, piece=0, drawn=0)
+
+    @property
+    def left(self) -> Ints:
+        """The codes of the present window that are still to come."""
+        return self._codes[self._done :]
+
+    def advance(self, count: int) -> None:
+        """Go past the first ``count`` of :attr:`left`."""
+        self._done += count
 
     @property
     def available(self) -> int | None:
@@ -141,11 +147,10 @@ class Cursor:
         window, place = divmod(position, self.order.window)
         codes = self._load(epoch=epoch, window=window, before=None)
         begin = (int(self._ends[place - 1]) if place else 0) + piece
-        consumed = sum(code & LENGTH_MASK for code in codes[:begin])
+        consumed = int((codes[:begin] & LENGTH_MASK).sum())
         if self._max_tokens is not None:
             codes = self._load(epoch=epoch, window=window, before=drawn - consumed)
-        self._codes = codes
-        self.codes: Iterator[int] = iter(codes[begin:])
+        self._codes, self._done = codes, begin
 
     def refill(self) -> bool:
         """Go on to the next window; False where the source has ended."""
@@ -155,21 +160,19 @@ class Cursor:
         epoch, window = self._epoch, self._window + 1
         if window * self.order.window >= self.order.size:
             epoch, window = epoch + 1, 0
-        self._codes = self._load(epoch=epoch, window=window, before=before)
-        self.codes = iter(self._codes)
-        return bool(self._codes)
+        self._codes, self._done = self._load(epoch=epoch, window=window, before=before), 0
+        return len(self._codes) > 0
 
     def place(self) -> tuple[int, int, int]:
         """Epoch, position and piece of what comes next, as for :meth:`seek`."""
-        done = len(self._codes) - length_hint(self.codes)
-        unit = int(np.searchsorted(self._ends, done, side="right"))
-        piece = done - (int(self._ends[unit - 1]) if unit else 0)
+        unit = int(np.searchsorted(self._ends, self._done, side="right"))
+        piece = self._done - (int(self._ends[unit - 1]) if unit else 0)
         position = self._window * self.order.window + unit
         if position >= self.order.size:
             return self._epoch + 1, 0, 0
         return self._epoch, position, piece
 
-    def _load(self, *, epoch: int, window: int, before: int | None) -> list[int]:
+    def _load(self, *, epoch: int, window: int, before: int | None) -> Ints:
         """The codes of a window, cut off at the end of the source; ``before`` tokens were drawn
         before it, None to leave ``max_tokens`` aside."""
         units = self.order.items(epoch=epoch, window=window)
@@ -192,4 +195,4 @@ class Cursor:
             starts = np.repeat(first[units] - (self._ends - counts), counts)
             items = starts + np.arange(len(starts))
         codes = ((items + self.number) << LENGTH_BITS) | self.units.piece_length[items]
-        return (codes | ROW if self.units.whole else codes).tolist()
+        return codes | ROW if self.units.whole else codes

@@ -1,27 +1,68 @@
-"""Which source comes next: the one whose share of tokens lags furthest behind its ratio."""
+"""Which source comes next: the one that has been served least for its ratio.
+
+The rule takes one document at a time. Since it depends on token counts alone, a whole stretch of
+the stream is worked out at once: every document of every source gets the tokens drawn from its
+source before it, divided by the ratio, and the documents of all sources are sorted by that.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import length_hint
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from emu35.data.pack import LENGTH_MASK
 
-_LOWEST = float("-inf")
+Ints = npt.NDArray[np.int64]
+
+
+class Stretch:
+    """Codes (:mod:`~emu35.data.pack`) of all sources in the order in which they are drawn.
+
+    Attributes:
+        codes: an iterator over them, to be drawn from.
+        dry: the source whose turn it is after them, and that had no more to give.
+    """
+
+    def __init__(self, codes: Ints, *, sources: Ints, dry: int, count: int) -> None:
+        """``sources`` [N] are those of ``codes``, of ``count`` that there are."""
+        self.dry = dry
+        self._all, self._sources, self._count = codes, sources, count
+        self._settled = 0
+        self.codes: Iterator[int] = iter(codes.tolist())
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left of it."""
+        return length_hint(self.codes) == 0
+
+    def settle(self) -> tuple[list[int], list[int]]:
+        """Codes and tokens that were drawn from each source since the last call."""
+        begin, end = self._settled, len(self._all) - length_hint(self.codes)
+        self._settled = end
+        sources, lengths = self._sources[begin:end], self._all[begin:end] & LENGTH_MASK
+        codes = np.bincount(sources, minlength=self._count)
+        # Sums of floats are exact here: a stretch has far fewer than 2^53 tokens.
+        tokens = np.bincount(sources, weights=lengths, minlength=self._count)
+        return codes.tolist(), [int(total) for total in tokens]
 
 
 class Mixture:
     """Keeps the tokens drawn from every source close to their targets.
 
     All tokens drawn since the ratios last changed, times the ratio of a source, is what is due to
-    it since then; its target is that on top of its target at the change, to the whole token. Its
-    deficit is the target less what was drawn from it. Counts and targets at a change are exact
-    integers, so that nothing drifts over a long run and a restored mixture goes on identically.
+    it since then; its target is that on top of its target at the change, to the whole token. Next
+    comes the source for which the tokens drawn beyond the target at the change, divided by the
+    ratio, are the fewest, the first of equals; no source then strays from its target by more than
+    about one document. Counts and targets at a change are exact integers, so that nothing drifts
+    over a long run and a restored mixture goes on identically.
 
-    Sources whose ratio is 0 are not drawn, whatever their deficit.
+    Sources whose ratio is 0 are not drawn, however far behind they are.
 
     Attributes:
         ratios: as they are now, summing to 1; 0 for a source that is not drawn.
         drawn: tokens drawn from each source.
-        dry: the source that ended the last :meth:`draw`.
     """
 
     def __init__(self, *, ratios: Sequence[float]) -> None:
@@ -29,53 +70,39 @@ class Mixture:
         self._base = [0] * len(ratios)
         self._base_total = 0
         self.ratios = _shares(ratios)
-        self.dry: int | None = None
 
-    def draw(self, streams: Sequence[Iterator[int]]) -> Iterator[int]:
-        """Codes (:mod:`~emu35.data.pack`) from ``streams``, one a source: always the next of the
-        source with the largest deficit, the first of equals. Ends when that one is ``dry``.
+    def merge(self, codes: Sequence[Ints]) -> Stretch:
+        """What is drawn next of ``codes``, one array a source of what it has at hand, until it is
+        the turn of a source that has no more."""
+        live = [number for number, ratio in enumerate(self.ratios) if ratio > 0]
+        assert live
+        served: dict[int, npt.NDArray[np.float64]] = {}
+        for number in live:
+            lengths = codes[number] & LENGTH_MASK
+            before = np.concatenate([[0], np.cumsum(lengths)])
+            ahead = self.drawn[number] - self._base[number]
+            served[number] = (ahead + before) / self.ratios[number]
+        dry = min(live, key=lambda number: (served[number][-1], number))
+        end = served[dry][-1]
+        counts = [
+            int(np.searchsorted(served[number][:-1], end, side="right" if number < dry else "left"))
+            if number != dry
+            else len(codes[dry])
+            for number in live
+        ]
+        parts = list(zip(live, counts, strict=True))
+        # Stable, and the sources lie in their order: the first of equals.
+        order = np.argsort(np.concatenate([served[n][:count] for n, count in parts]), kind="stable")
+        return Stretch(
+            np.concatenate([codes[number][:count] for number, count in parts])[order],
+            sources=np.repeat(live, counts)[order],
+            dry=dry,
+            count=len(self.ratios),
+        )
 
-        These are the inner loops of planning, hence the plain lists of the sources that are drawn.
-        """
-        self.dry = None
-        numbers = [number for number, ratio in enumerate(self.ratios) if ratio > 0]
-        assert numbers
-        if len(numbers) == 1:
-            return self._draw_one(streams[numbers[0]], number=numbers[0])
-        return self._draw_many(streams, numbers=numbers)
-
-    def _draw_one(self, stream: Iterator[int], *, number: int) -> Iterator[int]:
-        drawn = self.drawn
-        for code in stream:
-            drawn[number] += code & LENGTH_MASK
-            yield code
-        self.dry = number
-
-    def _draw_many(
-        self, streams: Sequence[Iterator[int]], *, numbers: Sequence[int]
-    ) -> Iterator[int]:
-        drawn = self.drawn
-        ratios = [self.ratios[number] for number in numbers]
-        # Whole numbers, so that a float holds them exactly.
-        ahead = [float(drawn[number] - self._base[number]) for number in numbers]
-        since = float(sum(drawn) - self._base_total)
-        while True:
-            largest, best, place = _LOWEST, 0, 0
-            for ratio, tokens in zip(ratios, ahead):  # noqa: B905 (strict costs a tenth)
-                deficit = ratio * since - tokens
-                if deficit > largest:
-                    largest, best = deficit, place
-                place += 1  # noqa: SIM113 (so does enumerate)
-            number = numbers[best]
-            code = next(streams[number], 0)
-            if not code:
-                self.dry = number
-                return
-            length = code & LENGTH_MASK
-            since += length
-            ahead[best] += length
-            drawn[number] += length
-            yield code
+    def add(self, tokens: Sequence[int]) -> None:
+        """Count tokens drawn from each source."""
+        self.drawn = [before + more for before, more in zip(self.drawn, tokens, strict=True)]
 
     @property
     def live(self) -> bool:

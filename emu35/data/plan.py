@@ -23,7 +23,7 @@ import numpy.typing as npt
 from emu35.config.data import Interpolation, Overlong, Packing, ratio_at, ratio_points
 from emu35.data.cursor import Cursor, document_units, row_units
 from emu35.data.digest import add_digests, shown, stream_digest
-from emu35.data.mix import Mixture
+from emu35.data.mix import Mixture, Stretch
 from emu35.data.order import SourceOrder
 from emu35.data.pack import LENGTH_BITS, LENGTH_MASK, ROW, BestFit, Item, OpenBin, PackedRows
 from emu35.errors import DataError
@@ -152,6 +152,7 @@ class Planner:
         ]
         self._bins = BestFit(capacity=sequence_length, limit=open_bins)
         self._mixture = Mixture(ratios=self._ratios(0))
+        self._stretch: Stretch | None = None
         self._next_change = self._change_after(0)
         self.samples, self.digest = 0, 0
         self.notes: list[str] = []
@@ -231,14 +232,22 @@ class Planner:
 
     def _draw(self, rows: list[list[int]], *, until: int) -> None:
         """Draw and pack up to ``until`` rows, or to the end of a source's window."""
-        streams = [walk.cursor.codes for walk in self._walks]
-        self._bins.fill(self._mixture.draw(streams), rows=rows, until=until)
-        dry = self._mixture.dry
-        if dry is None or self._walks[dry].cursor.refill():
+        if self._stretch is None:
+            self._stretch = self._mixture.merge([walk.cursor.left for walk in self._walks])
+        stretch = self._stretch
+        self._bins.fill(stretch.codes, rows=rows, until=until)
+        counts, tokens = stretch.settle()
+        self._mixture.add(tokens)
+        for walk, count in zip(self._walks, counts, strict=True):
+            walk.cursor.advance(count)
+        if len(rows) >= until or not stretch.done:
             return
-        walk, sample = self._walks[dry], self.samples + len(rows)
+        self._stretch = None
+        walk, sample = self._walks[stretch.dry], self.samples + len(rows)
+        if walk.cursor.refill():
+            return
         walk.ended = sample
-        self.notes.append(self._describe_end(dry))
+        self.notes.append(self._describe_end(stretch.dry))
         self._mixture.change(self._ratios(sample))
 
     def _ratios(self, sample: int) -> list[float]:
@@ -260,6 +269,7 @@ class Planner:
 
     def _follow_ratios(self, sample: int) -> None:
         self._mixture.change(self._ratios(sample))
+        self._stretch = None
         self._next_change = self._change_after(sample)
 
     def _count(self, rows: Sequence[Sequence[int]], *, first: int) -> None:
@@ -358,6 +368,7 @@ class Planner:
             walk.cursor.seek(
                 epoch=entry["epoch"], position=entry["position"], piece=entry["piece"], drawn=drawn
             )
+        self._stretch = None
         self._mixture.load_state_dict(state["mixture"], ratios=self._ratios(self.samples))
         self._next_change = self._change_after(self.samples)
         bins = [
