@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from emu35.data.plan import Sample
-from emu35.data.shards import decode_runs
+from emu35.data.shards import Codes, decode_runs
 from emu35.data.source import Items, Source
 
 
@@ -104,6 +104,8 @@ def _padding(pad: int, *, width: int) -> dict[str, int]:
     }
 
 
+_NO_CODES: Codes = np.zeros(0, np.uint8)
+
 BatchChange = Callable[[Batch], Batch]
 """What a stage does to every batch."""
 
@@ -157,10 +159,14 @@ def assemble(
         starts = entry.items.start[numbers].tolist()
         lengths = entry.items.length[numbers].tolist()
         reader = entry.source.read(entry.items.document[numbers])
+        decoded, all_codes = None, _NO_CODES
         for row, column, start, length, (words, runs) in zip(
             pieces.row, pieces.column, starts, lengths, reader, strict=True
         ):
-            codes = decode_runs(runs)
+            # The pieces of a packed row share its runs, which are decoded once.
+            if runs is not decoded:
+                decoded, all_codes = runs, decode_runs(runs)
+            codes = all_codes
             if len(words) != length:
                 words, codes = words[start : start + length], codes[start : start + length]
             end = column + length

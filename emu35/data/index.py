@@ -2,7 +2,8 @@
 
 File layout: magic, format version and header length (two uint32), a JSON header, the arrays one
 after the other at multiples of 8 bytes, and the sha256 of all that. It is read whole; a changed
-byte anywhere in it is noticed.
+byte anywhere in it is noticed. The index of a packed shard has format version 2 and two more
+arrays, so that an emu35 that takes every member for one document refuses it.
 
 Three checks tie an index to its tar, each as cheap as its moment allows:
 
@@ -16,13 +17,14 @@ import hashlib
 import json
 import struct
 import tarfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from emu35.data.pieces import check_pieces, piece_table
 from emu35.data.shards import (
     BLOCK,
     DIGEST_MEMBER,
@@ -39,6 +41,7 @@ from emu35.tokens.serialize import Modality
 
 _MAGIC = b"EMU35IDX"
 _VERSION = 1
+_PACKED_VERSION = 2
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 _ARRAYS = {
@@ -53,13 +56,15 @@ _ARRAYS = {
     "span_row": "<i8",
     "spans": "<i8",
 }
+_PACKED_ARRAYS = {**_ARRAYS, "piece_row": "<i8", "pieces": "<i8"}
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardIndex:
-    """Where everything in one shard lies. N documents, M pictures.
+    """Where everything in one shard lies. N documents (rows in a packed shard), M pictures, P
+    pieces of rows.
 
     Attributes:
         token_word, length: [N] first token as a uint32 offset into the tar, and token count.
@@ -69,6 +74,9 @@ class ShardIndex:
         checksum: [N] exclusive-or of the bytes from the first token block to the last run block.
         span_row: [N + 1] rows of ``spans`` that belong to each document.
         spans: [M, 2] first and past-the-last token of each picture.
+        piece_row: [N + 1] rows of ``pieces`` that belong to each row; empty if not packed.
+        pieces: [P, 3] where a piece begins in its row, where in its document, and how long that
+            document is.
     """
 
     path: Path
@@ -86,6 +94,8 @@ class ShardIndex:
     checksum: npt.NDArray[np.uint64]
     span_row: Ints
     spans: Ints
+    piece_row: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    pieces: Ints = field(default_factory=lambda: np.zeros((0, 3), np.int64))
 
     def __len__(self) -> int:
         return len(self.length)
@@ -142,6 +152,8 @@ def _scan(shard: Path) -> ShardIndex:
     checksum: list[int] = []
     spans: list[list[int]] = []
     span_row = [0]
+    pieces: list[list[int]] = []
+    piece_row = [0] if meta.packed is not None else []
     max_token = 0
     for key in (name[: -len(".tok")] for name in members if name.endswith(".tok")):
         token_byte, token_size = members[f"{key}.tok"]
@@ -158,6 +170,9 @@ def _scan(shard: Path) -> ShardIndex:
         max_token = max(max_token, int(file.words[word : word + length].max()))
         spans.extend([image[0], image[1]] for image in facts["images"])
         span_row.append(len(spans))
+        if meta.packed is not None:
+            pieces.extend(_piece_table(facts, shard=shard))
+            piece_row.append(len(pieces))
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
     return ShardIndex(
         path=shard,
@@ -175,7 +190,24 @@ def _scan(shard: Path) -> ShardIndex:
         checksum=np.array(checksum, dtype=np.uint64),
         span_row=np.array(span_row, dtype=np.int64),
         spans=np.array(spans, dtype=np.int64).reshape(-1, 2),
+        piece_row=np.array(piece_row, dtype=np.int64),
+        pieces=np.array(pieces, dtype=np.int64).reshape(-1, 3),
     )
+
+
+def _piece_table(facts: dict[str, Any], *, shard: Path) -> list[list[int]]:
+    try:
+        return piece_table(facts)
+    except (LookupError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{shard} is no packed shard of this version of emu35 ({error}); "
+            "write it again with `emu35 data pack`"
+        ) from error
+
+
+def _arrays(meta: ShardMeta) -> dict[str, str]:
+    """The arrays of an index by name, and their types."""
+    return _ARRAYS if meta.packed is None else _PACKED_ARRAYS
 
 
 def _sha256(path: Path, *, stop: int = 0) -> str:
@@ -190,21 +222,23 @@ def _sha256(path: Path, *, stop: int = 0) -> str:
 
 
 def _write(index: ShardIndex) -> None:
-    arrays = {name: getattr(index, name).astype(kind) for name, kind in _ARRAYS.items()}
+    kinds = _arrays(index.meta)
+    arrays = {name: getattr(index, name).astype(kind) for name, kind in kinds.items()}
     header = json.dumps(
         {
-            "meta": asdict(index.meta),
+            "meta": index.meta.fields(),
             "digest": index.digest,
             "tar_bytes": index.tar_bytes,
             "max_token": index.max_token,
             "shapes": {name: list(array.shape) for name, array in arrays.items()},
         }
     ).encode()
+    version = _VERSION if index.meta.packed is None else _PACKED_VERSION
     # The JSON is padded with spaces so that every array is aligned.
     header += b" " * (-len(header) % 8)
     body = b"".join(
         [
-            _PREFIX.pack(_MAGIC, _VERSION, len(header)),
+            _PREFIX.pack(_MAGIC, version, len(header)),
             header,
             *(array.tobytes() for array in arrays.values()),
         ]
@@ -238,19 +272,27 @@ def _parse(data: bytes, *, shard: Path, remedy: str) -> ShardIndex:
     if len(data) < _PREFIX.size + _DIGEST_BYTES or hashlib.sha256(body).digest() != seal:
         raise DataError(f"index {sidecar} is damaged; {remedy}")
     magic, version, header_size = _PREFIX.unpack_from(body)
-    if magic != _MAGIC or version != _VERSION:
+    if magic != _MAGIC or version not in (_VERSION, _PACKED_VERSION):
         raise DataError(f"index {sidecar} has another format (version {version}); {remedy}")
     header: dict[str, Any] = json.loads(body[_PREFIX.size : _PREFIX.size + header_size])
+    meta = ShardMeta(**header["meta"])
     arrays: dict[str, Any] = {}
     offset = _PREFIX.size + header_size
-    for name, kind in _ARRAYS.items():
+    for name, kind in _arrays(meta).items():
         shape: list[int] = header["shapes"][name]
         count = int(np.prod(shape))
         arrays[name] = np.frombuffer(body, kind, count=count, offset=offset).reshape(shape)
         offset += 8 * count
+    if meta.packed is not None:
+        try:
+            check_pieces(
+                piece_row=arrays["piece_row"], pieces=arrays["pieces"], length=arrays["length"]
+            )
+        except ValueError as error:
+            raise DataError(f"index {sidecar} makes no sense ({error}); {remedy}") from error
     return ShardIndex(
         path=shard,
-        meta=ShardMeta(**header["meta"]),
+        meta=meta,
         digest=header["digest"],
         tar_bytes=header["tar_bytes"],
         max_token=header["max_token"],
@@ -283,7 +325,8 @@ def verify_index(shard: Path) -> ShardIndex:
     """
     index = read_index(shard)
     fresh = _scan(shard)
-    same = all(np.array_equal(getattr(index, name), getattr(fresh, name)) for name in _ARRAYS)
+    names = _PACKED_ARRAYS
+    same = all(np.array_equal(getattr(index, name), getattr(fresh, name)) for name in names)
     if not same or index.meta != fresh.meta or index.max_token != fresh.max_token:
         raise DataError(
             f"the index of {shard} differs from what the shard holds; "

@@ -10,9 +10,10 @@ import numpy as np
 from emu35.config.data import Overlong, Packing, TokenDataConfig, ValidationConfig
 from emu35.data.batch import Batch, BatchChange, SourceItems, as_it_is, assemble
 from emu35.data.pack import Item, best_fit_decreasing
+from emu35.data.packed_items import PackedItems
 from emu35.data.plan import PlannedSource, Planner, Sample
 from emu35.data.prefetch import Prefetcher
-from emu35.data.source import Items, Source, check_vision
+from emu35.data.source import CONFIG, Items, RowSettings, Source, check_vision
 from emu35.errors import DataError
 from emu35.tokens.vocabulary import Vocabulary
 
@@ -92,6 +93,12 @@ class TokenLoader:
                     message=message,
                 )
                 self._sources.append(entry)
+                if entry.items.rows is not None and config.packing is Packing.online:
+                    raise DataError(
+                        f"data.sources.{name}.packing=online, but {config.path} lies packed, and "
+                        "its rows are read as they are; leave packing out, or name the folders "
+                        "that it was packed from"
+                    )
                 packing = config.packing or data.packing
                 planned.append(plan_source(entry, ratio=config.ratio, packing=packing))
         check_vision(self.sources)
@@ -105,8 +112,9 @@ class TokenLoader:
         )
         for number, rows in self._planner.packed.items():
             entry = self._sources[number]
+            packed = "packed offline into" if entry.items.rows is None else "that lie packed in"
             message(
-                f"source {entry.source.name!r}: {len(entry.items)} pieces packed offline into "
+                f"source {entry.source.name!r}: {len(entry.items)} pieces {packed} "
                 f"{len(rows)} rows of {data.sequence_length} tokens, {rows.fill:.2%} full"
             )
         self._state = self._planner.state_dict()
@@ -173,7 +181,8 @@ class TokenLoader:
 
 
 class ValidationSet:
-    """The first ``max_documents`` documents of a folder, packed densely, in a fixed order.
+    """The first ``max_documents`` documents of a folder, packed densely, in a fixed order; of a
+    folder that lies packed the first ``max_documents`` pieces, in the rows that hold them.
 
     Every rank iterates the same number of batches: rows beyond the last sample are padding, with
     no valid label. Which modality the loss is about is for the caller to weigh.
@@ -204,9 +213,13 @@ class ValidationSet:
         self._length, self._prepare = data.sequence_length, prepare
         self._pad = vocabulary.pad
         self._size = micro_batch_size
-        bins = best_fit_decreasing(
-            lengths=self._entry.items.length.tolist(), capacity=data.sequence_length
-        )
+        stored = self._entry.items.rows
+        if stored is not None:
+            bins = [stored.items(row) for row in range(len(stored))]
+        else:
+            bins = best_fit_decreasing(
+                lengths=self._entry.items.length.tolist(), capacity=data.sequence_length
+            )
         samples = [
             Sample(number=number, items=[Item(0, item) for item in items])
             for number, items in enumerate(bins)
@@ -245,27 +258,32 @@ def open_source(
     max_documents: int | None = None,
     overlong: Overlong = Overlong.cut,
     message: Message = _say_nothing,
+    settings: RowSettings = CONFIG,
 ) -> SourceItems:
     """Open a folder of shards and fit its documents to rows of ``limit`` tokens.
 
-    ``message`` hears what ``overlong`` leaves out.
+    ``message`` hears what ``overlong`` leaves out; it and errors call things as ``settings`` do.
 
     Raises:
-        DataError: if the folder cannot be used, is empty, or nothing of it is left.
+        DataError: if the folder cannot be used, is empty, nothing of it is left, or it lies packed
+            in rows of another length.
     """
     source = Source(name=name, path=path, vocabulary=vocabulary)
-    keep = None
-    if max_documents is not None:
-        keep = np.arange(len(source)) < max_documents
-    items = Items(source=source, limit=limit, documents=keep, overlong=overlong)
+    if source.packed is not None:
+        items = PackedItems(source=source, limit=limit, max_pieces=max_documents, overlong=overlong)
+    else:
+        keep = None if max_documents is None else np.arange(len(source)) < max_documents
+        items = Items(
+            source=source, limit=limit, documents=keep, overlong=overlong, settings=settings
+        )
     if items.dropped is not None:
         too_long = items.dropped.describe(source=source, limit=limit)
         if len(items) == 0:
             raise DataError(
-                f"{too_long}. data.overlong=drop leaves nothing of this source; raise "
-                "data.sequence_length, or ingest pictures with a smaller area"
+                f"{too_long}. {settings.overlong_is(overlong)} leaves nothing of this source; "
+                f"raise {settings.length}, or ingest pictures with a smaller area"
             )
-        message(f"{too_long}. They are left out (data.overlong=drop)")
+        message(f"{too_long}. They are left out ({settings.overlong_is(overlong)})")
     if len(items) == 0:
         raise DataError(f"shard folder {path} holds no document; ingest some into it")
     return SourceItems(source=source, items=items)
@@ -281,5 +299,6 @@ def plan_source(
         length=entry.items.length,
         per_shard=entry.items.per_shard,
         fingerprint=entry.source.fingerprint,
-        packing=packing,
+        packing=packing if entry.items.rows is None else Packing.offline,
+        rows=entry.items.rows,
     )

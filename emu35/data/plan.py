@@ -5,7 +5,8 @@ or worker number takes part, so a run may change its data-parallel size between 
 state is the cursor itself: position of each source, tokens drawn from each, and the open bins.
 
 Items of sources that are packed online meet in the open bins. A source that is packed offline is
-packed once; what is shuffled and drawn are its rows, which hold its own documents only.
+packed once; what is shuffled and drawn are its rows, which hold its own documents only. One that
+was packed into its shards has its rows already.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from emu35.config.data import Overlong, Packing
 from emu35.data.mix import Mixture
 from emu35.data.order import SourceOrder
-from emu35.data.pack import BestFit, Item, OpenBin, PackedRows
+from emu35.data.pack import BestFit, Item, OpenBin, PackedRows, rows_key
 from emu35.errors import DataError
 
 Ints = npt.NDArray[np.int64]
@@ -33,7 +34,8 @@ online."""
 class PlannedSource:
     """What the plan knows of a source: its share, the lengths of its items, and how it is packed.
 
-    ``length`` is [N] in shard order, ``per_shard`` counts the items of each shard.
+    ``length`` is [N] in shard order, ``per_shard`` counts the items of each shard. ``rows`` are
+    those of a source that lies packed; its ``packing`` is offline.
     """
 
     name: str
@@ -42,6 +44,7 @@ class PlannedSource:
     per_shard: Ints
     fingerprint: str
     packing: Packing = Packing.online
+    rows: PackedRows | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,8 +120,12 @@ class Planner:
             "overlong": overlong.value,
         }
         self.packed: dict[int, PackedRows] = {
-            number: PackedRows(
-                lengths=source.length, capacity=sequence_length, key=f"{seed}/{source.name}/rows"
+            number: source.rows
+            if source.rows is not None
+            else PackedRows(
+                lengths=source.length,
+                capacity=sequence_length,
+                key=rows_key(seed=seed, name=source.name),
             )
             for number, source in enumerate(sources)
             if source.packing is Packing.offline
@@ -134,9 +141,10 @@ class Planner:
         source, rows = self._sources[number], self.packed.get(number)
         length, per_shard = source.length, source.per_shard
         if rows is not None:
-            # Rows lie nowhere; blocks as large as the window change places from epoch to epoch.
-            length = rows.length
-            per_shard = np.diff(np.append(np.arange(0, len(rows), window), len(rows)))
+            length, per_shard = rows.length, rows.per_shard
+            if per_shard is None:
+                # Rows lie nowhere; blocks as large as the window change places every epoch.
+                per_shard = np.diff(np.append(np.arange(0, len(rows), window), len(rows)))
         return _Cursor(
             length=length, per_shard=per_shard, window=window, seed=seed, name=source.name
         )

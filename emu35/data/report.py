@@ -59,6 +59,7 @@ def source_stats(path: Path, *, sequence_length: int, open_bins: int = 16) -> So
     """
     name = path.resolve().name
     first = Source(name=name, path=path)
+    sequence_length = first.packed or sequence_length
     entry = open_source(
         name=name,
         path=path,
@@ -67,7 +68,8 @@ def source_stats(path: Path, *, sequence_length: int, open_bins: int = 16) -> So
     )
     source, total = entry.source, int(entry.source.length.sum())
     counts = source.modality.sum(axis=0)
-    percentiles = np.percentile(source.length, _PERCENTILES, method="nearest")
+    length = source.length if source.packed is None else entry.items.length
+    percentiles = np.percentile(length, _PERCENTILES, method="nearest")
     planner = Planner(
         sources=[plan_source(entry, ratio=1.0)],
         sequence_length=sequence_length,
@@ -80,12 +82,12 @@ def source_stats(path: Path, *, sequence_length: int, open_bins: int = 16) -> So
     return SourceStats(
         name=name,
         shards=len(source.shards),
-        documents=len(source),
+        documents=len(length),
         tokens=total,
         percentiles={
             rank: int(value) for rank, value in zip(_PERCENTILES, percentiles, strict=True)
         },
-        longest=int(source.length.max()),
+        longest=int(length.max()),
         shares={code.name.lower(): float(counts[code] / total) for code in Modality},
         sequence_length=sequence_length,
         fill=used / (len(samples) * sequence_length),

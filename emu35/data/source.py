@@ -1,6 +1,7 @@
 """A source as training sees it: a folder of shards, cut into items that fit a row."""
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import numpy.typing as npt
 
 from emu35.config.data import Overlong
 from emu35.data.index import ShardIndex, checksum_range, find_shards, read_index
+from emu35.data.pack import StoredRows
+from emu35.data.pieces import Piece, read_pieces
 from emu35.data.shards import Codes, ShardFile, ShardMeta, Words, decode_runs
 from emu35.data.split import PictureTooLong, cut_points
 from emu35.errors import DataError
@@ -21,12 +24,17 @@ Ints = npt.NDArray[np.int64]
 
 # A mapped file holds a descriptor; a source may have more shards than a process may open files.
 _MAPPED_SHARDS = 256
+_NO_WORDS: Words = np.zeros(0, np.uint32)
 
 
 class Source:
     """The documents of all shards in a folder, numbered shard after shard.
 
+    In a folder that `emu35 data pack` wrote, what is called a document here is a whole row of
+    them; :meth:`pieces` are those of a row.
+
     Attributes:
+        packed: the length of the rows that the documents were packed into; None: they were not.
         length, shard: [N] tokens of each document and the shard it lies in.
         fingerprint: changes when any shard changes, is added, removed or reordered.
     """
@@ -44,6 +52,7 @@ class Source:
             for shard in self.shards:
                 _check_tokenizer(shard, vocabulary=vocabulary)
         self.metas: list[ShardMeta] = [shard.meta for shard in self.shards]
+        self.packed = _packed_length(self.shards)
         self.documents_per_shard: Ints = np.array([len(s) for s in self.shards], dtype=np.int64)
         self.first_document: Ints = np.cumsum(self.documents_per_shard) - self.documents_per_shard
         self.length: Ints = np.concatenate([shard.length for shard in self.shards])
@@ -77,13 +86,28 @@ class Source:
     def describe(self, document: int) -> str:
         """A document's name for messages."""
         index, row = self.locate(document)
-        return f"document {row} of {index.path.name}"
+        kind = "document" if self.packed is None else "row"
+        return f"{kind} {row} of {index.path.name}"
 
     def facts(self, document: int) -> str:
         """The JSON member of a document."""
         index, row = self.locate(document)
         file = self._file(int(self.shard[document]))
         return file.text(offset=int(index.json_byte[row]), size=int(index.json_size[row]))
+
+    def pieces(self, row: int) -> list[Piece]:
+        """The documents, and parts of documents, in a row of a packed source.
+
+        Raises:
+            DataError: if they are not those that were indexed.
+        """
+        try:
+            return read_pieces(json.loads(self.facts(row)))
+        except (LookupError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{self.describe(row)} in {self.path} changed after it was indexed ({error}); "
+                f"check it with `emu35 data index {self.path} --verify` and restore it"
+            ) from error
 
     def words(self, document: int) -> tuple[Words, Words]:
         """Token ids and modality runs of a document: views of the mapped shard, checked.
@@ -99,8 +123,12 @@ class Source:
         return decode_runs(self.words(document)[1])
 
     def read(self, documents: Ints) -> Iterator[tuple[Words, Words]]:
-        """:meth:`words` of many documents, in the order given; the path that training takes."""
+        """:meth:`words` of many documents, in the order given; the path that training takes.
+
+        A document that comes several times in a row is checked once, and gives the same pair.
+        """
         reduce = np.bitwise_xor.reduce
+        before, pair = -1, (_NO_WORDS, _NO_WORDS)
         for document, shard, word, length, run_word, runs, checksum in zip(
             documents.tolist(),
             self.shard[documents].tolist(),
@@ -111,6 +139,9 @@ class Source:
             self._checksum[documents].tolist(),
             strict=True,
         ):
+            if document == before:
+                yield pair
+                continue
             file = self._file(shard)
             start, stop = checksum_range(token_word=word, run_word=run_word, runs=runs)
             if reduce(file.wide[start:stop]) != checksum:
@@ -119,7 +150,9 @@ class Source:
                     f"check it with `emu35 data index {self.path} --verify` and restore it"
                 )
             words = file.words
-            yield words[word : word + length], words[run_word : run_word + runs]
+            before = document
+            pair = words[word : word + length], words[run_word : run_word + runs]
+            yield pair
 
     def _file(self, shard: int) -> ShardFile:
         files = self._files
@@ -132,6 +165,25 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RowSettings:
+    """What the settings that rows depend on are called where they were given, with what joins a
+    name and its value."""
+
+    length: str
+    overlong: str
+    joint: str
+
+    def length_is(self, value: int) -> str:
+        return f"{self.length}{self.joint}{value}"
+
+    def overlong_is(self, value: Overlong) -> str:
+        return f"{self.overlong}{self.joint}{value}"
+
+
+CONFIG = RowSettings(length="data.sequence_length", overlong="data.overlong", joint="=")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TooLong:
     """Documents longer than a row: how many ``of`` how many, the longest (tokens), and the number
     of the first."""
@@ -140,13 +192,14 @@ class TooLong:
     of: int
     longest: int
     first: int
+    settings: RowSettings = CONFIG
 
     def describe(self, *, source: Source, limit: int) -> str:
         """The beginning of a sentence about them."""
         return (
             f"source {source.name!r} ({source.path}): {self.documents} of {self.of} documents are "
-            f"longer than data.sequence_length={limit}; the longest has {self.longest} tokens, the "
-            f"first is {source.describe(self.first)}"
+            f"longer than {self.settings.length_is(limit)}; the longest has {self.longest} tokens, "
+            f"the first is {source.describe(self.first)}"
         )
 
 
@@ -157,7 +210,11 @@ class Items:
         document, start, length: [N] the document, and the token range within it.
         per_shard: [shards] items in each shard.
         dropped: the documents that were left out for their length, None without any.
+        rows: those that the items lie packed in, None where they do not
+            (:class:`~emu35.data.packed_items.PackedItems`).
     """
+
+    rows: StoredRows | None = None
 
     def __init__(
         self,
@@ -166,6 +223,7 @@ class Items:
         limit: int,
         documents: npt.NDArray[np.bool_] | None = None,
         overlong: Overlong = Overlong.cut,
+        settings: RowSettings = CONFIG,
     ) -> None:
         """``documents`` [N] limits the items to those documents, ``overlong`` says what becomes of
         those that are longer than ``limit``.
@@ -177,12 +235,13 @@ class Items:
         keep = np.ones(len(source), bool) if documents is None else documents
         self.dropped: TooLong | None = None
         if overlong is not Overlong.cut:
-            self.dropped = _too_long(source, keep=keep, limit=limit)
+            self.dropped = _too_long(source, keep=keep, limit=limit, settings=settings)
             keep = keep & (source.length <= limit)
         if self.dropped is not None and overlong is Overlong.refuse:
             raise DataError(
-                f"{self.dropped.describe(source=source, limit=limit)}. Raise data.sequence_length "
-                f"to at least {self.dropped.longest}, or leave them out with data.overlong=drop"
+                f"{self.dropped.describe(source=source, limit=limit)}. Raise {settings.length} "
+                f"to at least {self.dropped.longest}, or leave them out with "
+                f"{settings.overlong_is(Overlong.drop)}"
             )
         counts = keep.astype(np.int64)
         cuts: dict[int, list[int]] = {}
@@ -200,9 +259,9 @@ class Items:
             first, length = refused[0]
             raise DataError(
                 f"source {source.name!r} ({source.path}) has {len(refused)} documents with a "
-                f"picture longer than data.sequence_length={limit}; the first is "
+                f"picture longer than {settings.length_is(limit)}; the first is "
                 f"{source.describe(first)} with a picture of {length} tokens. Raise "
-                f"data.sequence_length to at least {length}, or ingest again with a smaller area"
+                f"{settings.length} to at least {length}, or ingest again with a smaller area"
             )
         self.document: Ints = np.repeat(np.arange(len(source)), counts)
         self.start: Ints = np.zeros(len(self.document), np.int64)
@@ -220,7 +279,9 @@ class Items:
         return len(self.document)
 
 
-def _too_long(source: Source, *, keep: npt.NDArray[np.bool_], limit: int) -> TooLong | None:
+def _too_long(
+    source: Source, *, keep: npt.NDArray[np.bool_], limit: int, settings: RowSettings
+) -> TooLong | None:
     documents = np.flatnonzero(keep & (source.length > limit))
     if not len(documents):
         return None
@@ -229,6 +290,7 @@ def _too_long(source: Source, *, keep: npt.NDArray[np.bool_], limit: int) -> Too
         of=int(keep.sum()),
         longest=int(source.length[documents].max()),
         first=int(documents[0]),
+        settings=settings,
     )
 
 
@@ -258,6 +320,22 @@ def check_vision(sources: Sequence[Source]) -> EncodedBy | None:
             f"(weights {one[:12]} and {other[:12]}); ingest them again with the same one"
         )
     return next((EncodedBy(digest=one, shard=first) for one, first in found.items()), None)
+
+
+def _packed_length(shards: Sequence[ShardIndex]) -> int | None:
+    """Raises: DataError if some shards hold packed rows and others documents, or longer rows."""
+    packed = shards[0].meta.packed
+    for shard in shards:
+        if shard.meta.packed != packed:
+            what = [
+                "documents" if length is None else f"rows packed to {length} tokens"
+                for length in (packed, shard.meta.packed)
+            ]
+            raise DataError(
+                f"shard {shards[0].path} holds {what[0]} and {shard.path} holds {what[1]}; keep "
+                "them in folders of their own, each a source"
+            )
+    return packed
 
 
 def _check_tokenizer(shard: ShardIndex, *, vocabulary: Vocabulary) -> None:

@@ -1,4 +1,4 @@
-"""``emu35 data``: ingest files into token shards, index them, and look at what is in them.
+"""``emu35 data``: ingest files into token shards, pack and index them, look at what is in them.
 
 Here the image tokenizer meets the data: :mod:`emu35.data` asks for codes through a protocol, and
 :class:`VisionPictures` answers with :mod:`emu35.vision`.
@@ -22,6 +22,7 @@ from emu35.data.index import build_index, find_shards, verify_index
 from emu35.data.ingest.ingest import ingest as ingest_files
 from emu35.data.ingest.options import IngestOptions, IngestSummary
 from emu35.data.ingest.pictures import UnusablePicture
+from emu35.data.packed import PackOptions, PackSummary, pack_sources
 from emu35.data.report import ShownDocument, ShownImage, show_documents, source_stats
 from emu35.data.source import Source
 from emu35.errors import ConfigError, DataError
@@ -126,6 +127,18 @@ def ingest(options: IngestOptions) -> IngestSummary:
     return summary
 
 
+@file_errors()
+def pack(options: PackOptions) -> PackSummary:
+    """Pack folders of shards into rows and print a summary.
+
+    Raises:
+        Emu35Error: see :func:`emu35.data.packed.pack_sources`.
+    """
+    summary = pack_sources(options)
+    print(f"{options.out}: " + "\n".join(summary.lines()))
+    return summary
+
+
 @dataclass(kw_only=True, slots=True)
 class IndexOptions:
     """``emu35 data index``: rebuild the indices of folders, or with ``verify`` only check them."""
@@ -144,15 +157,17 @@ def index(options: IndexOptions) -> None:
     problems: list[str] = []
     for folder in options.folders:
         shards = find_shards(folder)
-        documents = 0
+        documents = rows = 0
         for shard in shards:
             try:
                 found = verify_index(shard) if options.verify else build_index(shard)
-                documents += len(found)
+                documents += len(found) if found.meta.packed is None else len(found.pieces)
+                rows += 0 if found.meta.packed is None else len(found)
             except DataError as error:
                 problems.append(str(error))
         verb = "verified" if options.verify else "indexed"
-        print(f"{folder}: {verb} {len(shards)} shards, {documents} documents")
+        held = f"{documents} documents" if not rows else f"{rows} rows of {documents} pieces"
+        print(f"{folder}: {verb} {len(shards)} shards, {held}")
     if problems:
         raise DataError("\n".join(problems))
 
