@@ -107,8 +107,8 @@ class PackSummary:
                 f"cut: {self.cut} documents longer than a row, {self.pieces} pieces in all"
             )
         if self.dropped:
-            lines += [f"left out: {self.dropped} documents longer than a row", *self.notes]
-        return lines
+            lines.append(f"left out: {self.dropped} documents")
+        return lines + self.notes
 
 
 def pack_sources(options: PackOptions) -> PackSummary:
