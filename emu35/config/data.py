@@ -29,7 +29,7 @@ class Overlong(StrEnum):
 class Packing(StrEnum):
     """When documents are put together into rows: ``online`` (paper section 3.2, stage 1) while
     training, or ``offline`` once for all, padded to the full row. Stage 2 packs its interleaved
-    data offline, fine-tuning everything."""
+    data offline, fine-tuning everything. ``emu35 data pack`` does it before the run."""
 
     online = "online"
     offline = "offline"
@@ -49,7 +49,8 @@ class DataConfig:
 class SourceConfig:
     """A folder of token shards and its share of the mixture, by tokens.
 
-    ``packing`` is that of the section (``data.packing``) unless it is given here.
+    ``packing`` is that of the section (``data.packing``) unless it is given here. A folder that
+    ``emu35 data pack`` wrote is read in its rows, whatever the section says; ``online`` is refused.
     ``area`` is how large its pictures are to be when they are ingested, in the words of
     :func:`emu35.config.area.parse_area`; ``emu35 data ingest --recipe`` reads it, training does
     not.
@@ -63,7 +64,8 @@ class SourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ValidationConfig:
-    """A folder of token shards evaluated whole (up to ``max_documents``), on one modality.
+    """A folder of token shards evaluated whole (up to ``max_documents``; pieces, where ``emu35 data
+    pack`` wrote it), on one modality.
 
     ``every`` thins it out: 3 evaluates it at the first validation and every third one after it, and
     always at the last step.
