@@ -13,6 +13,7 @@ import yaml
 
 from emu35.cli import build_parser, main
 from emu35.run.arguments import convert, data, generate, source, tokenizer
+from emu35.run.arguments import ingest as ingest_arguments
 
 
 class Stdin:
@@ -226,7 +227,7 @@ def test_the_schema_of_tasks_is_printed(capsys):
 
 def test_choices_are_those_of_the_packages_that_read_them():
     from emu35.config import Precision, TokenizerKind
-    from emu35.data.ingest.options import PairOrder
+    from emu35.data.ingest.options import Dedup, PairOrder
     from emu35.data.readers.benchmarks import Layout
     from emu35.data.readers.discover import TextUnit
     from emu35.data.readers.task_documents import Starts
@@ -238,11 +239,12 @@ def test_choices_are_those_of_the_packages_that_read_them():
         return {member.value for member in kind}
 
     assert set(tokenizer.KINDS) == values(TokenizerKind)
-    assert set(data.ORDERS) == values(PairOrder)
-    assert set(data.TEXT_UNITS) == values(TextUnit)
-    assert set(data.STARTS) == values(Starts)
+    assert set(ingest_arguments.ORDERS) == values(PairOrder)
+    assert set(ingest_arguments.TEXT_UNITS) == values(TextUnit)
+    assert set(ingest_arguments.STARTS) == values(Starts)
     assert tuple(TASK_FORMS) == data.TASKS
-    assert set(data.LAYOUTS) == values(Layout)
+    assert set(ingest_arguments.DEDUPS) == values(Dedup)
+    assert set(ingest_arguments.LAYOUTS) == values(Layout)
     assert set(generate.TASKS) == values(Task)
     assert set(generate.SAMPLERS) == values(Sampler)
     assert set(source.TEMPLATES) == values(PromptTemplate) | {"auto"}
@@ -264,10 +266,10 @@ def test_defaults_are_those_of_the_options_they_fill():
     some = Path("x")
     ingest = IngestOptions(inputs=[some], out=some, source="x")
     given = defaults("data", "ingest", "x", "--out", "x")
-    names = ["shard_bytes", "images_per_call", "threads", "max_rejects"]
+    names = ["shard_bytes", "images_per_call", "threads", "max_rejects", "workers", "dedup"]
     for name in [*names, "order", "text_unit", "starts", "layout"]:
         assert given[name] == getattr(ingest, name)
-    assert data.parse_area(data.AREA) == ingest.area
+    assert ingest_arguments.parse_area(ingest_arguments.AREA) == ingest.area
     assert Recipe().sequence_length == ingest.sequence_length
     assert Recipe().tokenizer == ingest.tokenizer
     stats = defaults("data", "stats", "x")

@@ -14,7 +14,9 @@ through the tables in :mod:`emu35.config.root`.
 from emu35.config.checkpoint import CheckpointConfig
 from emu35.config.data import (
     DataConfig,
+    FilterConfig,
     ImageDataConfig,
+    Interpolation,
     Overlong,
     Packing,
     SourceConfig,
@@ -69,11 +71,13 @@ __all__ = [
     "EngineConfig",
     "FP8Recipe",
     "Features",
+    "FilterConfig",
     "GRPOConfig",
     "GuardConfig",
     "IBQConfig",
     "IBQStageConfig",
     "ImageDataConfig",
+    "Interpolation",
     "LMConfig",
     "LMStageConfig",
     "LaunchConfig",

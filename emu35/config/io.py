@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "parallel.zero1",
     "model.attention_backend",
     "data.prefetch_steps",
+    "data.damaged",
+    "data.cache.*",
     "data.sources.*.area",
     "data.validation.*.area",
     "stage.micro_batch_size",

@@ -168,17 +168,33 @@ def _build_value(kind: Any, value: Plain, *, key: str, misfits: Misfits) -> Any:
         if not is_mapping(value):
             misfits.setdefault(key, _misfit(key, value, "named entries"))
             return _MISSING
-        inner = get_args(kind)[1]
+        named, inner = get_args(kind)
         entries = {
-            str(name): _build_value(inner, item, key=f"{key}.{name}", misfits=misfits)
+            _build_name(named, name, key=key, misfits=misfits): _build_value(
+                inner, item, key=f"{key}.{name}", misfits=misfits
+            )
             for name, item in value.items()
         }
-        return _MISSING if any(item is _MISSING for item in entries.values()) else entries
+        complete = _MISSING not in entries and _MISSING not in entries.values()
+        return entries if complete else _MISSING
     if dataclasses.is_dataclass(kind):
         cls = _class_of(kind, value, key=key, misfits=misfits)
         section = cls and _build_section(cls, value, key=key, misfits=misfits)
         return _MISSING if section is None else section
     return _build_scalar(kind, value, key=key, misfits=misfits)
+
+
+def _build_name(kind: type, name: Plain, *, key: str, misfits: Misfits) -> Any:
+    """The name of an entry: a word, or a number, which a run folder's file holds as a word."""
+    if kind is not int:
+        return str(name)
+    try:
+        return int(str(name))
+    except ValueError:
+        misfits.setdefault(
+            f"{key}.{name}", f"{key} has an entry {name!r}; expected integers, as in {{1000: 0.5}}"
+        )
+        return _MISSING
 
 
 def _class_of(base: Any, value: Plain, *, key: str, misfits: Misfits) -> type | None:

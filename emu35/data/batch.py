@@ -139,10 +139,11 @@ def assemble(
     sequence_length: int,
     pad: int,
 ) -> Batch:
-    """Read the items of ``samples`` and lay them out; None gives a row of padding.
+    """Read the items of ``samples`` and lay them out; None gives a row of padding, and so do the
+    columns of a document that is damaged and left out.
 
     Raises:
-        DataError: if a document changed after it was indexed.
+        DataError: if a document changed after it was indexed and its source refuses that.
     """
     shape_BS = (len(samples), sequence_length)
     tokens_BS = np.full(shape_BS, pad, dtype=np.int64)
@@ -160,13 +161,18 @@ def assemble(
         lengths = entry.items.length[numbers].tolist()
         reader = entry.source.read(entry.items.document[numbers])
         decoded, all_codes = None, _NO_CODES
-        for row, column, start, length, (words, runs) in zip(
-            pieces.row, pieces.column, starts, lengths, reader, strict=True
+        for item, row, column, start, length, (words, runs) in zip(
+            pieces.item, pieces.row, pieces.column, starts, lengths, reader, strict=True
         ):
+            if not len(words):  # damaged; its columns stay padding
+                continue
             # The pieces of a packed row share its runs, which are decoded once.
             if runs is not decoded:
                 decoded, all_codes = runs, decode_runs(runs)
             codes = all_codes
+            if len(codes) != len(words):
+                entry.source.leave_out(int(entry.items.document[item]))
+                continue
             if len(words) != length:
                 words, codes = words[start : start + length], codes[start : start + length]
             end = column + length

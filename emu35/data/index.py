@@ -1,9 +1,4 @@
-"""The ``.idx`` sidecar of a shard, and the index of a whole source folder.
-
-File layout: magic, format version and header length (two uint32), a JSON header, the arrays one
-after the other at multiples of 8 bytes, and the sha256 of all that. It is read whole; a changed
-byte anywhere in it is noticed. The index of a packed shard has format version 2 and two more
-arrays, so that an emu35 that takes every member for one document refuses it.
+"""The index of a shard: made from its bytes, read from its sidecar, tied to its tar.
 
 Three checks tie an index to its tar, each as cheap as its moment allows:
 
@@ -15,16 +10,26 @@ Three checks tie an index to its tar, each as cheap as its moment allows:
 
 import hashlib
 import json
-import struct
 import tarfile
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
-from emu35.data.pieces import check_pieces, piece_table
+from emu35.data.cache import Unreachable
+from emu35.data.index_file import (
+    PACKED_ARRAYS,
+    Ints,
+    ShardIndex,
+    check_sense,
+    decode_index,
+    encode_index,
+)
+from emu35.data.pieces import piece_table
+from emu35.data.place import Place, Url
 from emu35.data.shards import (
     BLOCK,
     DIGEST_MEMBER,
@@ -34,76 +39,32 @@ from emu35.data.shards import (
     ShardMeta,
     atomic_file,
     count_modalities,
-    read_tail_digest,
+    read_tail,
+    tail_digest,
 )
+from emu35.data.storage import LocalFolder, ShardFolder
 from emu35.errors import DataError
 from emu35.tokens.serialize import Modality
 
-_MAGIC = b"EMU35IDX"
-_VERSION = 1
-_PACKED_VERSION = 2
-_PREFIX = struct.Struct("<8sII")
-_DIGEST_BYTES = 32
-_ARRAYS = {
-    "token_word": "<i8",
-    "length": "<i8",
-    "run_word": "<i8",
-    "runs": "<i8",
-    "json_byte": "<i8",
-    "json_size": "<i8",
-    "modality": "<i8",
-    "checksum": "<u8",
-    "span_row": "<i8",
-    "spans": "<i8",
-}
-_PACKED_ARRAYS = {**_ARRAYS, "piece_row": "<i8", "pieces": "<i8"}
-
-Ints = npt.NDArray[np.int64]
+_HEADER_ROOM = 2**20
+"""An index is smaller than its tar, but for its header."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShardIndex:
-    """Where everything in one shard lies. N documents (rows in a packed shard), M pictures, P
-    pieces of rows.
+class DamagedShard:
+    """A shard that cannot be used, and why, with what to do about it."""
 
-    Attributes:
-        token_word, length: [N] first token as a uint32 offset into the tar, and token count.
-        run_word, runs: [N] first modality run as a uint32 offset, and run count.
-        json_byte, json_size: [N] the JSON member.
-        modality: [N, 4] tokens of each :class:`Modality`.
-        checksum: [N] exclusive-or of the bytes from the first token block to the last run block.
-        span_row: [N + 1] rows of ``spans`` that belong to each document.
-        spans: [M, 2] first and past-the-last token of each picture.
-        piece_row: [N + 1] rows of ``pieces`` that belong to each row; empty if not packed.
-        pieces: [P, 3] where a piece begins in its row, where in its document, and how long that
-            document is.
-    """
-
-    path: Path
-    meta: ShardMeta
-    digest: str
-    tar_bytes: int
-    max_token: int
-    token_word: Ints
-    length: Ints
-    run_word: Ints
-    runs: Ints
-    json_byte: Ints
-    json_size: Ints
-    modality: Ints
-    checksum: npt.NDArray[np.uint64]
-    span_row: Ints
-    spans: Ints
-    piece_row: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    pieces: Ints = field(default_factory=lambda: np.zeros((0, 3), np.int64))
-
-    def __len__(self) -> int:
-        return len(self.length)
+    name: str
+    reason: str
 
 
 def index_path(shard: Path) -> Path:
     """The sidecar of ``shard``."""
-    return shard.with_suffix(".idx")
+    return shard.with_name(_sidecar(shard.name))
+
+
+def _sidecar(name: str) -> str:
+    return f"{name.removesuffix('.tar')}.idx"
 
 
 def checksum_range(*, token_word: int, run_word: int, runs: int) -> tuple[int, int]:
@@ -121,32 +82,58 @@ def build_index(shard: Path) -> ShardIndex:
     Raises:
         DataError: if the file is not a complete, unaltered shard.
     """
-    index = _scan(shard)
-    _write(index)
+    try:
+        with shard.open("rb") as file:
+            index = _scan(shard, file=file)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"index {index_path(shard)} has no shard {shard.name} beside it; restore the shard"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {shard}: {error.strerror or error}; restore it") from error
+    with atomic_file(index_path(shard)) as file:
+        file.write(encode_index(index))
     return index
 
 
-def _scan(shard: Path) -> ShardIndex:
-    digest = read_tail_digest(shard)
-    if digest is None or digest != _sha256(shard, stop=-TAIL):
+def _scan(shard: Place, *, file: BinaryIO) -> ShardIndex:
+    """The index of an open shard. Raises: DataError if it is not a complete, unaltered shard."""
+    digest = tail_digest(read_tail(file))
+    if digest is None or digest != _sha256(file, stop=-TAIL):
         raise DataError(
             f"{shard} is not a complete, unaltered token shard (its closing digest does not match "
             "its bytes); write it again with `emu35 data ingest`"
         )
-    file = ShardFile(shard)
-    members: dict[str, tuple[int, int]] = {}
-    with tarfile.open(shard, "r:") as tar:
-        for member in tar:
-            members[member.name] = (member.offset_data, member.size)
     try:
-        meta_offset, meta_size = members.pop(META_MEMBER)
-        del members[DIGEST_MEMBER]
-        meta = ShardMeta.from_json(file.text(offset=meta_offset, size=meta_size))
-    except (KeyError, ValueError, TypeError) as error:
+        return _scan_members(shard, file=file, digest=digest)
+    # The digest is right, so somebody made these bytes on purpose; they still stop nothing.
+    except (
+        tarfile.TarError,
+        LookupError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise DataError(
             f"{shard} is no token shard of this version of emu35 ({error}); "
             "write it again with `emu35 data ingest`"
         ) from error
+
+
+def _scan_members(shard: Place, *, file: BinaryIO, digest: str) -> ShardIndex:
+    mapped = ShardFile(shard, file=file)
+    size = mapped.words.nbytes
+    members: dict[str, tuple[int, int]] = {}
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if member.size < 0 or member.offset_data + member.size > size:
+                raise ValueError(f"member {member.name} goes past the end")
+            members[member.name] = (member.offset_data, member.size)
+    meta_offset, meta_size = members.pop(META_MEMBER)
+    del members[DIGEST_MEMBER]
+    meta = ShardMeta.from_json(mapped.text(offset=meta_offset, size=meta_size))
     rows: list[tuple[int, ...]] = []
     modality: list[Ints] = []
     checksum: list[int] = []
@@ -159,26 +146,26 @@ def _scan(shard: Path) -> ShardIndex:
         token_byte, token_size = members[f"{key}.tok"]
         run_byte, run_size = members[f"{key}.mod"]
         json_byte, json_size = members[f"{key}.json"]
-        facts: dict[str, Any] = json.loads(file.text(offset=json_byte, size=json_size))
+        facts: dict[str, Any] = json.loads(mapped.text(offset=json_byte, size=json_size))
         word, length, run_word, runs = (
             n // 4 for n in (token_byte, token_size, run_byte, run_size)
         )
         rows.append((word, length, run_word, runs, json_byte, json_size))
-        modality.append(count_modalities(file.words[run_word : run_word + runs]))
+        modality.append(count_modalities(mapped.words[run_word : run_word + runs]))
         start, stop = checksum_range(token_word=word, run_word=run_word, runs=runs)
-        checksum.append(int(np.bitwise_xor.reduce(file.wide[start:stop])))
-        max_token = max(max_token, int(file.words[word : word + length].max()))
+        checksum.append(int(np.bitwise_xor.reduce(mapped.wide[start:stop])))
+        max_token = max(max_token, int(mapped.words[word : word + length].max()))
         spans.extend([image[0], image[1]] for image in facts["images"])
         span_row.append(len(spans))
         if meta.packed is not None:
-            pieces.extend(_piece_table(facts, shard=shard))
+            pieces.extend(piece_table(facts))
             piece_row.append(len(pieces))
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
-    return ShardIndex(
+    index = ShardIndex(
         path=shard,
         meta=meta,
         digest=digest,
-        tar_bytes=shard.stat().st_size,
+        tar_bytes=size,
         max_token=max_token,
         token_word=table[:, 0].copy(),
         length=table[:, 1].copy(),
@@ -193,58 +180,19 @@ def _scan(shard: Path) -> ShardIndex:
         piece_row=np.array(piece_row, dtype=np.int64),
         pieces=np.array(pieces, dtype=np.int64).reshape(-1, 3),
     )
+    check_sense(index)
+    return index
 
 
-def _piece_table(facts: dict[str, Any], *, shard: Path) -> list[list[int]]:
-    try:
-        return piece_table(facts)
-    except (LookupError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{shard} is no packed shard of this version of emu35 ({error}); "
-            "write it again with `emu35 data pack`"
-        ) from error
-
-
-def _arrays(meta: ShardMeta) -> dict[str, str]:
-    """The arrays of an index by name, and their types."""
-    return _ARRAYS if meta.packed is None else _PACKED_ARRAYS
-
-
-def _sha256(path: Path, *, stop: int = 0) -> str:
+def _sha256(file: BinaryIO, *, stop: int = 0) -> str:
     """sha256 of a file's bytes up to ``stop`` (zero or negative: counted from the end)."""
     sha = hashlib.sha256()
-    left = path.stat().st_size + stop
-    with path.open("rb") as file:
-        while left > 0 and (chunk := file.read(min(left, 2**20))):
-            sha.update(chunk)
-            left -= len(chunk)
+    left = file.seek(0, 2) + stop
+    file.seek(0)
+    while left > 0 and (chunk := file.read(min(left, 2**20))):
+        sha.update(chunk)
+        left -= len(chunk)
     return sha.hexdigest()
-
-
-def _write(index: ShardIndex) -> None:
-    kinds = _arrays(index.meta)
-    arrays = {name: getattr(index, name).astype(kind) for name, kind in kinds.items()}
-    header = json.dumps(
-        {
-            "meta": index.meta.fields(),
-            "digest": index.digest,
-            "tar_bytes": index.tar_bytes,
-            "max_token": index.max_token,
-            "shapes": {name: list(array.shape) for name, array in arrays.items()},
-        }
-    ).encode()
-    version = _VERSION if index.meta.packed is None else _PACKED_VERSION
-    # The JSON is padded with spaces so that every array is aligned.
-    header += b" " * (-len(header) % 8)
-    body = b"".join(
-        [
-            _PREFIX.pack(_MAGIC, version, len(header)),
-            header,
-            *(array.tobytes() for array in arrays.values()),
-        ]
-    )
-    with atomic_file(index_path(index.path)) as file:
-        file.write(body + hashlib.sha256(body).digest())
 
 
 def read_index(shard: Path) -> ShardIndex:
@@ -253,68 +201,80 @@ def read_index(shard: Path) -> ShardIndex:
     Raises:
         DataError: if either file is missing or damaged, or they do not match.
     """
-    sidecar = index_path(shard)
-    remedy = f"run `emu35 data index {shard.parent}` to rebuild it"
-    if not shard.is_file():
-        raise DataError(f"index {sidecar} has no shard {shard.name} beside it; restore the shard")
-    if not sidecar.is_file():
-        raise DataError(f"shard {shard} has no index; {remedy}")
-    try:
-        return _check_match(_parse(sidecar.read_bytes(), shard=shard, remedy=remedy), remedy=remedy)
-    except OSError as error:
-        raise DataError(f"cannot read {shard} and its index: {error.strerror}") from error
+    return read_index_in(LocalFolder(shard.parent), name=shard.name)
 
 
-def _parse(data: bytes, *, shard: Path, remedy: str) -> ShardIndex:
-    """An index from the bytes of its file."""
-    sidecar = index_path(shard)
-    body, seal = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-    if len(data) < _PREFIX.size + _DIGEST_BYTES or hashlib.sha256(body).digest() != seal:
-        raise DataError(f"index {sidecar} is damaged; {remedy}")
-    magic, version, header_size = _PREFIX.unpack_from(body)
-    if magic != _MAGIC or version not in (_VERSION, _PACKED_VERSION):
-        raise DataError(f"index {sidecar} has another format (version {version}); {remedy}")
-    header: dict[str, Any] = json.loads(body[_PREFIX.size : _PREFIX.size + header_size])
-    meta = ShardMeta(**header["meta"])
-    arrays: dict[str, Any] = {}
-    offset = _PREFIX.size + header_size
-    for name, kind in _arrays(meta).items():
-        shape: list[int] = header["shapes"][name]
-        count = int(np.prod(shape))
-        arrays[name] = np.frombuffer(body, kind, count=count, offset=offset).reshape(shape)
-        offset += 8 * count
-    if meta.packed is not None:
-        try:
-            check_pieces(
-                piece_row=arrays["piece_row"], pieces=arrays["pieces"], length=arrays["length"]
-            )
-        except ValueError as error:
-            raise DataError(f"index {sidecar} makes no sense ({error}); {remedy}") from error
-    return ShardIndex(
-        path=shard,
-        meta=meta,
-        digest=header["digest"],
-        tar_bytes=header["tar_bytes"],
-        max_token=header["max_token"],
-        **arrays,
+def read_index_in(folder: ShardFolder, *, name: str) -> ShardIndex:
+    """:func:`read_index` of the shard ``name`` in ``folder``.
+
+    Raises:
+        Unreachable: it cannot be read for now.
+        DataError: if either file is missing or damaged, or they do not match.
+    """
+    shard, beside = folder.place / name, _sidecar(name)
+    sidecar = folder.place / beside
+    size = folder.size(name)
+    if size is None:
+        raise DataError(f"index {sidecar} has no shard {name} beside it; restore the shard")
+    index_size = folder.size(beside)
+    if index_size is None:
+        raise DataError(f"shard {shard} has no index; {folder.rebuild}")
+    if index_size > size + _HEADER_ROOM:
+        raise DataError(
+            f"index {sidecar} has {index_size} bytes, more than a shard of {size} can have; "
+            f"{folder.rebuild}"
+        )
+    index = decode_index(
+        folder.content(beside), shard=shard, sidecar=sidecar, remedy=folder.rebuild
     )
-
-
-def _check_match(index: ShardIndex, *, remedy: str) -> ShardIndex:
-    """Whether the tar beside an index is the one it was made for, by size and closing digest."""
-    shard = index.path
-    size = shard.stat().st_size
     if size != index.tar_bytes:
         raise DataError(
             f"shard {shard} has {size} bytes but its index was made for {index.tar_bytes}; "
-            f"the shard was replaced or cut short. Restore it, or {remedy}"
+            f"the shard was replaced or cut short. Restore it, or {folder.rebuild}"
         )
-    if read_tail_digest(shard) != index.digest:
+    if tail_digest(folder.tail(name, size=size)) != index.digest:
         raise DataError(
             f"shard {shard} is not the one its index was made for (the digests differ). "
-            f"Restore it, or {remedy}"
+            f"Restore it, or {folder.rebuild}"
         )
     return index
+
+
+def read_indices(folder: ShardFolder) -> tuple[list[ShardIndex], list[DamagedShard]]:
+    """The indices of all shards of a folder in name order, and the shards that cannot be used.
+
+    Raises:
+        Unreachable: something cannot be read for now.
+        DataError: if the folder does not exist or holds no shard.
+    """
+
+    def look(name: str) -> ShardIndex | DamagedShard:
+        try:
+            return read_index_in(folder, name=name)
+        except Unreachable:
+            raise
+        except DataError as error:
+            return DamagedShard(name=name, reason=str(error))
+
+    found = list(_each(look, shard_names(folder), readers=folder.readers))
+    return (
+        [entry for entry in found if isinstance(entry, ShardIndex)],
+        [entry for entry in found if isinstance(entry, DamagedShard)],
+    )
+
+
+def _each(
+    look: Callable[[str], ShardIndex | DamagedShard], names: Sequence[str], *, readers: int
+) -> Iterator[ShardIndex | DamagedShard]:
+    if readers == 1:
+        yield from map(look, names)
+        return
+    with ThreadPoolExecutor(readers, thread_name_prefix="emu35-index") as pool:
+        try:
+            yield from pool.map(look, names)
+        finally:
+            # What failed is told now, not after all that are waiting have failed as well.
+            pool.shutdown(cancel_futures=True)
 
 
 def verify_index(shard: Path) -> ShardIndex:
@@ -323,32 +283,55 @@ def verify_index(shard: Path) -> ShardIndex:
     Raises:
         DataError: on the first difference.
     """
-    index = read_index(shard)
-    fresh = _scan(shard)
-    names = _PACKED_ARRAYS
-    same = all(np.array_equal(getattr(index, name), getattr(fresh, name)) for name in names)
+    return verify_index_in(LocalFolder(shard.parent), name=shard.name)
+
+
+def verify_index_in(folder: ShardFolder, *, name: str) -> ShardIndex:
+    """:func:`verify_index` of the shard ``name`` in ``folder``.
+
+    Raises:
+        DataError: on the first difference.
+    """
+    index = read_index_in(folder, name=name)
+    with folder.open(name, size=index.tar_bytes, digest=index.digest) as file:
+        fresh = _scan(index.path, file=file)
+    same = all(np.array_equal(getattr(index, name), getattr(fresh, name)) for name in PACKED_ARRAYS)
     if not same or index.meta != fresh.meta or index.max_token != fresh.max_token:
         raise DataError(
-            f"the index of {shard} differs from what the shard holds; "
-            f"run `emu35 data index {shard.parent}` to rebuild it"
+            f"the index of {index.path} differs from what the shard holds; {folder.rebuild}"
         )
     return index
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The shards of a source folder in name order.
+    """The shards of a local source folder in name order.
 
     Raises:
         DataError: if the folder does not exist or holds no shard.
     """
-    if not folder.is_dir():
-        raise DataError(f"shard folder {folder} does not exist; write it with `emu35 data ingest`")
+    return [folder / name for name in shard_names(LocalFolder(folder))]
+
+
+def shard_names(folder: ShardFolder) -> list[str]:
+    """The names of the shards (``.tar``) of a source folder, sorted.
+
+    Raises:
+        DataError: if the folder does not exist or holds no shard.
+    """
     # An index whose tar is gone counts, so that a lost shard is reported rather than skipped.
-    names = {path.stem for path in folder.iterdir() if path.suffix in (".tar", ".idx")}
-    shards = [folder / f"{name}.tar" for name in sorted(names) if not name.startswith(".")]
-    if not shards:
-        below = sorted({path.parent.name for path in folder.glob("*/*.tar")})
-        hint = f"did you mean its folder {' or '.join(below)}?" if below else "write some with "
-        hint += "" if below else "`emu35 data ingest`"
-        raise DataError(f"shard folder {folder} holds no .tar shard; {hint}")
-    return shards
+    stems = {
+        name.rsplit(".", 1)[0]
+        for name in folder.names()
+        if name.endswith((".tar", ".idx")) and not name.startswith(".")
+    }
+    if stems:
+        return [f"{stem}.tar" for stem in sorted(stems)]
+    place = folder.place
+    below: list[str] = []
+    if isinstance(place, Path):
+        below = sorted({path.parent.name for path in place.glob("*/*.tar")})
+    hint = f"did you mean its folder {' or '.join(below)}?" if below else "write some with "
+    hint += "" if below else "`emu35 data ingest`"
+    if isinstance(place, Url):
+        hint += "; a server has to list the names of its files"
+    raise DataError(f"shard folder {place} holds no .tar shard; {hint}")

@@ -1,35 +1,47 @@
-"""What training asks for batches: the endless token loader, and a validation set read whole."""
+"""What training asks for batches: the token loader, and a validation set read whole."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from emu35.config.data import Overlong, Packing, TokenDataConfig, ValidationConfig
+from emu35.config.data import (
+    CacheConfig,
+    Damaged,
+    FilterConfig,
+    Overlong,
+    Packing,
+    SourceConfig,
+    TokenDataConfig,
+    ValidationConfig,
+    is_drawn,
+)
 from emu35.data.batch import Batch, BatchChange, SourceItems, as_it_is, assemble
+from emu35.data.filter import apply_filter, describe_filter
 from emu35.data.pack import Item, best_fit_decreasing
 from emu35.data.packed_items import PackedItems
+from emu35.data.place import Place, Url, name_of, place_of
 from emu35.data.plan import PlannedSource, Planner, Sample
 from emu35.data.prefetch import Prefetcher
-from emu35.data.source import CONFIG, Items, RowSettings, Source, check_vision
+from emu35.data.row_settings import CONFIG, RowSettings
+from emu35.data.source import Items, Source, check_vision, say_nothing
+from emu35.data.storage import Message as Message
 from emu35.errors import DataError
 from emu35.tokens.vocabulary import Vocabulary
 
-Message = Callable[[str], None]
-"""Tells the person who started the run something."""
-
-
-def _say_nothing(text: str) -> None:
-    del text
+_ENOUGH = 0.9
+"""Of the tokens that the rows of a run have places for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Step:
-    """This rank's share of a global step, and the planner's state after the whole step."""
+    """This rank's share of a global step; of the whole step, what is counted, what there is to say
+    of it, and the planner's state after it."""
 
     batches: list[Batch]
+    counts: dict[str, float]
+    notes: list[str]
     state: dict[str, Any]
 
 
@@ -39,8 +51,9 @@ class TokenLoader:
     Of every ``global_batch_size`` consecutive samples, rank r of n takes the r-th n-th, so that
     the ranks' slices laid end to end are the stream, whatever n is. Batches are prepared
     ``data.prefetch_steps`` ahead in a thread, ``prepare`` included; the state is that of the steps
-    handed out. ``message`` hears once what ``data.overlong`` leaves out and how full offline
-    packing gets.
+    handed out. ``message`` hears once what filters, ``data.overlong`` and ``data.damaged`` leave
+    out, how full offline packing gets, and when a source has ended; ``alarm`` (``message`` without
+    it) of every document that turns out damaged when it is read, which this rank alone notices.
     """
 
     def __init__(
@@ -53,15 +66,19 @@ class TokenLoader:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        message: Message = _say_nothing,
+        message: Message = say_nothing,
         prepare: BatchChange = as_it_is,
+        reads: bool = True,
+        steps: int | None = None,
+        alarm: Message | None = None,
     ) -> None:
-        """Open every source with a positive ratio.
+        """Open every source whose ratio is ever positive. A loader that does not read plans along
+        and hands out no batches: its rank gets them from another.
 
         Raises:
             DataError: if a source is missing, damaged, empty, was made with another tokenizer, or
                 holds documents longer than ``data.sequence_length`` that ``data.overlong`` refuses
-                or cannot cut.
+                or cannot cut; or if all have an end and too few tokens for ``steps``.
         """
         share = global_batch_size // dp_size
         if global_batch_size % dp_size or share % micro_batch_size:
@@ -70,7 +87,7 @@ class TokenLoader:
                 f"ranks x micro-batches of {micro_batch_size}; "
                 f"use a multiple of {dp_size * micro_batch_size}"
             )
-        if not any(source.ratio > 0 for source in data.sources.values()):
+        if not any(is_drawn(source) for source in data.sources.values()):
             raise DataError(
                 "data.sources names no source with a positive ratio; add one, for example "
                 "data.sources.text.path=FOLDER"
@@ -79,28 +96,35 @@ class TokenLoader:
         self._pad = vocabulary.pad
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
-        self._mine = slice(dp_rank * share, (dp_rank + 1) * share)
+        first = dp_rank * share
+        self._mine = slice(first, first + share if reads else first)
         self._sources: list[SourceItems] = []
         planned: list[PlannedSource] = []
         for name, config in sorted(data.sources.items()):
-            if config.ratio > 0:
+            if is_drawn(config):
                 entry = open_source(
                     name=name,
-                    path=Path(config.path),
+                    path=place_of(config.path),
                     vocabulary=vocabulary,
                     limit=data.sequence_length,
+                    bounds=config.filter,
                     overlong=data.overlong,
+                    damaged=data.damaged,
+                    cache=data.cache,
                     message=message,
+                    alarm=alarm,
                 )
                 self._sources.append(entry)
-                if entry.items.rows is not None and config.packing is Packing.online:
+                if entry.items.rows is None:
+                    packing = config.packing or data.packing
+                    _warn_of_thrashing(entry.source, packing=packing, data=data, message=message)
+                elif config.packing is Packing.online:
                     raise DataError(
                         f"data.sources.{name}.packing=online, but {config.path} lies packed, and "
                         "its rows are read as they are; leave packing out, or name the folders "
                         "that it was packed from"
                     )
-                packing = config.packing or data.packing
-                planned.append(plan_source(entry, ratio=config.ratio, packing=packing))
+                planned.append(_plan(entry, config=config, data=data))
         check_vision(self.sources)
         self._planner = Planner(
             sources=planned,
@@ -109,7 +133,10 @@ class TokenLoader:
             shuffle_window=data.shuffle_window,
             seed=seed,
             overlong=data.overlong,
+            between=data.schedule,
+            samples_per_step=global_batch_size,
         )
+        self._message = message
         for number, rows in self._planner.packed.items():
             entry = self._sources[number]
             packed = "packed offline into" if entry.items.rows is None else "that lie packed in"
@@ -117,8 +144,29 @@ class TokenLoader:
                 f"source {entry.source.name!r}: {len(entry.items)} pieces {packed} "
                 f"{len(rows)} rows of {data.sequence_length} tokens, {rows.fill:.2%} full"
             )
+        if steps is not None:
+            self._check_supply(steps)
+        self._counts: dict[str, float] = {}
         self._state = self._planner.state_dict()
         self._prefetcher = self._new_prefetcher()
+
+    def _check_supply(self, steps: int) -> None:
+        """Sources that all end should not do so before the run does."""
+        available = self._planner.available
+        wanted = steps * self._global_batch_size * self._data.sequence_length
+        if available is None or available >= wanted:
+            return
+        text = (
+            f"every source has an end (data.sources.NAME.epochs or max_tokens), and together they "
+            f"hold about {available:,} tokens, but {steps} steps of {self._global_batch_size} "
+            f"samples of {self._data.sequence_length} tokens take up to {wanted:,}"
+        )
+        if available < _ENOUGH * wanted:
+            raise DataError(
+                f"{text}. Raise epochs or max_tokens of a source or leave them out, add a source, "
+                f"or set stage.steps to at most {int(steps * available / wanted)}"
+            )
+        self._message(f"{text}; the run may stop before its last step")
 
     def __enter__(self) -> "TokenLoader":
         return self
@@ -128,18 +176,32 @@ class TokenLoader:
 
     @property
     def sources(self) -> list[Source]:
-        """Those with a positive ratio, by name."""
+        """Those whose ratio is ever positive, by name."""
         return [entry.source for entry in self._sources]
+
+    @property
+    def damaged_documents(self) -> int:
+        """How many documents this rank has found damaged so far, and put padding in their place."""
+        return sum(len(source.damaged_documents) for source in self.sources)
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global step.
 
         Raises:
-            DataError: if a shard changed under the run.
+            DataError: if a shard changed under the run and ``data.damaged`` refuses it, or cannot
+                be reached any more; or if all sources have ended.
         """
         step = self._prefetcher.next()
-        self._state = step.state
+        self._state, self._counts = step.state, step.counts
+        for note in step.notes:
+            self._message(note)
         return step.batches
+
+    def counts(self) -> dict[str, float]:
+        """Of the last step handed out, the same on every rank: ``tokens/NAME``,
+        ``documents/NAME`` and ``epoch/NAME`` (passes, with fractions) by source since the run
+        began, and ``fill``, the share of the step's rows that holds tokens."""
+        return self._counts
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the last step handed out; the same on every rank."""
@@ -164,7 +226,13 @@ class TokenLoader:
         return Prefetcher(self._produce, depth=self._data.prefetch_steps, name="emu35-loader")
 
     def _produce(self) -> _Step:
-        samples = self._planner.take(self._global_batch_size)[self._mine]
+        planner = self._planner
+        before = planner.tokens
+        samples = planner.take(self._global_batch_size, only=self._mine)
+        places = self._global_batch_size * self._data.sequence_length
+        counts = {**planner.counts(), "fill": (planner.tokens - before) / places}
+        notes, planner.notes = planner.notes, []
+        state = planner.state_dict()
         size = self._micro_batch_size
         batches = [
             self._prepare(
@@ -177,7 +245,7 @@ class TokenLoader:
             )
             for first in range(0, len(samples), size)
         ]
-        return _Step(batches=batches, state=self._planner.state_dict())
+        return _Step(batches=batches, counts=counts, notes=notes, state=state)
 
 
 class ValidationSet:
@@ -197,17 +265,19 @@ class ValidationSet:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
-        message: Message = _say_nothing,
+        message: Message = say_nothing,
         prepare: BatchChange = as_it_is,
     ) -> None:
         """Raises: DataError, as :class:`TokenLoader` does."""
         self._entry = open_source(
-            name=Path(config.path).name,
-            path=Path(config.path),
+            name=name_of(place_of(config.path)),
+            path=place_of(config.path),
             vocabulary=vocabulary,
             limit=data.sequence_length,
             max_documents=config.max_documents,
             overlong=data.overlong,
+            damaged=data.damaged,
+            cache=data.cache,
             message=message,
         )
         self._length, self._prepare = data.sequence_length, prepare
@@ -252,53 +322,117 @@ class ValidationSet:
 def open_source(
     *,
     name: str,
-    path: Path,
+    path: Place,
     vocabulary: Vocabulary,
     limit: int,
     max_documents: int | None = None,
+    bounds: FilterConfig | None = None,
     overlong: Overlong = Overlong.cut,
-    message: Message = _say_nothing,
+    damaged: Damaged = Damaged.refuse,
+    cache: CacheConfig | None = None,
+    message: Message = say_nothing,
+    alarm: Message | None = None,
     settings: RowSettings = CONFIG,
 ) -> SourceItems:
     """Open a folder of shards and fit its documents to rows of ``limit`` tokens.
 
-    ``message`` hears what ``overlong`` leaves out; it and errors call things as ``settings`` do.
+    ``bounds`` are those that its documents are to keep. ``message`` hears what they, ``overlong``
+    and ``damaged`` leave out; for ``alarm`` see :class:`~emu35.data.source.Source`. All call
+    things as ``settings`` do.
 
     Raises:
         DataError: if the folder cannot be used, is empty, nothing of it is left, or it lies packed
-            in rows of another length.
+            and its rows have another length or are to be filtered.
     """
-    source = Source(name=name, path=path, vocabulary=vocabulary)
+    source = Source(
+        name=name,
+        path=path,
+        vocabulary=vocabulary,
+        damaged=damaged,
+        cache=cache,
+        message=message,
+        alarm=alarm,
+    )
     if source.packed is not None:
+        if describe_filter(bounds) != describe_filter(None):
+            raise DataError(
+                f"data.sources.{name}.filter chooses among documents, but {path} lies packed in "
+                "rows; filter the folders that it was packed from, or leave the filter out"
+            )
         items = PackedItems(source=source, limit=limit, max_pieces=max_documents, overlong=overlong)
-    else:
-        keep = None if max_documents is None else np.arange(len(source)) < max_documents
-        items = Items(
-            source=source, limit=limit, documents=keep, overlong=overlong, settings=settings
-        )
+        return _checked(items, source=source, limit=limit, message=message, settings=settings)
+    keep = None
+    if max_documents is not None:
+        keep = np.arange(len(source)) < max_documents
+    if bounds is not None:
+        filtered = apply_filter(source, bounds=bounds)
+        if filtered.left_out is not None:
+            if not filtered.keep.any():
+                raise DataError(f"{filtered.left_out}. That leaves nothing; widen its filter")
+            message(filtered.left_out)
+        keep = filtered.keep if keep is None else keep & filtered.keep
+    items = Items(source=source, limit=limit, documents=keep, overlong=overlong, settings=settings)
+    return _checked(items, source=source, limit=limit, message=message, settings=settings)
+
+
+def _checked(
+    items: Items, *, source: Source, limit: int, message: Message, settings: RowSettings
+) -> SourceItems:
+    """Tell what was dropped. Raises: DataError if nothing is left."""
+    drop = settings.overlong_is(Overlong.drop)
     if items.dropped is not None:
         too_long = items.dropped.describe(source=source, limit=limit)
         if len(items) == 0:
             raise DataError(
-                f"{too_long}. {settings.overlong_is(overlong)} leaves nothing of this source; "
-                f"raise {settings.length}, or ingest pictures with a smaller area"
+                f"{too_long}. {drop} leaves nothing of this source; raise {settings.length}, or "
+                "ingest pictures with a smaller area"
             )
-        message(f"{too_long}. They are left out ({settings.overlong_is(overlong)})")
+        message(f"{too_long}. They are left out ({drop})")
     if len(items) == 0:
-        raise DataError(f"shard folder {path} holds no document; ingest some into it")
+        raise DataError(f"shard folder {source.path} holds no document; ingest some into it")
     return SourceItems(source=source, items=items)
+
+
+def _warn_of_thrashing(
+    source: Source, *, packing: Packing, data: TokenDataConfig, message: Message
+) -> None:
+    size = sum(shard.tar_bytes for shard in source.shards)
+    if isinstance(source.path, Url) and packing is Packing.offline and size > data.cache.bytes:
+        message(
+            f"source {source.name!r} ({source.path}) is packed offline, so that every row has "
+            f"documents from all over it, and its {size} bytes do not fit "
+            f"data.cache.bytes={data.cache.bytes}: shards will come again and again. Raise the "
+            "bound, or pack it online"
+        )
 
 
 def plan_source(
     entry: SourceItems, *, ratio: float, packing: Packing = Packing.online
 ) -> PlannedSource:
     """What the planner needs to know of a source."""
+    rows, document = entry.items.rows, entry.items.document
+    if isinstance(entry.items, PackedItems):
+        # Where the next document begins; the rest of one that was cut may lie anywhere.
+        document = np.cumsum(entry.items.is_beginning) - 1
     return PlannedSource(
         name=entry.source.name,
         ratio=ratio,
         length=entry.items.length,
         per_shard=entry.items.per_shard,
         fingerprint=entry.source.fingerprint,
-        packing=packing if entry.items.rows is None else Packing.offline,
-        rows=entry.items.rows,
+        left_out=tuple(shard.name for shard in entry.source.damaged),
+        packing=packing if rows is None else Packing.offline,
+        document=document,
+        rows=rows,
+    )
+
+
+def _plan(entry: SourceItems, *, config: SourceConfig, data: TokenDataConfig) -> PlannedSource:
+    """With all that the configuration says of it."""
+    return replace(
+        plan_source(entry, ratio=config.ratio, packing=config.packing or data.packing),
+        schedule=dict(config.schedule),
+        epochs=config.epochs,
+        max_tokens=config.max_tokens,
+        filter=describe_filter(config.filter),
     )

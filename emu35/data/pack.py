@@ -6,7 +6,7 @@ pictures in the middle of their grid.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,13 +25,24 @@ class Item(NamedTuple):
     item: int
 
 
+LENGTH_BITS = 24
+LENGTH_MASK = (1 << LENGTH_BITS) - 1
+ROW = 1 << 61
+"""A code is what the planner's loops pass on for a piece: its number among the items of all
+sources, and its tokens in the lowest ``LENGTH_BITS``. That of a row packed before has ``ROW`` set.
+"""
+
+_SERIAL_BITS = 40
+_SERIAL_MASK = (1 << _SERIAL_BITS) - 1
+
+
 @dataclass(kw_only=True, slots=True)
 class OpenBin:
-    """A row being filled; ``serial`` is its age."""
+    """A row being filled with ``codes``; ``serial`` is its age."""
 
     free: int
     serial: int
-    items: list[Item] = field(default_factory=list[Item])
+    codes: list[int] = field(default_factory=list[int])
 
 
 class BestFit:
@@ -43,58 +54,73 @@ class BestFit:
     """
 
     def __init__(self, *, capacity: int, limit: int) -> None:
+        assert capacity <= LENGTH_MASK
         self.capacity = capacity
         self.limit = limit
         self.serial = 0
-        # Sorted by (free, serial); the values are the items.
-        self._keys: list[tuple[int, int]] = []
-        self._items: list[list[Item]] = []
+        # free << _SERIAL_BITS | serial, ascending: one integer compares faster than a pair.
+        self._keys: list[int] = []
+        self._codes: dict[int, list[int]] = {}
 
-    def pop_full(self) -> list[Item] | None:
-        """Emit a bin without free space, if there is one."""
-        if self._keys and self._keys[0][0] == 0:
-            del self._keys[0]
-            return self._items.pop(0)
-        return None
+    def fill(self, codes: Iterable[int], *, rows: list[list[int]], until: int) -> None:
+        """Place ``codes`` and append what is emitted to ``rows``, until it has ``until`` rows or
+        ``codes`` end. No code is taken that is not placed."""
+        keys, bins = self._keys, self._codes
+        one = 1 << _SERIAL_BITS
+        empty = self.capacity << _SERIAL_BITS
+        limit = self.limit
+        while len(rows) < until and keys and keys[0] < one:
+            rows.append(bins.pop(keys.pop(0)))
+        if len(rows) >= until:
+            return
+        for code in codes:
+            if code >= ROW:
+                rows.append([code])
+                if len(rows) >= until:
+                    return
+                continue
+            need = (code & LENGTH_MASK) << _SERIAL_BITS
+            place = bisect_left(keys, need)
+            if place < len(keys):
+                key = keys.pop(place)
+                serial = key & _SERIAL_MASK
+                bins[serial].append(code)
+                key -= need
+                if key >= one:
+                    insort(keys, key, 0, place)
+                    continue
+                rows.append(bins.pop(serial))
+            else:
+                if place >= limit:
+                    rows.append(bins.pop(keys.pop(0) & _SERIAL_MASK))
+                serial = self.serial
+                self.serial = serial + 1
+                bins[serial] = [code]
+                insort(keys, empty - need + serial)
+                if keys[0] < one and len(rows) < until:
+                    rows.append(bins.pop(keys.pop(0)))
+            if len(rows) >= until:
+                return
 
-    def add(self, item: Item, *, length: int) -> list[Item] | None:
-        """Place one item; return the bin that had to be emitted for it, if any."""
-        assert 0 < length <= self.capacity
-        keys = self._keys
-        place = bisect_left(keys, (length, -1))
-        emitted = None
-        if place < len(keys):
-            (free, serial), items = keys.pop(place), self._items.pop(place)
-        else:
-            if len(keys) >= self.limit:
-                del keys[0]
-                emitted = self._items.pop(0)
-            free, serial, items = self.capacity, self.serial, []
-            self.serial += 1
-        items.append(item)
-        key = (free - length, serial)
-        place = bisect_left(keys, key)
-        keys.insert(place, key)
-        self._items.insert(place, items)
-        return emitted
-
-    def drain(self) -> list[list[Item]]:
-        """Emit all open bins, fullest first."""
-        bins, self._keys, self._items = self._items, [], []
-        return bins
+    def pop(self) -> list[int] | None:
+        """Emit the fullest bin, the oldest of equals; None without any."""
+        return self._codes.pop(self._keys.pop(0) & _SERIAL_MASK) if self._keys else None
 
     def bins(self) -> list[OpenBin]:
-        """A copy of the open bins."""
+        """A copy of the open bins, fullest first."""
         return [
-            OpenBin(free=free, serial=serial, items=list(items))
-            for (free, serial), items in zip(self._keys, self._items, strict=True)
+            OpenBin(
+                free=key >> _SERIAL_BITS,
+                serial=key & _SERIAL_MASK,
+                codes=list(self._codes[key & _SERIAL_MASK]),
+            )
+            for key in self._keys
         ]
 
     def restore(self, bins: Sequence[OpenBin], *, serial: int) -> None:
         """Continue from :meth:`bins` and :attr:`serial`."""
-        ordered = sorted(bins, key=lambda bin: (bin.free, bin.serial))
-        self._keys = [(bin.free, bin.serial) for bin in ordered]
-        self._items = [list(bin.items) for bin in ordered]
+        self._keys = sorted(bin.free << _SERIAL_BITS | bin.serial for bin in bins)
+        self._codes = {bin.serial: list(bin.codes) for bin in bins}
         self.serial = serial
 
 

@@ -19,13 +19,16 @@ import numpy.typing as npt
 from emu35.config.check import at_least
 from emu35.config.data import Overlong
 from emu35.data.batch import SourceItems
-from emu35.data.index import find_shards, read_index
+from emu35.data.index import read_index_in, shard_names
 from emu35.data.ingest.progress import Progress
 from emu35.data.loader import Message, open_source
 from emu35.data.pack import PackedRows, rows_key
+from emu35.data.place import Place, name_of
+from emu35.data.row_settings import OPTIONS
 from emu35.data.shards import ShardMeta, atomic_file, decode_runs
-from emu35.data.source import RowSettings, Source, check_vision
+from emu35.data.source import Source, check_vision
 from emu35.data.staging import refuse_filled, whole_folder
+from emu35.data.storage import open_folder
 from emu35.data.writer import ShardWriter
 from emu35.errors import ConfigError, DataError
 from emu35.tokens.serialize import TokenSequence
@@ -35,15 +38,13 @@ Ints = npt.NDArray[np.int64]
 RECORD = ".pack.json"
 """Beside the shards: what they were packed from, and how."""
 
-_OPTIONS = RowSettings(length="--sequence-length", overlong="--overlong", joint=" ")
-
 
 @dataclass(kw_only=True, slots=True)
 class PackOptions:
     """Options of ``emu35 data pack``.
 
     Attributes:
-        inputs: folders of shards, all made with the same tokenizers.
+        inputs: folders of shards, or URLs of such, all made with the same tokenizers.
         out: folder for the packed shards; absent or empty.
         sequence_length: tokens of a row.
         source: name of the shards, and with ``seed`` what the order of the rows depends on.
@@ -51,7 +52,7 @@ class PackOptions:
         shard_bytes: size at which a new shard is begun.
     """
 
-    inputs: list[Path]
+    inputs: Sequence[Place]
     out: Path
     sequence_length: int
     source: str
@@ -69,7 +70,7 @@ class PackOptions:
         yield from at_least(
             "pack", 1, sequence_length=self.sequence_length, shard_bytes=self.shard_bytes
         )
-        places = [path.resolve() for path in self.inputs]
+        places = [place.resolve() if isinstance(place, Path) else place for place in self.inputs]
         for number, place in enumerate(places):
             if place in places[:number]:
                 yield f"{self.inputs[number]} is named twice; its documents would count double"
@@ -140,21 +141,22 @@ def pack_sources(options: PackOptions) -> PackSummary:
     return summary
 
 
-def _open(path: Path, *, options: PackOptions, message: Message) -> SourceItems:
-    meta = read_index(find_shards(path)[0]).meta
+def _open(path: Place, *, options: PackOptions, message: Message) -> SourceItems:
+    folder = open_folder(path, message=message)
+    meta = read_index_in(folder, name=shard_names(folder)[0]).meta
     if meta.packed is not None:
         raise DataError(
             f"{path} lies packed in rows of {meta.packed} tokens already; name the folders that it "
             "was packed from"
         )
     return open_source(
-        name=path.resolve().name,
+        name=name_of(path),
         path=path,
         vocabulary=meta.vocabulary(),
         limit=options.sequence_length,
         overlong=options.overlong,
         message=message,
-        settings=_OPTIONS,
+        settings=OPTIONS,
     )
 
 
@@ -173,12 +175,14 @@ def _common_meta(entries: Sequence[SourceItems], *, options: PackOptions) -> Sha
                 "; ingest one of them again with the tokenizer of the other"
             )
     encoded = check_vision(sources)
+    dtypes = {shard.meta.vision_dtype for shard in shards}
     return ShardMeta(
         source=options.source,
         kind=first.kind,
         n_text=first.n_text,
         codebook_size=first.codebook_size,
         vision=encoded.digest if encoded is not None else None,
+        vision_dtype=dtypes.pop() if len(dtypes) == 1 else None,
         packed=options.sequence_length,
     )
 

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from emu35.data.loader import open_source, plan_source
+from emu35.data.place import Place, name_of
 from emu35.data.plan import Planner
 from emu35.data.source import Source
 from emu35.errors import DataError
@@ -27,6 +27,7 @@ class SourceStats:
         percentiles: document lengths in tokens at 1, 10, 50, 90 and 99 percent.
         shares: share of each modality, by tokens.
         fill: share of a packed row of ``sequence_length`` that holds tokens, over one epoch.
+        vision: the image tokenizers of the codes, and what they were computed in.
     """
 
     name: str
@@ -38,6 +39,7 @@ class SourceStats:
     shares: dict[str, float]
     sequence_length: int
     fill: float
+    vision: list[str] = field(default_factory=list[str])
 
     def lines(self) -> list[str]:
         """A few lines to print."""
@@ -48,16 +50,17 @@ class SourceStats:
             f"  length   {lengths}  max {self.longest}",
             f"  tokens   {shares}",
             f"  packing  {self.fill:.2%} of rows of {self.sequence_length}",
+            *(f"  codes    of image tokenizer {line}" for line in self.vision),
         ]
 
 
-def source_stats(path: Path, *, sequence_length: int, open_bins: int = 16) -> SourceStats:
+def source_stats(path: Place, *, sequence_length: int, open_bins: int = 16) -> SourceStats:
     """Statistics of the source in ``path``.
 
     Raises:
         DataError: if the folder or a shard cannot be used.
     """
-    name = path.resolve().name
+    name = name_of(path)
     first = Source(name=name, path=path)
     sequence_length = first.packed or sequence_length
     entry = open_source(
@@ -91,6 +94,13 @@ def source_stats(path: Path, *, sequence_length: int, open_bins: int = 16) -> So
         shares={code.name.lower(): float(counts[code] / total) for code in Modality},
         sequence_length=sequence_length,
         fill=used / (len(samples) * sequence_length),
+        vision=sorted(
+            {
+                f"{meta.vision[:12]}, computed in {meta.vision_dtype or 'a dtype not recorded'}"
+                for meta in source.metas
+                if meta.vision is not None
+            }
+        ),
     )
 
 

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emu35 import files
+from emu35.data.place import Place
 from emu35.errors import DataError
 from emu35.tokens.serialize import Modality, TokenSequence
 from emu35.tokens.vocabulary import Vocabulary
@@ -55,6 +56,7 @@ class ShardMeta:
     """What all documents of a shard share: their source and the tokenizer that made the ids.
 
     ``vision`` is the digest of the image tokenizer's weights, None where no picture was encoded.
+    ``vision_dtype`` is what the codes were computed in, None also in shards of earlier versions.
     ``packed`` is the length of the rows that they were packed into, None where each member is one
     document.
     """
@@ -64,6 +66,7 @@ class ShardMeta:
     n_text: int
     codebook_size: int
     vision: str | None = None
+    vision_dtype: str | None = None
     packed: int | None = None
 
     def vocabulary(self) -> Vocabulary:
@@ -86,7 +89,22 @@ class ShardMeta:
         fields: dict[str, Any] = json.loads(text)
         if fields.pop("format") != FORMAT:
             raise ValueError("another format version")
-        return ShardMeta(**fields)
+        return ShardMeta.checked(fields)
+
+    @staticmethod
+    def checked(fields: dict[str, Any]) -> "ShardMeta":
+        """Raises: TypeError or ValueError if a field is missing, unknown or of another type."""
+        meta = ShardMeta(**fields)
+        names: list[object] = [meta.source, meta.kind, meta.vision or ""]
+        sizes: list[object] = [meta.n_text, meta.codebook_size]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a name in the metadata is no text")
+        if not all(isinstance(size, int) and 0 < size < 2**32 for size in sizes):
+            raise ValueError(f"no vocabulary has {sizes[0]} text ids and {sizes[1]} codes")
+        rows: list[object] = [] if meta.packed is None else [meta.packed]
+        if not all(isinstance(row, int) and 0 < row < 2**32 for row in rows):
+            raise ValueError(f"no row has {str(meta.packed)[:40]} tokens")
+        return meta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,33 +183,51 @@ def member_header(name: str, size: int) -> bytes:
 
 
 class ShardFile:
-    """A mapped shard; ``words`` is the whole tar as uint32, ``wide`` as uint64."""
+    """A mapped shard; ``words`` is the whole tar as uint32, ``wide`` as uint64, ``inode`` tells
+    the file from another of its name."""
 
-    __slots__ = ("_map", "path", "wide", "words")
+    __slots__ = ("_map", "inode", "path", "wide", "words")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place, *, file: BinaryIO) -> None:
+        """Map what ``file`` holds, which may then be closed; ``path`` is its name in messages.
+
+        Raises:
+            DataError: it has a size that no tar has.
+        """
         self.path = path
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        facts = os.fstat(file.fileno())
+        size, self.inode = facts.st_size, facts.st_ino
+        if size == 0 or size % BLOCK:
+            raise DataError(f"shard {path} has {size} bytes, which no tar has; restore it")
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.words: Words = np.frombuffer(self._map, dtype="<u4")
         self.wide: npt.NDArray[np.uint64] = np.frombuffer(self._map, dtype="<u8")
 
     def text(self, *, offset: int, size: int) -> str:
-        """Member bytes as text."""
-        return self._map[offset : offset + size].decode()
+        """Member bytes as text.
+
+        Raises:
+            DataError: they are none.
+        """
+        try:
+            return self._map[offset : offset + size].decode()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"shard {self.path} holds no text at byte {offset} ({error.reason}); restore it"
+            ) from error
 
 
-def read_tail_digest(path: Path) -> str | None:
-    """The digest a shard carries at its end, or None if the file does not end like a shard."""
-    try:
-        with path.open("rb") as file:
-            file.seek(-TAIL, os.SEEK_END)
-            tail = file.read(TAIL)
-    except OSError:
-        return None
+def tail_digest(tail: bytes) -> str | None:
+    """The digest in the last :data:`TAIL` bytes of a shard, or None if no shard ends like that."""
     if tail[:BLOCK] != member_header(DIGEST_MEMBER, 64) or any(tail[2 * BLOCK :]):
         return None
     return tail[BLOCK : BLOCK + 64].decode("ascii", "replace")
+
+
+def read_tail(file: BinaryIO) -> bytes:
+    """The last :data:`TAIL` bytes of an open file, all of it if it has fewer."""
+    file.seek(-min(TAIL, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    return file.read(TAIL)
 
 
 def count_modalities(runs: Words) -> npt.NDArray[np.int64]:

@@ -25,6 +25,10 @@ _FAMILIES: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("Learning rate", lambda key: key == "lr"),
     ("Gradient norm", lambda key: key == "grad_norm"),
     ("Share of the loss weight by source", lambda key: key.startswith("share/")),
+    ("Share of the rows that holds tokens", lambda key: key == "data/fill"),
+    ("Tokens by source", lambda key: key.startswith("data/tokens/")),
+    ("Documents by source", lambda key: key.startswith("data/documents/")),
+    ("Passes over the documents by source", lambda key: key.startswith("data/epoch/")),
     ("Share of the time by phase", lambda key: key.startswith("time/")),
 )
 """Metrics drawn together, and in which order; every other metric gets a chart of its own."""
@@ -172,6 +176,8 @@ def _series_name(key: str) -> str:
     parts = key.split("/")
     if parts[0] == "val" and len(parts) > 2:
         return "/".join(parts[1:-1])
+    if parts[0] == "data":
+        return "/".join(parts[2:]) or parts[-1]
     if parts[0] == "reward" and len(parts) > 1:
         return parts[-1]
     return "/".join(parts[1:]) or key

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from emu35.checkpoint.published import start_problems
-from emu35.config.data import ImageDataConfig, TokenDataConfig
+from emu35.config.data import ImageDataConfig, TokenDataConfig, is_drawn
 from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.grpo import GRPOConfig
 from emu35.config.io import CONFIG_FILE
 from emu35.config.model import LMConfig
 from emu35.config.prompts import PromptDataConfig
 from emu35.config.root import RunConfig
+from emu35.data.place import is_url
 from emu35.errors import ConfigError
 
 
@@ -53,7 +54,7 @@ def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     if isinstance(data, TokenDataConfig):
         for name, source in data.sources.items():
-            if source.ratio > 0:
+            if is_drawn(source):
                 yield from _folder(f"data.sources.{name}.path", source.path)
         for name, validation in data.validation.items():
             yield from _folder(f"data.validation.{name}.path", validation.path)
@@ -94,5 +95,6 @@ def _start(config: RunConfig) -> Iterator[str]:
 
 
 def _folder(key: str, path: str) -> Iterator[str]:
-    if not Path(path).is_dir():
+    # Whether a URL can be read is seen when its shards are opened, by every host for itself.
+    if not is_url(path) and not Path(path).is_dir():
         yield f"{key}={path} is no folder; expected token shards (emu35 data ingest writes them)"

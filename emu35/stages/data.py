@@ -5,9 +5,11 @@ Here the image tokenizer meets the data: :mod:`emu35.data` asks for codes throug
 """
 
 import contextlib
+import os
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,25 @@ from PIL.Image import Image, Resampling
 
 from emu35.config.area import Area
 from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
-from emu35.data.index import build_index, find_shards, verify_index
+from emu35.data.index import (
+    build_index,
+    find_shards,
+    shard_names,
+    verify_index,
+    verify_index_in,
+)
+from emu35.data.index_file import ShardIndex
 from emu35.data.ingest.ingest import ingest as ingest_files
 from emu35.data.ingest.options import IngestOptions, IngestSummary
 from emu35.data.ingest.pictures import UnusablePicture
 from emu35.data.packed import PackOptions, PackSummary, pack_sources
+from emu35.data.place import Url, name_of, place_of
 from emu35.data.report import ShownDocument, ShownImage, show_documents, source_stats
 from emu35.data.source import Source
+from emu35.data.storage import open_folder
 from emu35.errors import ConfigError, DataError
 from emu35.tokens.text import build_text_tokenizer
-from emu35.vision.codec import ImageCodec, load_codec, weights_digest
+from emu35.vision.codec import CODES_DTYPE, ImageCodec, load_codec, weights_digest
 from emu35.vision.resize import RejectedImage, open_image, smart_resize, to_image, to_pixels
 
 
@@ -37,14 +48,38 @@ class VisionPictures:
     The network is loaded when the first picture needs it, so that text alone never does.
     """
 
+    dtype = CODES_DTYPE
+
     def __init__(self, *, folder: Path, area: Area, codebook_size: int) -> None:
         """Raises: DataError if ``folder`` holds no image tokenizer."""
         self.digest = weights_digest(folder)
         self._folder = folder
         self._area = area
         self._codebook_size = codebook_size
+        self._begin(worker=0)
+
+    def _begin(self, *, worker: int) -> None:
+        self._worker = worker
         self._lock = threading.Lock()
         self._loaded: ImageCodec | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs to load the network itself; the digest is not taken again."""
+        return {
+            "digest": self.digest,
+            "_folder": self._folder,
+            "_area": self._area,
+            "_codebook_size": self._codebook_size,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin(worker=0)
+
+    def join(self, *, worker: int, workers: int) -> None:
+        """Use the GPUs in turn, and no more cores than this worker's share."""
+        self._worker = worker
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
     @property
     def factor(self) -> int:
@@ -83,7 +118,9 @@ class VisionPictures:
     def _codec(self) -> ImageCodec:
         with self._lock:
             if self._loaded is None:
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                device = torch.device("cpu")
+                if torch.cuda.is_available():
+                    device = torch.device("cuda", self._worker % torch.cuda.device_count())
                 codec = load_codec(self._folder, device=device)
                 if codec.codebook_size != self._codebook_size:
                     raise ConfigError(
@@ -143,7 +180,7 @@ def pack(options: PackOptions) -> PackSummary:
 class IndexOptions:
     """``emu35 data index``: rebuild the indices of folders, or with ``verify`` only check them."""
 
-    folders: list[Path]
+    folders: Sequence[str | Path]
     verify: bool = False
 
 
@@ -155,28 +192,42 @@ def index(options: IndexOptions) -> None:
         DataError: naming each shard that is damaged or does not match its index.
     """
     problems: list[str] = []
-    for folder in options.folders:
-        shards = find_shards(folder)
+    for place in map(place_of, options.folders):
+        if isinstance(place, Path):
+            work = verify_index if options.verify else build_index
+            actions = [partial(work, shard) for shard in find_shards(place)]
+        else:
+            actions = _remote_checks(place, verify=options.verify)
         documents = rows = 0
-        for shard in shards:
+        for action in actions:
             try:
-                found = verify_index(shard) if options.verify else build_index(shard)
+                found = action()
                 documents += len(found) if found.meta.packed is None else len(found.pieces)
                 rows += 0 if found.meta.packed is None else len(found)
             except DataError as error:
                 problems.append(str(error))
         verb = "verified" if options.verify else "indexed"
         held = f"{documents} documents" if not rows else f"{rows} rows of {documents} pieces"
-        print(f"{folder}: {verb} {len(shards)} shards, {held}")
+        print(f"{place}: {verb} {len(actions)} shards, {held}")
     if problems:
         raise DataError("\n".join(problems))
+
+
+def _remote_checks(place: Url, *, verify: bool) -> list[Callable[[], ShardIndex]]:
+    if not verify:
+        raise ConfigError(
+            f"indices cannot be written to {place}; index the shards where they were written and "
+            "upload them, or check them with --verify"
+        )
+    folder = open_folder(place, message=print)
+    return [partial(verify_index_in, folder, name=name) for name in shard_names(folder)]
 
 
 @dataclass(kw_only=True, slots=True)
 class StatsOptions:
     """``emu35 data stats``: ``sequence_length`` is the row that packing is measured for."""
 
-    folders: list[Path]
+    folders: Sequence[str | Path]
     sequence_length: int = 32768
 
 
@@ -190,7 +241,11 @@ def stats(options: StatsOptions) -> None:
     if options.sequence_length < 1:
         raise ConfigError(f"--sequence-length {options.sequence_length} must be at least 1")
     for folder in options.folders:
-        print("\n".join(source_stats(folder, sequence_length=options.sequence_length).lines()))
+        print(
+            "\n".join(
+                source_stats(place_of(folder), sequence_length=options.sequence_length).lines()
+            )
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -201,7 +256,7 @@ class InspectOptions:
     is a folder to write the decoded pictures to, with the image tokenizer in folder ``vision``.
     """
 
-    folder: Path
+    folder: str | Path
     first: int = 0
     count: int = 5
     images: Path | None = None
@@ -216,7 +271,8 @@ def inspect(options: InspectOptions) -> None:
     Raises:
         Emu35Error: if the shards, the tokenizer or the image tokenizer cannot be used.
     """
-    source = Source(name=options.folder.resolve().name, path=options.folder)
+    place = place_of(options.folder)
+    source = Source(name=name_of(place), path=place)
     meta = source.metas[0]
     config = TokenizerConfig(
         kind=TokenizerKind(meta.kind), codebook_size=meta.codebook_size, table=options.table

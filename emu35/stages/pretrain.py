@@ -112,8 +112,12 @@ def train_language_model(
         dp_size=mesh.dp_size,
         message=message,
         prepare=learned.prepare,
+        reads=mesh.tp_rank == 0,
+        steps=stage.steps,
+        alarm=print,
     )
     try:
+        _require_same_shards(loader)
         validation = _validation(
             config, mesh=mesh, vocabulary=vocabulary, learned=learned, message=message
         )
@@ -135,6 +139,28 @@ def train_language_model(
         return fit(task, config=config, run_dir=run_dir)
     finally:
         loader.close()
+
+
+def _require_same_shards(loader: TokenLoader) -> None:
+    """Every rank reads the files for itself and decides alone which are damaged. Collective.
+
+    Raises:
+        DataError: they came to different ends, and would train on different streams.
+    """
+    ranks = gather(
+        {
+            source.name: (source.fingerprint, [shard.name for shard in source.damaged])
+            for source in loader.sources
+        }
+    )
+    for rank, found in enumerate(ranks):
+        for name, (fingerprint, left_out) in ranks[0].items():
+            if found[name][0] != fingerprint:
+                raise DataError(
+                    f"rank {rank} does not see the shards of source {name!r} that rank 0 sees; "
+                    f"left out as damaged there: {', '.join(found[name][1]) or 'none'}, on rank 0: "
+                    f"{', '.join(left_out) or 'none'}. Make the files the same on every host"
+                )
 
 
 def _say_nothing(text: str) -> None:

@@ -3,6 +3,7 @@
 All figures are means since the previous row, but ``memory_gib``, the most so far. ``tflops`` is
 what one device achieves in model FLOPs (see :mod:`emu35.model.flops`) while it trains; validating
 and saving are left out, as in ``tokens_per_s``. ``mfu`` is its share of the device's peak.
+``data_starved`` is the share of a step that the rank which waits longest for its data spends so.
 """
 
 import socket
@@ -14,7 +15,7 @@ from emu35.checkpoint.agree import gather
 from emu35.config import LogConfig
 from emu35.parallel.collectives import numbers_of_ranks, world_size
 from emu35.parallel.device import known_peak_tflops, peak_memory_bytes
-from emu35.train.clock import StepClock
+from emu35.train.clock import Phase, StepClock
 
 FLOPS = "flops"
 """The metric by which a task tells the model FLOPs of its step, over all ranks."""
@@ -55,7 +56,7 @@ class Meter:
 
     def __init__(self, *, clock: StepClock, config: LogConfig) -> None:
         self._clock = clock
-        self._threshold = config.straggler_ratio
+        self._threshold, self._starved = config.straggler_ratio, config.starved_share
         self._peak_tflops = config.peak_tflops or known_peak_tflops(clock.device)
         self._flops = 0.0
         self._warm = False
@@ -65,8 +66,9 @@ class Meter:
         """Take the FLOPs of one step out of its metrics."""
         self._flops += metrics.pop(FLOPS, 0.0)
 
-    def row(self) -> tuple[dict[str, float], str | None]:
-        """Metrics since the last row, and a sentence when a rank is slow. Collective.
+    def row(self) -> tuple[dict[str, float], list[str]]:
+        """Metrics since the last row, and what should be said of slow ranks and of waiting for
+        data. Collective.
 
         The first row of an attempt names nobody: its step builds caches and compiles.
         """
@@ -79,9 +81,14 @@ class Meter:
                 metrics["mfu"] = metrics["tflops"] / self._peak_tflops
         self._flops = 0.0
         memory = peak_memory_bytes(self._clock.device) / 2**30
-        ranks = numbers_of_ranks([times.own, memory, self._clock.peers])
+        waited = times.seconds[Phase.data]
+        ranks = numbers_of_ranks([times.own, memory, self._clock.peers, waited])
         metrics["memory_gib"] = max(row[1] for row in ranks)
-        message = None
+        starved = max(range(len(ranks)), key=lambda rank: ranks[rank][3])
+        metrics["data_starved"] = min(ranks[starved][3] / max(times.total, 1e-9), 1.0)
+        messages: list[str] = []
+        if self._warm and 0 < self._starved < metrics["data_starved"]:
+            messages.append(self._explain_starved(starved, seconds=ranks[starved][3]))
         if len(ranks) > 1:
             straggler = slowest(
                 {rank: row[0] for rank, row in enumerate(ranks)},
@@ -89,9 +96,17 @@ class Meter:
             )
             metrics["slowest_ratio"] = straggler.ratio
             if self._warm and self._threshold and straggler.ratio > self._threshold:
-                message = self._explain(straggler)
+                messages.append(self._explain(straggler))
         self._warm = True
-        return metrics, message
+        return metrics, messages
+
+    def _explain_starved(self, rank: int, *, seconds: float) -> str:
+        host = gather(socket.gethostname())[rank]
+        return (
+            f"training waits for data: {seconds:.3g} s of every step on rank {rank} ({host}), more "
+            f"than log.starved_share={self._starved} of it; raise data.prefetch_steps, or read "
+            "from faster storage"
+        )
 
     def _explain(self, straggler: Straggler) -> str:
         host = gather(socket.gethostname())[straggler.rank]

@@ -17,7 +17,8 @@ import torch
 
 from emu35.checkpoint import sharded
 from emu35.checkpoint.staged import StateWrite
-from emu35.config import LMConfig, LMStageConfig, RunConfig
+from emu35.config import LMConfig, LMStageConfig, RunConfig, TokenDataConfig
+from emu35.config.data import Damaged
 from emu35.config.stage import adapters_of
 from emu35.data.batch import Batch, BatchChange, as_it_is
 from emu35.data.loader import TokenLoader, ValidationSet
@@ -29,6 +30,7 @@ from emu35.model.transformer import Emu35Model
 from emu35.parallel.collectives import barrier, is_main, sum_over, worst_over_ranks
 from emu35.parallel.mesh import Mesh
 from emu35.train.clock import Phase, StepClock
+from emu35.train.feed import Feed
 from emu35.train.guard import Guard
 from emu35.train.held_out import HeldOut, with_labels
 from emu35.train.measure import FLOPS
@@ -91,6 +93,7 @@ class LMTask:
         # Pipeline stages do unlike work: embedding here, logits there.
         self.clock = StepClock(device=mesh.device, peers=mesh.pp_rank)
         self.loader, self.terms = loader, tuple(terms)
+        self.feed = Feed(loader, mesh=mesh)
         self.validation = with_labels(validation, mesh=mesh)
         self.chunks, self.start_weights = chunks, start_weights
         self.finish, self.tally = finish, tally
@@ -126,14 +129,15 @@ class LMTask:
     def train_step(self, step: int) -> dict[str, float]:
         """Forward, backward and update for one global batch; returns metrics of the whole world.
 
-        ``tokens`` counts document tokens (no padding), ``loss`` is the weighted mean. A step that
-        the guard refuses updates nothing; its data count as read.
+        ``tokens`` counts document tokens (no padding), ``loss`` is the weighted mean, and
+        ``data/...`` what the loader has counted up to this step. A step that the guard refuses
+        updates nothing; its data count as read.
 
         Raises:
             DataError: no token of the global batch has a weight in a term that is required.
         """
         with self.clock.marked(Phase.data):
-            batches = [self.finish(batch) for batch in self.loader.next_step()]
+            batches = [self.finish(batch) for batch in self.feed.next_step()]
         micro_batches, weights = self._normalise(batches, terms=self.terms)
         for term, weight in zip(self.terms, weights, strict=True):
             if term.required and term.share > 0 and not weight:
@@ -155,6 +159,8 @@ class LMTask:
             "lr": rate,
             "grad_norm": grad_norm,
             **self._tallied(batches),
+            **{f"data/{name}": value for name, value in self.loader.counts().items()},
+            **self._damaged(),
             **self._sizes(micro_batches),
         }
 
@@ -172,6 +178,14 @@ class LMTask:
         own = [[count[name] for name in names] for count in counts]
         sums = torch.tensor(own, dtype=torch.float64, device=self.mesh.device).sum(0)
         return dict(zip(names, sum_over(sums, self.mesh.dp_group).tolist(), strict=True))
+
+    def _damaged(self) -> dict[str, float]:
+        """Documents that ranks have come upon damaged so far, where those are left out."""
+        data = self.config.data
+        if not isinstance(data, TokenDataConfig) or data.damaged is Damaged.refuse:
+            return {}
+        own = torch.tensor(float(self.loader.damaged_documents), device=self.mesh.device)
+        return {"damaged_documents": float(sum_over(own, self.mesh.dp_group))}
 
     def _sizes(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         """Document tokens of the global batch, and the model FLOPs they cost."""

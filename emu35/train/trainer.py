@@ -240,10 +240,10 @@ class _Loop:
         self.progress.tokens += int(metrics.get("tokens", 0))
         metrics |= {"tokens_total": self.progress.tokens, "skipped_steps": guard.skipped}
         if is_row(step, every=self.config.log.every, total=total):
-            measured, slow = meter.row()
+            measured, remarks = meter.row()
             metrics |= measured
-            if slow:
-                self.log.message(slow)
+            for remark in remarks:
+                self.log.message(remark)
         if guard.reason:
             self.log.message(f"step {step} changed nothing: {guard.reason}")
         self.log.step(step, metrics)

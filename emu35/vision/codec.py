@@ -11,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from emu35.errors import DataError
-from emu35.vision.ibq.codec import IBQCodec
+from emu35.vision.ibq.codec import PRECISION, IBQCodec
 from emu35.vision.ibq.folder import WEIGHTS, ibq_codebook, read_folder
+
+CODES_DTYPE = str(PRECISION).removeprefix("torch.")
+"""What codes are computed in, as shards record it."""
 
 
 class ImageCodec(Protocol):

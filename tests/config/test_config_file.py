@@ -61,6 +61,9 @@ def test_the_difference_names_keys_and_both_values():
     assert config_diff(a, b) == [
         f"data.sources.text.path: {a.data.sources['text'].path!r} -> -",  # type: ignore[attr-defined]
         f"data.sources.text.ratio: {a.data.sources['text'].ratio!r} -> -",  # type: ignore[attr-defined]
+        "data.sources.text.epochs: None -> -",
+        "data.sources.text.max_tokens: None -> -",
+        "data.sources.text.filter: None -> -",
         "data.sources.text.packing: None -> -",
         "data.sources.text.area: None -> -",
         f"optim.lr: {a.optim.lr!r} -> 0.5",

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emu35.data.order import SourceOrder, permutation
-from emu35.data.pack import BestFit, Item, best_fit_decreasing
+from emu35.data.pack import LENGTH_BITS, BestFit, best_fit_decreasing
 from emu35.data.split import PictureTooLong, cut_points
 
 
@@ -94,34 +94,70 @@ def test_a_picture_longer_than_the_row_is_reported_with_its_length() -> None:
     assert caught.value.length == 35
 
 
+def code(number: int, length: int) -> int:
+    return number << LENGTH_BITS | length
+
+
 @given(
     lengths=st.lists(st.integers(1, 50), max_size=120),
     limit=st.integers(1, 8),
+    chunks=st.lists(st.integers(1, 5), min_size=1),
 )
-def test_best_fit_keeps_every_item_and_never_overfills(lengths: list[int], limit: int) -> None:
+def test_best_fit_places_items_as_it_says(
+    lengths: list[int], limit: int, chunks: list[int]
+) -> None:
+    """Against the rule written out plainly, however many rows are asked for at a time."""
+    codes = [code(number, length) for number, length in enumerate(lengths)]
+    expected, left = plain_best_fit(lengths, capacity=50, limit=limit)
     bins = BestFit(capacity=50, limit=limit)
-    rows: list[list[Item]] = []
-    for number, length in enumerate(lengths):
-        while (row := bins.pop_full()) is not None:
-            rows.append(row)
-        row = bins.add(Item(0, number), length=length)
-        if row is not None:
-            rows.append(row)
+    rows: list[list[int]] = []
+    stream = iter(codes)
+    for chunk in chunks:
+        bins.fill(stream, rows=rows, until=len(rows) + chunk)
         assert len(bins.bins()) <= limit
-    rows += bins.drain()
-    assert sorted(item for row in rows for _, item in row) == list(range(len(lengths)))
-    assert all(sum(lengths[item] for _, item in row) <= 50 for row in rows)
+    bins.fill(stream, rows=rows, until=len(codes) + 1)
+    assert [[number >> LENGTH_BITS for number in row] for row in rows] == expected
+    rest: list[list[int]] = []
+    while (row := bins.pop()) is not None:
+        rest.append([number >> LENGTH_BITS for number in row])
+    assert rest == left
+
+
+def plain_best_fit(
+    lengths: list[int], *, capacity: int, limit: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows in the order in which they are emitted, and the bins left open, fullest first."""
+    rows: list[list[int]] = []
+    bins: list[list[int]] = []  # by age
+
+    def free(row: list[int]) -> int:
+        return capacity - sum(lengths[item] for item in row)
+
+    for item, length in enumerate(lengths):
+        fitting = [row for row in bins if free(row) >= length]
+        if fitting:
+            target = min(fitting, key=free)
+        else:
+            if len(bins) == limit:
+                fullest = min(bins, key=free)
+                bins = [row for row in bins if row is not fullest]
+                rows.append(fullest)
+            target = []
+            bins.append(target)
+        target.append(item)
+        if free(target) == 0:
+            bins = [row for row in bins if row is not target]
+            rows.append(target)
+    return rows, sorted(bins, key=free)
 
 
 def test_best_fit_takes_the_bin_that_leaves_least_space() -> None:
     bins = BestFit(capacity=10, limit=3)
-    for number, length in enumerate((4, 7, 8)):
-        assert bins.add(Item(0, number), length=length) is None
-    assert bins.add(Item(0, 3), length=3) is None
-    assert bins.pop_full() == [Item(0, 1), Item(0, 3)]
-    assert bins.add(Item(0, 4), length=9) is None
-    # Nothing has room for 7 and three bins are open: the fullest goes.
-    assert bins.add(Item(0, 5), length=7) == [Item(0, 4)]
+    rows: list[list[int]] = []
+    lengths = (4, 7, 8, 3, 9, 7)
+    bins.fill((code(n, length) for n, length in enumerate(lengths)), rows=rows, until=9)
+    # 3 fills up the 7. Nothing has room for the last 7 and three bins are open: the fullest goes.
+    assert [[number >> LENGTH_BITS for number in row] for row in rows] == [[1, 3], [4]]
 
 
 @given(st.lists(st.integers(1, 40), max_size=80))

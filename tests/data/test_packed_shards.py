@@ -29,7 +29,7 @@ from packing import (
 )
 from shard_documents import CODEBOOK
 
-from emu35.config.data import Overlong, Packing, SourceConfig, ValidationConfig
+from emu35.config.data import FilterConfig, Overlong, Packing, SourceConfig, ValidationConfig
 from emu35.config.tokenizer import TokenizerConfig
 from emu35.data.index import build_index, index_path, verify_index
 from emu35.data.loader import ValidationSet
@@ -319,6 +319,28 @@ def test_packing_online_is_refused_for_what_lies_packed(
     source = SourceConfig(path=str(tmp_path / "packed"), packing=Packing.online)
     with pytest.raises(DataError, match=r"data\.sources\.a\.packing=online, .* leave packing out"):
         loader_of(config_of({}, sources={"a": source}), batch=1)
+
+
+def test_a_filter_is_refused_for_what_lies_packed(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    write_shards(tmp_path / "a", varied(9, seed=1), tokenizer=tokenizer)
+    pack(tmp_path / "a", out=tmp_path / "packed")
+    source = SourceConfig(path=str(tmp_path / "packed"), filter=FilterConfig(min_tokens=5))
+    with pytest.raises(DataError, match=r"data\.sources\.a\.filter .* filter the folders"):
+        loader_of(config_of({}, sources={"a": source}), batch=1)
+
+
+def test_documents_are_counted_not_their_rows_nor_their_pieces(
+    tmp_path: Path, tokenizer: TextTokenizer
+) -> None:
+    write_shards(tmp_path / "a", varied(30, seed=11, longest=LONG), tokenizer=tokenizer)
+    summary = pack(tmp_path / "a", out=tmp_path / "packed")
+    assert summary.cut > 0
+    with loader_of(config_of({"a": tmp_path / "packed"}), batch=summary.rows) as loader:
+        loader.next_step()
+        counts = loader.counts()
+    assert counts["documents/a"] == 30
+    assert counts["tokens/a"] == summary.tokens
+    assert counts["epoch/a"] == 1
 
 
 def test_packed_and_plain_shards_do_not_share_a_folder(

@@ -55,6 +55,12 @@ def test_stock_webdataset_reads_tokens_modality_and_facts(
             assert end - start == rows * columns + rows + 2 + len(f"{rows}*{columns}")
 
 
+def test_shards_of_earlier_versions_name_no_dtype() -> None:
+    fields = json.loads(ShardMeta(source="x", kind="bytes", n_text=256, codebook_size=4).to_json())
+    del fields["vision_dtype"]
+    assert ShardMeta.from_json(json.dumps(fields)).vision_dtype is None
+
+
 @given(st.lists(st.integers(0, 3), max_size=200))
 def test_runs_decode_to_what_was_encoded(codes: list[int]) -> None:
     modality = np.array(codes, dtype=np.uint8)

@@ -33,6 +33,9 @@ class OneRow:
     def next_step(self) -> list[Batch]:
         return [self.batch]
 
+    def counts(self) -> dict[str, float]:
+        return {}
+
 
 def peak_of_one_step(config: RunConfig) -> int:
     """Bytes that the allocator held at most during the second of two steps."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -77,7 +78,10 @@ def state(run_dir: Path, *, step: int) -> dict[str, torch.Tensor]:
 def rows(run_dir: Path) -> list[dict[str, float]]:
     kept = ("step", "loss", "loss_text", "grad_norm", "lr", "tokens")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{key: row[key] for key in kept if key in row} for row in map(json.loads, lines)]
+    return [
+        {key: value for key, value in row.items() if key in kept or key.startswith("data/")}
+        for row in map(json.loads, lines)
+    ]
 
 
 def test_resume_with_dropout_is_bitwise(tmp_path: Path, shards: Path) -> None:
@@ -215,6 +219,37 @@ def test_fine_tuning_on_documents_without_responses_is_refused(
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_source_ends_within_a_run_and_its_end_is_told_once(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(folder: Path) -> str:
+        made = config(folder, shards=shards)
+        made.log.every = 1
+        made.data = TokenDataConfig(
+            sequence_length=128,
+            open_bins=2,
+            sources={
+                "apples": SourceConfig(path=str(shards), ratio=2.0, epochs=0.4),
+                "pears": SourceConfig(path=str(shards), schedule={2: 0.5}),
+            },
+        )
+        pretrain.run(made, run_dir=folder)
+        return capsys.readouterr().out
+
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    out = run(whole)
+    (found,) = re.findall(r"source 'apples' ended after 0\.4 epochs .*before sample (\d+)", out)
+    told = rows(whole)
+    assert told[0]["data/documents/apples"] < 16 == told[-1]["data/documents/apples"]
+
+    run(halves)
+    for step in range(STOP + 1, STEPS + 1):
+        shutil.rmtree(halves / "checkpoints" / f"step_{step:08d}", ignore_errors=True)
+    # The steps that are made again tell again what is of them, and only that.
+    assert ("source 'apples' ended" in run(halves)) == (int(found) >= STOP * 4)
+    assert rows(halves) == told
+
+
 def test_a_run_reports_its_sources_thins_out_validation_and_draws_curves(
     tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,10 +273,19 @@ def test_a_run_reports_its_sources_thins_out_validation_and_draws_curves(
         parts = [(row[f"share/{name}"], row[f"loss/{name}"]) for name in ("apples", "pears")]
         assert sum(share * loss for share, loss in parts) == pytest.approx(row["loss"], rel=1e-5)
         assert sum(share for share, _ in parts) == pytest.approx(1.0, rel=1e-5)
+    steps = [row for row in found if "loss" in row]
+    for row in steps:
+        both = [row[f"data/tokens/{name}"] for name in ("apples", "pears")]
+        assert sum(both) == row["tokens_total"]
+        assert row["data/fill"] == pytest.approx(row["tokens"] / (128 * 4))
+        one, other = (row[f"data/epoch/{name}"] for name in ("apples", "pears"))
+        assert one / both[0] == pytest.approx(other / both[1])  # they are the same shards
+    assert steps[-1]["data/documents/pears"] > steps[0]["data/documents/pears"]
     assert [row["step"] for row in found if "val/often/loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in found if "val/seldom/loss" in row] == [1, 4, 6]
     assert set(result.validation) == {"often/loss", "seldom/loss"}
     page = (tmp_path / "curves.html").read_text(encoding="utf-8")
     assert all(f"</i>{name} <b>" in page for name in ("apples", "pears", "often", "seldom"))
+    assert "Passes over the documents by source" in page
     assert "source 'apples': " in (told := capsys.readouterr().out)
     assert "rows of 128 tokens" in told

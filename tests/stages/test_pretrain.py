@@ -137,3 +137,16 @@ def test_the_tokenizer_of_the_shards_trains_beside_text_of_any(
     )
     (tmp_path / "run").mkdir()
     assert pretrain.run(config, run_dir=tmp_path / "run").step == 1
+
+
+def test_ranks_that_see_other_shards_do_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_shards(tmp_path / "a", tokenizer=None, parts=[Text("words")])
+    config = config_of(sources={"a": shards}, validation={}, vision=None)
+    # What the other rank would have said, had it left one shard out.
+    monkeypatch.setattr(
+        pretrain, "gather", lambda value: [value, {"a": ("another", ["a-000007.tar"])}]
+    )
+    with pytest.raises(DataError, match=r"rank 1 does not see .*damaged there: a-000007\.tar, on"):
+        pretrain.run(config, run_dir=tmp_path / "run")

@@ -87,6 +87,8 @@ def test_codes_are_those_of_the_tokenizer_and_everything_can_be_looked_at(
     assert re.search(r"3 documents, \d+ tokens, 1 shards", printed)
     assert re.search(r"text \d.*visual \d.*layout \d.*control \d", printed)
     assert re.search(r"packing +\d+\.\d+% of rows of 128", printed)
+    assert re.search(r"codes +of image tokenizer [0-9a-f]{12}, computed in float32", printed)
+    assert source.metas[0].vision_dtype == "float32"
 
     pictures = tmp_path / "pictures"
     data.inspect(data.InspectOptions(folder=out, first=1, count=9, images=pictures, vision=vision))
@@ -117,6 +119,49 @@ def test_pictures_keep_their_own_area_within_the_range(
         Pictures.new("RGB", size).save(path)
         found.append(encoder.prepare(path).size)
     assert found == sizes
+
+
+def test_codes_do_not_depend_on_the_batch_or_on_what_training_asked_for(vision: Path) -> None:
+    encoder = data.VisionPictures(folder=vision, area=parse_area("64x64"), codebook_size=64)
+    rng = np.random.default_rng(0)
+    pictures = [
+        Pictures.fromarray(rng.integers(0, 255, (64, 64, 3)).astype(np.uint8)) for _ in range(16)
+    ]
+    together = encoder.encode(pictures)
+    alone = [encoder.encode([picture])[0] for picture in pictures]
+    # Sums of a convolution may be taken in another order, so a code on the border of two may flip.
+    flipped = sum(int((a != b).sum()) for a, b in zip(together, alone, strict=True))
+    assert flipped <= 0.001 * sum(codes.size for codes in alone)
+    assert len({codes.tobytes() for codes in together}) > 1
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            lower = encoder.encode(pictures)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(2)
+        threaded = encoder.encode(pictures)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
+    for found in (lower, threaded):
+        for codes, wanted in zip(found, together, strict=True):
+            np.testing.assert_array_equal(codes, wanted)
+
+
+@pytest.mark.slow
+def test_workers_give_the_shards_of_one_process(photos: Path, vision: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in photos.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    shards: list[bytes] = []
+    for workers in (1, 2):
+        options = options_of([photos, other], tmp_path / f"out{workers}", vision=vision)
+        options.workers = workers
+        data.ingest(options)
+        shards.append(b"".join(p.read_bytes() for p in sorted(options.out.glob("*.tar"))))
+    assert shards[0] == shards[1]
 
 
 RECIPE = """\

@@ -106,6 +106,9 @@ class DrawnDocuments:
         size = self.micro_batch_size
         return [lay_out(rows[i : i + size]) for i in range(0, len(rows), size)]
 
+    def counts(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}
 

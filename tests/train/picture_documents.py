@@ -70,6 +70,9 @@ class PictureDocuments:
         self.step += 1
         return batches
 
+    def counts(self) -> dict[str, float]:
+        return {}
+
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}
 

@@ -129,8 +129,8 @@ def test_a_resumed_run_is_equal_across_skipped_steps(
 @pytest.mark.multiproc
 def test_a_slow_rank_is_named_with_its_host(pools: dict[int, RankPool]) -> None:
     rows = pools[2].train(slow_rank=1, steps=3, validate=False)["rows"]
-    for _, message in rows[1:]:
-        assert f"rank 1 on {socket.gethostname()} is slow" in message
+    for _, remarks in rows[1:]:
+        assert any(f"rank 1 on {socket.gethostname()} is slow" in text for text in remarks)
     # Two micro-batches a step, each held up by 0.15 s.
     assert all(row["slowest_ratio"] > 1.5 for row, _ in rows)
     times = rows[2][0]

@@ -52,13 +52,31 @@ def test_utilisation_is_flops_a_second_over_the_peak_that_the_user_gave() -> Non
         meter.count(metrics)
         assert metrics == {"loss": 1.0}
         time.sleep(0.1)
-    row, message = meter.row()
-    assert message is None
+    row, remarks = meter.row()
+    assert not remarks
     assert 0.2 <= 2 * row["time/step"] < 2.0
     assert row["tflops"] == pytest.approx(0.2 / (2 * row["time/step"]))
     assert row["mfu"] == pytest.approx(row["tflops"] / 2.0)
     clock.begin(3)
     assert "tflops" not in meter.row()[0]
+
+
+def test_waiting_for_data_is_measured_and_said() -> None:
+    clock = StepClock()
+    meter = Meter(clock=clock, config=LogConfig(starved_share=0.3))
+    for step, seconds in ((1, 0.1), (2, 0.0), (3, 0.1)):
+        clock.begin(step)
+        with clock.marked(Phase.data):
+            time.sleep(seconds)
+        with clock.marked(Phase.forward_backward):
+            time.sleep(0.1)
+        row, remarks = meter.row()
+        # The first step of an attempt reads its first data: nobody could have read ahead.
+        assert bool(remarks) == (step == 3)
+        assert (row["data_starved"] > 0.3) == bool(seconds)
+        if remarks:
+            assert "training waits for data" in remarks[0]
+            assert "log.starved_share=0.3" in remarks[0]
 
 
 def test_a_cpu_has_no_known_peak_but_memory() -> None:

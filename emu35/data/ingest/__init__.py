@@ -9,6 +9,12 @@ are done, and does an input again if one of its shards is gone or damaged.
 
 Starting over (``--replace``) leaves the earlier shards in place until the first new ones are ready.
 
+Several workers (:mod:`~emu35.data.ingest.workers`) read and encode inputs side by side and leave
+what they made in files. One process writes the shards from these, in the order of the inputs, so
+that they are the same for any number of workers and that what repeats an earlier document
+(:mod:`~emu35.data.ingest.seen`) is decided in one place. What was encoded ahead of an interruption
+is not encoded again.
+
 A record that cannot be used is written to ``rejects.jsonl`` with its reason and counted. An input
 of which more than ``max_rejects`` was rejected is not committed: the run goes on with the other
 inputs, keeps theirs, and fails at the end naming the bad ones.

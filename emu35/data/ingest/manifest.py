@@ -2,7 +2,8 @@
 
 ``manifest.json`` names the options, every input that is done with its shards and counts, and the
 shards that are coming or going; ``rejects/`` holds a file of rejects for each input; ``staging/``
-the shards of the input being worked on; ``lock`` keeps two runs out of one folder.
+the shards of the input being worked on, ``encoded/`` what workers have read and encoded ahead of
+it; ``seen-0.sqlite`` the hashes of documents; ``lock`` keeps two runs out of one folder.
 
 A folder can also be filled in parts, each by a job of its own: part ``1-of-4`` keeps its books in
 ``.ingest-1-of-4`` and writes shards ``SOURCE-1-of-4-000000.tar``, and none touches another's.
@@ -32,8 +33,10 @@ from emu35.files import sync_folder
 
 _BOOKS = ".ingest"
 _FORMAT = 1
-_LATER_OPTIONS = {"starts": "random", "layout": None}
-"""Options that books of an earlier version do not name, with what they come to."""
+_UNNAMED = {"dedup": "none", "clips": None}
+_LATER_OPTIONS = {"starts": "random", "layout": None, **_UNNAMED}
+"""Options that books of an earlier version do not name, with what they come to. Those that are
+unnamed are no part of the names of notes either, so that notes of earlier versions are found."""
 # How many files a message names before it counts the rest.
 _NAMED = 6
 
@@ -72,6 +75,7 @@ class Manifest:
         retired: whole shards of an earlier ingestion, which the first ones committed will replace.
             Until then the manifest on disk is the earlier one, and nothing here is written to it.
         part: which part of the folder's shards these are, such as ``1-of-4``; empty for all.
+        seen: name of the book of hashes that goes with these shards, empty if there is none.
     """
 
     out: Path
@@ -81,6 +85,7 @@ class Manifest:
     unsettled: list[str] = field(default_factory=list[str])
     retired: list[str] = field(default_factory=list[str])
     part: str = ""
+    seen: str = ""
 
     @property
     def books(self) -> Path:
@@ -105,7 +110,8 @@ class Manifest:
         The options are part of the name, so that a replacement that comes to nothing leaves what
         was noted of the earlier shards alone.
         """
-        options = json.dumps(self.identity, sort_keys=True).encode()
+        telling = {k: v for k, v in self.identity.items() if _UNNAMED.get(k, self) != v}
+        options = json.dumps(telling, sort_keys=True).encode()
         name = hashlib.sha256(os.fsencode(path) + b"\0" + options).hexdigest()[:16]
         folder = self.books / kind
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,6 +236,7 @@ class Manifest:
             "identity": self.identity,
             "done": [asdict(entry) for entry in self.done],
             "unsettled": self.unsettled,
+            "seen": self.seen,
         }
         with atomic_file(self.path) as file:
             file.write(json.dumps(body, indent=1).encode())
@@ -286,13 +293,14 @@ def open_books(
             done=[DoneInput(**entry) for entry in body["done"]],
             unsettled=body.get("unsettled", []),
             part=part,
+            seen=body.get("seen", ""),
         )
         earlier.settle()
         if existing is Existing.replace:
             manifest.retired = [name for entry in earlier.done for name in entry.shards]
         else:
             _refuse_changes(manifest, earlier=earlier)
-            manifest.done = earlier.done
+            manifest.done, manifest.seen = earlier.done, earlier.seen
         manifest.refuse_strangers()
     else:
         strays = [path for folder in folders for path in _shards(out / folder)]

@@ -9,6 +9,7 @@ from emu35.config.area import Area, parse_area
 from emu35.config.check import at_least
 from emu35.config.tokenizer import TokenizerConfig
 from emu35.data.readers.benchmarks import Layout
+from emu35.data.readers.clips import ClipFields
 from emu35.data.readers.discover import TextUnit
 from emu35.data.readers.task_documents import Starts
 from emu35.errors import ConfigError
@@ -27,6 +28,15 @@ class PairOrder(StrEnum):
     caption_first = "caption_first"
     image_first = "image_first"
     both = "both"
+
+
+class Dedup(StrEnum):
+    """What makes a document a duplicate of an earlier one of the ingestion: nothing, the same
+    tokens (``record``), or the same pictures, byte by byte and in order (``picture``)."""
+
+    none = "none"
+    record = "record"
+    picture = "picture"
 
 
 class Existing(Enum):
@@ -51,12 +61,17 @@ class IngestOptions:
         area: pictures are resized to about so many pixels, aspect kept.
         order: of a picture and its caption; documents of other forms have an order of their own.
         starts: where documents of embodied manipulations begin.
-        sequence_length: a picture, or a document of a task, longer than this is rejected (0: no
-            limit).
+        pictures: folder where relative picture paths in records start; None: at their file's.
+        dedup: what is rejected as a duplicate.
+        clips: fields by which records of one input are clips of one video, and become one document.
+        sequence_length: a picture, or a document of a task, longer than this is rejected, and the
+            clips of a video become several documents of about so many tokens (0: no limit).
+        workers: processes that read and encode inputs; the shards are the same for any number.
         shard_bytes: size at which a new shard is begun.
         images_per_call: pictures of equal size encoded together.
         threads: threads that open and resize pictures.
-        max_rejects: the largest tolerable share of rejected records in an input.
+        max_rejects: the largest tolerable share of rejected records in an input; duplicates, which
+            are rejected because that was asked for, do not count.
     """
 
     inputs: list[Path]
@@ -68,7 +83,11 @@ class IngestOptions:
     text_unit: TextUnit = TextUnit.file
     starts: Starts = Starts.random
     layout: Layout | None = None
+    pictures: Path | None = None
+    dedup: Dedup = Dedup.none
+    clips: ClipFields | None = None
     sequence_length: int = 0
+    workers: int = 1
     shard_bytes: int = 256 * 2**20
     images_per_call: int = 16
     threads: int = 2
@@ -91,7 +110,12 @@ class IngestOptions:
             shard_bytes=self.shard_bytes,
             images_per_call=self.images_per_call,
             threads=self.threads,
+            workers=self.workers,
         )
+        if self.clips is not None and not self.clips.group:
+            yield "ingest.clips has no field that names the video; give it (--group-by)"
+        if self.pictures is not None and not self.pictures.is_dir():
+            yield f"ingest.pictures={self.pictures} is no folder; name where picture paths start"
         if not 1 <= self.area.least <= self.area.most:
             yield (
                 f"ingest.area={self.area} must hold at least one pixel, and no more at its lower "

@@ -4,12 +4,13 @@
 that assembles an ingestion.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,11 @@ from emu35.errors import DataError
 from emu35.tokens.document import Image, Part, Special, Text
 
 # Bounds of what is held at a time: decoded pictures take 3 bytes a pixel.
-_WINDOW_PIXELS = 32 * 2**20
+_WINDOW_PIXELS = 64 * 2**20
 _WINDOW_RECORDS = 1024
+# Records handed to the threads together. Not by the number of threads, on which the windows, and
+# so the batches that pictures are encoded in, must not depend.
+_CHUNK = 8
 
 
 class UnusablePicture(DataError):
@@ -38,14 +42,24 @@ class PictureEncoder(Protocol):
 
     Attributes:
         digest: identifies the weights that make the codes.
+        dtype: what they are computed in, such as ``float32``.
         factor: pixels per code along each side.
+
+    With several workers each has a copy, made by pickling.
     """
 
     @property
     def digest(self) -> str: ...
 
     @property
+    def dtype(self) -> str: ...
+
+    @property
     def factor(self) -> int: ...
+
+    def join(self, *, worker: int, workers: int) -> None:
+        """Take this process's share of the machine: it is one of several, counted from 0."""
+        ...
 
     def check(self) -> None:
         """Load what encoding needs, so that a wrong option shows before anything is replaced.
@@ -70,15 +84,21 @@ class PictureEncoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedRecord:
-    """A record whose pictures are codes, each picture encoded once."""
+    """A record whose pictures are codes, each picture encoded once; ``hashes`` of their bytes where
+    they were asked for."""
 
     record: RawRecord
     codes: Mapping[RawImage, Image]
+    hashes: Mapping[RawImage, bytes]
 
-    def documents(self) -> Iterator[tuple[str, list[Part]]]:
-        """Id and parts of every document of the record."""
+    def hashes_of(self, parts: Iterable[RawPart]) -> bytes:
+        """The hashes of the pictures among ``parts``, one after the other."""
+        return b"".join(self.hashes.get(p, b"") for p in parts if isinstance(p, RawImage))
+
+    def documents(self) -> Iterator[tuple[str, list[Part], bytes]]:
+        """Id, parts and the pictures' hashes of every document of the record."""
         for id, parts in self.record.documents():
-            yield id, [self._part(part) for part in parts]
+            yield id, [self._part(part) for part in parts], self.hashes_of(parts)
 
     def _part(self, part: RawPart) -> Part:
         if isinstance(part, RawImage):
@@ -86,22 +106,33 @@ class EncodedRecord:
         return Text(part.text) if isinstance(part, RawText) else Special(part.token)
 
 
-_Prepared: TypeAlias = "tuple[RawRecord, list[Picture]] | Reject"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Prepared:
+    """A record with its pictures opened and resized."""
+
+    record: RawRecord
+    pictures: list[Picture]
+    hashes: dict[RawImage, bytes]
 
 
 @dataclass(kw_only=True, slots=True)
 class PictureStage:
     """Encodes a stream of records, keeping its order.
 
+    Pictures of equal size go through the codec together, whichever records of a window of about
+    64 million pixels they belong to.
+
     A picture that cannot fit a document of ``sequence_length`` tokens (0: no limit) is rejected
-    before it is encoded. Without ``encoder`` a record with a picture raises DataError: the options
-    of the whole ingestion are wrong, not the record.
+    before it is encoded. With ``hashing`` the bytes of pictures are hashed. Without ``encoder`` a
+    record with a picture raises DataError: the options of the whole ingestion are wrong, not the
+    record.
     """
 
     encoder: PictureEncoder | None
     images_per_call: int
     threads: int
     sequence_length: int
+    hashing: bool = False
 
     def run(self, records: Iterable[RawRecord | Reject]) -> Iterator[EncodedRecord | Reject]:
         """Encode records window by window; rejects pass through in place."""
@@ -112,23 +143,24 @@ class PictureStage:
 
     def _window(
         self, stream: Iterator[RawRecord | Reject], *, pool: ThreadPoolExecutor
-    ) -> list[_Prepared]:
-        window: list[_Prepared] = []
+    ) -> list[_Prepared | Reject]:
+        window: list[_Prepared | Reject] = []
         pixels = 0
         while pixels < _WINDOW_PIXELS and len(window) < _WINDOW_RECORDS:
-            chunk = list(islice(stream, 4 * self.threads))
+            chunk = list(islice(stream, _CHUNK))
             if not chunk:
                 break
             for prepared in pool.map(self._prepare, chunk):
                 window.append(prepared)
                 if not isinstance(prepared, Reject):
-                    pixels += sum(picture.width * picture.height for picture in prepared[1])
+                    pixels += sum(picture.width * picture.height for picture in prepared.pictures)
         return window
 
-    def _prepare(self, record: RawRecord | Reject) -> _Prepared:
+    def _prepare(self, record: RawRecord | Reject) -> _Prepared | Reject:
         if isinstance(record, Reject):
             return record
         pictures: list[Picture] = []
+        hashes: dict[RawImage, bytes] = {}
         for part in record.pictures():
             if self.encoder is None:
                 raise DataError(
@@ -136,6 +168,8 @@ class PictureStage:
                     "name its folder with --vision (tokenizer.vision)"
                 )
             try:
+                if self.hashing:
+                    hashes[part] = _hash(part)
                 picture = self.encoder.prepare(part.data)
             except UnusablePicture as error:
                 return _reject(record, error.reason, error.detail)
@@ -152,37 +186,46 @@ class PictureStage:
                 )
                 return _reject(record, Reason.picture_too_long, detail)
             pictures.append(picture)
-        return record, pictures
+        return _Prepared(record=record, pictures=pictures, hashes=hashes)
 
-    def _encode(self, window: Sequence[_Prepared]) -> Iterator[EncodedRecord | Reject]:
+    def _encode(self, window: Sequence[_Prepared | Reject]) -> Iterator[EncodedRecord | Reject]:
         pictures = [
             picture
             for prepared in window
             if not isinstance(prepared, Reject)
-            for picture in prepared[1]
+            for picture in prepared.pictures
         ]
-        codes = iter(self._encode_grouped(pictures))
+        # Encoded when the first record needs them, so that records come out as the work goes on.
+        batches = self._batches(pictures)
+        codes: dict[int, npt.NDArray[np.integer[Any]]] = {}
+        number = 0
         for prepared in window:
             if isinstance(prepared, Reject):
                 yield prepared
                 continue
-            record, _ = prepared
-            encoded = {image: Image(next(codes)) for image in record.pictures()}
-            yield EncodedRecord(record=record, codes=encoded)
+            encoded: dict[RawImage, Image] = {}
+            for image in prepared.record.pictures():
+                if number not in codes:
+                    assert self.encoder is not None
+                    batch = batches[number]
+                    found = self.encoder.encode([pictures[other] for other in batch])
+                    codes.update(zip(batch, found, strict=True))
+                encoded[image] = Image(codes.pop(number))
+                number += 1
+            yield EncodedRecord(record=prepared.record, codes=encoded, hashes=prepared.hashes)
 
-    def _encode_grouped(self, pictures: Sequence[Picture]) -> list[npt.NDArray[np.integer[Any]]]:
-        """Codes of each picture, in order; pictures of equal size go through the codec together."""
+    def _batches(self, pictures: Sequence[Picture]) -> dict[int, list[int]]:
+        """Number of each picture -> those that go through the codec with it, all of one size."""
         groups: dict[tuple[int, int], list[int]] = {}
         for number, picture in enumerate(pictures):
             groups.setdefault(picture.size, []).append(number)
-        codes: dict[int, npt.NDArray[np.integer[Any]]] = {}
-        for numbers in groups.values():
-            for first in range(0, len(numbers), self.images_per_call):
-                batch = numbers[first : first + self.images_per_call]
-                assert self.encoder is not None
-                found = self.encoder.encode([pictures[number] for number in batch])
-                codes.update(zip(batch, found, strict=True))
-        return [codes[number] for number in range(len(pictures))]
+        return {
+            number: batch
+            for numbers in groups.values()
+            for first in range(0, len(numbers), self.images_per_call)
+            for batch in [numbers[first : first + self.images_per_call]]
+            for number in batch
+        }
 
 
 def picture_tokens(*, rows: int, columns: int) -> int:
@@ -191,6 +234,16 @@ def picture_tokens(*, rows: int, columns: int) -> int:
     Both kinds of text tokenizer write one token per digit.
     """
     return rows * columns + rows - 1 + 3 + len(f"{rows}*{columns}")
+
+
+def _hash(image: RawImage) -> bytes:
+    """Raises: UnusablePicture if the file cannot be read."""
+    try:
+        data = image.data if isinstance(image.data, bytes) else image.data.read_bytes()
+    except OSError as error:
+        detail = error.strerror or str(error)
+        raise UnusablePicture(reason=Reason.missing_file, detail=detail) from error
+    return hashlib.sha256(data).digest()
 
 
 def _reject(record: RawRecord, reason: str, detail: str) -> Reject:

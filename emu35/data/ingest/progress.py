@@ -43,6 +43,14 @@ class Progress:
     def update(self, done: int, *, items: int) -> None:
         """``done`` of the current part so far, ``items`` produced by it so far."""
         self._count = items
+        self._show(done)
+
+    def update_all(self, done: int, *, items: int) -> None:
+        """Where parts go on side by side: ``done`` of all of them so far, and all ``items``."""
+        self._size, self._count = done, items
+        self._show(done)
+
+    def _show(self, done: int) -> None:
         now = time.monotonic()
         if self._console.live:
             self._console.progress(self._line(done, seconds=now - self._begin))

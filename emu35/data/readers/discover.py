@@ -19,7 +19,7 @@ from emu35.data.readers.folder import (
     read_text_folder,
     read_text_lines,
 )
-from emu35.data.readers.jsonl import read_jsonl
+from emu35.data.readers.jsonl import read_json_list, read_jsonl
 from emu35.data.readers.parquet import load_pyarrow, read_parquet
 from emu35.data.readers.records import RawRecord, Reject
 from emu35.data.readers.task_documents import Starts
@@ -28,6 +28,8 @@ from emu35.errors import DataError
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _JSON_LINES = (".jsonl", ".ndjson")
+_JSON = (".json",)
+_STATS = "_stats.json"
 _PARQUET = (".parquet",)
 _EDGE_BYTES = 64 * 1024
 
@@ -68,27 +70,34 @@ def find_inputs(
     text_unit: TextUnit,
     starts: Starts = Starts.random,
     layout: Layout | None = None,
+    pictures: Path | None = None,
+    fields: Sequence[str] = (),
 ) -> list[InputFile]:
     """Resolve files and folders into inputs; task records in JSON lines heed ``starts``.
 
-    A folder stands for its tars if it holds any at its top (img2dataset writes parquet and JSON
-    files beside them, which are not data), else for its JSON lines files, else its parquet files,
-    else for the pictures below it, else for the text files below it.
+    A folder stands for its tars if it holds any at its top, else for its JSON lines files, else its
+    parquet files, else its JSON lists, else for the pictures below it, else for the text files
+    below it. What img2dataset writes about a shard, beside the tar, folder or parquet file that
+    holds it (``00000.parquet``, ``00000_stats.json``), is no input, named or not.
 
     With ``layout`` every path is that benchmark's JSON file, or the folder that holds it.
+    ``pictures`` is where relative picture paths in records start, if not at the folder of their
+    file; ``fields`` are columns of parquet files that records shall have besides those of a form.
 
     Raises:
         DataError: if a path does not exist, is of no known kind, is given twice, or is a parquet
             file where pyarrow is not installed.
     """
     found: list[InputFile] = []
+    kinds = _Kinds(text_unit=text_unit, starts=starts, pictures=pictures, fields=tuple(fields))
     for path in paths:
         if layout is not None and path.exists():
             found.append(_benchmark(path.resolve(), layout=layout))
         elif path.is_dir():
-            found.extend(_from_folder(path.resolve(), text_unit=text_unit, starts=starts))
+            found.extend(kinds.of_folder(path.resolve()))
         elif path.is_file():
-            found.append(_from_file(path.resolve(), text_unit=text_unit, starts=starts))
+            if not is_report(path.resolve()):
+                found.append(kinds.of_file(path.resolve()))
         else:
             raise DataError(f"input {path} does not exist; give files or folders that do")
     seen: set[Path] = set()
@@ -117,47 +126,82 @@ def _benchmark(path: Path, *, layout: Layout) -> InputFile:
     )
 
 
-def _from_file(path: Path, *, text_unit: TextUnit, starts: Starts) -> InputFile:
-    name = path.name.lower()
-    lines = text_unit is TextUnit.lines
-    reader: Callable[[Path], Iterator[RawRecord | Reject]]
-    if name.endswith(_TARS):
-        reader = read_webdataset
-    elif name.endswith(_JSON_LINES):
-        reader = partial(read_jsonl, starts=starts)
-    elif name.endswith(_PARQUET):
-        load_pyarrow(path)
-        reader = read_parquet
-    elif extension(path) in TEXTS:
-        reader = read_text_lines if lines else read_text_file
-    else:
-        raise DataError(
-            f"input {path} is of no known kind; give .tar, .jsonl, .parquet, .txt or .md files, "
-            "or a folder of pictures with captions or of text files"
-        )
-    return InputFile(
-        path=path, size=path.stat().st_size, fingerprint=_file_fingerprint(path), reader=reader
+def is_report(path: Path) -> bool:
+    """Whether img2dataset wrote it about a shard whose pictures lie elsewhere."""
+    name = path.name
+    if name.endswith(_STATS):
+        stem = path.with_name(name.removesuffix(_STATS))
+        return any(stem.with_name(stem.name + end).exists() for end in (".tar", ".parquet", ""))
+    if not name.endswith(_PARQUET):
+        return False
+    stem = path.with_suffix("")
+    return stem.with_name(f"{stem.name}.tar").is_file() or (
+        stem.is_dir() and stem.with_name(stem.name + _STATS).is_file()
     )
 
 
-def _from_folder(folder: Path, *, text_unit: TextUnit, starts: Starts) -> list[InputFile]:
-    top = sorted(path for path in folder.iterdir() if path.is_file())
-    for endings in (_TARS, _JSON_LINES, _PARQUET):
-        files = [path for path in top if path.name.lower().endswith(endings)]
-        if files:
-            return [_from_file(path, text_unit=text_unit, starts=starts) for path in files]
-    below = list_files(folder)
-    texts = [path for path in below if extension(path) in TEXTS]
-    if any(extension(path) in PICTURES for path in below):
-        return [_as_folder(folder, files=below, reader=read_picture_folder)]
-    if not texts:
-        raise DataError(
-            f"folder {folder} holds nothing to ingest; it needs tars, JSON lines, parquet files, "
-            "pictures or text files"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Kinds:
+    """How files of each kind are read; see :func:`find_inputs`."""
+
+    text_unit: TextUnit
+    starts: Starts
+    pictures: Path | None
+    fields: tuple[str, ...]
+
+    def of_file(self, path: Path) -> InputFile:
+        """Raises: DataError."""
+        name = path.name.lower()
+        reader: Callable[[Path], Iterator[RawRecord | Reject]]
+        if name.endswith(_TARS):
+            reader = read_webdataset
+        elif name.endswith(_JSON_LINES):
+            reader = partial(read_jsonl, starts=self.starts, pictures=self.pictures)
+        elif name.endswith(_JSON):
+            reader = partial(read_json_list, starts=self.starts, pictures=self.pictures)
+        elif name.endswith(_PARQUET):
+            load_pyarrow(path)
+            reader = partial(
+                read_parquet, starts=self.starts, pictures=self.pictures, beside=self.fields
+            )
+        elif extension(path) in TEXTS:
+            reader = read_text_lines if self.text_unit is TextUnit.lines else read_text_file
+        else:
+            raise DataError(
+                f"input {path} is of no known kind; give .tar, .jsonl, .json, .parquet, .txt or "
+                ".md files, or a folder of pictures with captions or of text files"
+            )
+        return InputFile(
+            path=path, size=path.stat().st_size, fingerprint=_file_fingerprint(path), reader=reader
         )
-    if text_unit is TextUnit.lines:
-        return [_from_file(path, text_unit=text_unit, starts=starts) for path in texts]
-    return [_as_folder(folder, files=texts, reader=read_text_folder)]
+
+    def of_folder(self, folder: Path) -> list[InputFile]:
+        """Raises: DataError."""
+        top = sorted(path for path in folder.iterdir() if path.is_file() and not is_report(path))
+        for endings in (_TARS, _JSON_LINES, _PARQUET, _JSON):
+            files = [path for path in top if path.name.lower().endswith(endings)]
+            if endings is _JSON:
+                files = [path for path in files if _is_list(path)]
+            if files:
+                return [self.of_file(path) for path in files]
+        below = list_files(folder)
+        texts = [path for path in below if extension(path) in TEXTS]
+        if any(extension(path) in PICTURES for path in below):
+            return [_as_folder(folder, files=below, reader=read_picture_folder)]
+        if not texts:
+            raise DataError(
+                f"folder {folder} holds nothing to ingest; it needs tars, JSON lines, parquet "
+                "files, JSON lists, pictures or text files"
+            )
+        if self.text_unit is TextUnit.lines:
+            return [self.of_file(path) for path in texts]
+        return [_as_folder(folder, files=texts, reader=read_text_folder)]
+
+
+def _is_list(path: Path) -> bool:
+    """Whether it begins as a JSON list does; facts about a picture are an object."""
+    with path.open("rb") as file:
+        return file.read(_EDGE_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def _as_folder(

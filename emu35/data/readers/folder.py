@@ -1,10 +1,11 @@
-"""Folders: pictures with a ``.txt`` caption of the same name, or text files."""
+"""Folders: pictures with a caption in a ``.txt`` of the same name, or under ``caption`` of a
+``.json`` (img2dataset writes both), or text files."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from emu35.data.readers.records import RawRecord, Reason, Reject, pair_record, text_record
-from emu35.data.readers.webdataset import LARGEST_MEMBER, PICTURES
+from emu35.data.readers.webdataset import LARGEST_MEMBER, PICTURES, caption_of
 
 TEXTS = ("txt", "md")
 
@@ -49,17 +50,21 @@ def read_picture_folder(folder: Path) -> Iterator[RawRecord | Reject]:
 
 
 def _read_pair(path: Path, *, name: str, offset: int) -> RawRecord | Reject:
-    side = path.with_suffix(".txt")
+    sides = {kind: path.with_suffix(f".{kind}") for kind in ("txt", "json")}
     try:
-        caption = side.read_bytes().decode("utf-8-sig") if side.exists() else None
+        caption, fields = caption_of(
+            {kind: side.read_bytes() for kind, side in sides.items() if side.exists()}
+        )
     except UnicodeDecodeError as error:
         return Reject(id=name, reason=Reason.bad_encoding, detail=str(error), offset=offset)
+    except (ValueError, RecursionError) as error:
+        return Reject(id=name, reason=Reason.bad_json, detail=str(error), offset=offset)
     except OSError as error:
         return _unreadable(error, name=name, offset=offset)
     if file_size(path) > LARGEST_MEMBER:
         detail = f"the limit is {LARGEST_MEMBER} bytes"
         return Reject(id=name, reason=Reason.too_large, detail=detail, offset=offset)
-    return pair_record(id=name, caption=caption, picture=path, offset=offset)
+    return pair_record(id=name, caption=caption, picture=path, offset=offset, fields=fields)
 
 
 def read_text_folder(folder: Path) -> Iterator[RawRecord | Reject]:

@@ -4,7 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+PictureData: TypeAlias = bytes | Path
+"""An undecoded picture: its bytes, or the file that holds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +19,9 @@ class RawText:
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """An undecoded picture: its bytes, or the file that holds them."""
+    """An undecoded picture."""
 
-    data: bytes | Path
+    data: PictureData
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,9 @@ class RawRecord:
 
     ``id`` names it within its input; ``offset`` is how many bytes of the input were read by the
     end of this record, for progress. A record that becomes several documents has no ``parts`` but
-    ``several``: what is put behind the id -> the parts of that document.
+    ``several``: what is put behind the id -> the parts of that document. ``fields`` are what else
+    the record says, where its form has named fields. Records of the same ``group`` (not empty) that
+    follow each other are the clips of one document.
     """
 
     id: str
@@ -54,6 +59,8 @@ class RawRecord:
     form: RecordForm
     offset: int = 0
     several: Mapping[str, list[RawPart]] = field(default_factory=dict[str, list[RawPart]])
+    fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    group: str = ""
 
     def documents(self) -> Iterator[tuple[str, list[RawPart]]]:
         """Id and parts of every document."""
@@ -78,11 +85,16 @@ class Reason(StrEnum):
     bad_json = "not valid JSON"
     bad_record = "not a record of a known form"
     bad_task = "not a task record as its schema says"
+    bad_conversation = "not a conversation as LLaVA writes them"
+    bad_edit = "not an edit of pictures, instruction and target"
     missing_file = "missing or unreadable file"
+    not_downloaded = "picture is an address, not a file"
     too_large = "file too large"
     picture_too_long = "picture longer than the sequence length"
     task_too_long = "task document longer than the sequence length"
     not_a_pair = "not a picture with a caption, which order=both needs"
+    no_clip = "not a clip with its video and start"
+    duplicate = "duplicate"
     damaged_input = "damaged input file"
 
 
@@ -105,15 +117,22 @@ def is_readable(path: Path) -> bool:
 
 
 def pair_record(
-    *, id: str, caption: str | None, picture: bytes | Path | None, offset: int
+    *,
+    id: str,
+    caption: str | None,
+    picture: PictureData | None,
+    offset: int,
+    fields: Mapping[str, Any] | None = None,
+    why_none: str = "",
 ) -> RawRecord | Reject:
-    """A picture with its caption, or the reject that a missing half makes of it."""
+    """A picture with its caption, or the reject that a missing half makes of it; ``why_none`` is
+    what the record tells of a picture that is not there."""
     if picture is None:
-        return Reject(id=id, reason=Reason.no_picture, offset=offset)
+        return Reject(id=id, reason=Reason.no_picture, detail=why_none, offset=offset)
     if caption is None or not caption.strip():
         return Reject(id=id, reason=Reason.no_caption, offset=offset)
     parts: list[RawPart] = [RawText(caption.strip()), RawImage(picture)]
-    return RawRecord(id=id, parts=parts, form=RecordForm.pair, offset=offset)
+    return RawRecord(id=id, parts=parts, form=RecordForm.pair, offset=offset, fields=fields or {})
 
 
 def text_record(*, id: str, data: bytes | str, offset: int) -> RawRecord | Reject:

@@ -17,9 +17,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import StrEnum
-from pathlib import Path
 
-from emu35.data.readers.records import RawImage, RawPart, RawSpecial, RawText
+from emu35.data.readers.records import PictureData, RawImage, RawPart, RawSpecial, RawText
 from emu35.data.readers.task_records import Step, TaskRecord, TaskTurn
 from emu35.data.readers.task_table import ExploreKind
 from emu35.tokens.answer import BOC, BOG, EOC, EOG, ESS
@@ -104,21 +103,36 @@ def _explored(whole: TaskTurn, *, kind: ExploreKind) -> Sequence[TaskTurn]:
     ]
 
 
-def _picture_of(step: Step) -> tuple[Path, ...]:
+def _picture_of(step: Step) -> tuple[PictureData, ...]:
     return () if step.image is None else (step.image,)
 
 
 def _dialogue(task: Task, turns: Sequence[TaskTurn]) -> list[RawPart]:
     parts: list[RawPart] = []
     for number, turn in enumerate(turns):
-        images = [RawImage(path) for path in turn.images]
-        for part in question_parts(task, turn.prompt, images=images, later=number > 0):
+        images = [RawImage(picture) for picture in turn.images]
+        placed = [] if turn.mark else images
+        for part in question_parts(task, turn.prompt, images=placed, later=number > 0):
             if isinstance(part, Text):
-                parts.append(RawText(part.text))
+                parts += _with_pictures(part.text, mark=turn.mark, images=images)
             else:
                 parts.append(RawSpecial(part.token) if isinstance(part, Special) else part)
         parts += [*_answer(turn), RawSpecial(ESS)]
     return parts
+
+
+def _with_pictures(text: str, *, mark: str, images: Sequence[RawImage]) -> Iterator[RawPart]:
+    """``text`` with a picture in the place of each ``mark``; all of it as text without one."""
+    if not mark or mark not in text:
+        yield RawText(text)
+        return
+    before, *rest = text.split(mark)
+    if before:
+        yield RawText(before)
+    for image, after in zip(images, rest, strict=True):
+        yield image
+        if after:
+            yield RawText(after)
 
 
 def _answer(turn: TaskTurn) -> Iterator[RawPart]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from emu35.config.schema import did_you_mean
-from emu35.data.readers.records import Reason, is_readable
+from emu35.data.readers.records import PictureData, Reason, is_readable
 from emu35.data.readers.task_table import (
     ID,
     INSTRUCTION,
@@ -40,18 +40,23 @@ class Step:
 
     text: str | None = None
     thought: str | None = None
-    image: Path | None = None
+    image: PictureData | None = None
     instruction: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskTurn:
-    """A question and its answer; ``thought`` is the global chain of thought of the answer."""
+    """A question and its answer; ``thought`` is the global chain of thought of the answer.
+
+    The pictures stand where the template puts them; with a ``mark`` they replace its places in the
+    prompt instead, of which there are as many.
+    """
 
     prompt: str
-    images: tuple[Path, ...]
+    images: tuple[PictureData, ...]
     thought: str | None
     steps: tuple[Step, ...]
+    mark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,9 @@
 
 Members that share a key (the name up to the first dot of its last part) are one record: a picture
 (see :data:`PICTURES`) and a caption (``txt``, or the field ``caption`` of ``json``).
+
+A gap in the middle of a damaged tar cannot be told from its end: everything before it is kept, and
+the reject names the byte where the tar breaks off.
 """
 
 import gzip
@@ -12,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from emu35.data.readers.named_pictures import PICTURE_FILES
 from emu35.data.readers.records import RawRecord, Reason, Reject, pair_record
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff")
+PICTURES = PICTURE_FILES
 _CAPTIONS = ("txt", "json")
 LARGEST_MEMBER = 256 * 2**20
 
@@ -92,21 +96,36 @@ def _finish(key: str, members: Members, *, offset: int) -> Iterator[RawRecord | 
         return
     picture = next((members[kind] for kind in PICTURES if kind in members), None)
     try:
-        caption = _caption(members)
+        caption, fields = caption_of(members)
     except UnicodeDecodeError as error:
         yield Reject(id=key, reason=Reason.bad_encoding, detail=str(error), offset=offset)
     except (ValueError, RecursionError) as error:
         yield Reject(id=key, reason=Reason.bad_json, detail=str(error), offset=offset)
     else:
-        yield pair_record(id=key, caption=caption, picture=picture, offset=offset)
+        yield pair_record(id=key, caption=caption, picture=picture, offset=offset, fields=fields)
 
 
-def _caption(members: Members) -> str | None:
-    if "txt" in members:
-        return members["txt"].decode("utf-8-sig")
+def caption_of(members: Members) -> tuple[str | None, dict[str, Any]]:
+    """The caption of a picture and the fields of its JSON, from ``txt`` and ``json`` beside it.
+
+    Raises:
+        UnicodeDecodeError: the caption is not UTF-8.
+        ValueError, RecursionError: the JSON that would have to hold it is none.
+    """
+    fields: dict[str, Any] = {}
     if "json" in members:
-        facts: Any = json.loads(members["json"].decode("utf-8-sig"))
-        if isinstance(facts, dict):
-            caption: Any = cast(dict[str, Any], facts).get("caption")
-            return caption if isinstance(caption, str) else None
-    return None
+        try:
+            fields = _read_json(members["json"])
+        except (ValueError, RecursionError):
+            # A caption in a file of its own makes the record without it.
+            if "txt" not in members:
+                raise
+    if "txt" in members:
+        return members["txt"].decode("utf-8-sig"), fields
+    caption = fields.get("caption")
+    return (caption if isinstance(caption, str) else None), fields
+
+
+def _read_json(data: bytes) -> dict[str, Any]:
+    facts: Any = json.loads(data.decode("utf-8-sig"))
+    return cast(dict[str, Any], facts) if isinstance(facts, dict) else {}

@@ -3,19 +3,10 @@
 import argparse
 from pathlib import Path
 
-from emu35.config.area import parse_area
-from emu35.errors import ConfigError
-from emu35.run.arguments import Commands, distill, filter_prompts
-from emu35.run.arguments.recipe import Recipe, read_recipe
-from emu35.run.arguments.tokenizer import add_tokenizer, explicit_tokenizer, tokenizer_config
+from emu35.run.arguments import Commands, distill, filter_prompts, ingest
 
-ORDERS = ("caption_first", "image_first", "both")
-TEXT_UNITS = ("file", "lines")
-STARTS = ("first", "random", "all")
-TASKS = ("chat", "t2i", "x2i", "story", "howto", "explore", "vla")
-AREA = "512x512"
 OVERLONG = ("cut", "drop", "refuse")
-LAYOUTS = ("isg_bench", "opening", "mmie")
+TASKS = ("chat", "t2i", "x2i", "story", "howto", "explore", "vla")
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
@@ -24,7 +15,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     actions = commands.add_parser("data", help=text, description=text).add_subparsers(
         required=True, metavar="ACTION"
     )
-    _add_ingest(actions)
+    ingest.add(actions)
     distill.add(actions)
     filter_prompts.add(actions)
     _add_tasks(actions)
@@ -32,87 +23,6 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     _add_index(actions)
     _add_stats(actions)
     _add_inspect(actions)
-
-
-def _add_ingest(actions: "Commands[argparse.ArgumentParser]") -> None:
-    text = (
-        "files to token shards: tars of image and caption, JSON lines (of tasks, too), parquet, "
-        "folders, text"
-    )
-    command = actions.add_parser(
-        "ingest",
-        help=text,
-        description=text + ". Run again, it goes on where it was stopped. Records that cannot be "
-        "used are counted and named in rejects.jsonl.",
-    )
-    command.add_argument("inputs", nargs="+", type=Path, metavar="PATH", help="file or folder")
-    command.add_argument("--out", type=Path, metavar="DIR", help="shards go here")
-    command.add_argument("--source", metavar="NAME", help="name of the shards (default: DIR's)")
-    command.add_argument(
-        "--recipe",
-        metavar="EXPERIMENT",
-        help="take DIR, --area, the tokenizer and --sequence-length from this experiment and its "
-        "source NAME (validation.NAME: its validation set); options that are given win",
-    )
-    command.add_argument(
-        "--configs", type=Path, metavar="DIR", help="folder of more groups and experiments"
-    )
-    add_tokenizer(command)
-    # Left empty, so that a recipe is asked before the default is taken.
-    command.set_defaults(tokenizer=None)
-    command.add_argument(
-        "--vision", metavar="DIR", help="image tokenizer; not needed where there are no pictures"
-    )
-    command.add_argument(
-        "--area",
-        metavar="PIXELS",
-        help="pictures are resized to about this area, aspect kept: a number, WxH, a range such as "
-        f"512x512..1024x1024, or an upper bound such as ..512x512 (default {AREA})",
-    )
-    command.add_argument(
-        "--order",
-        choices=ORDERS,
-        default="caption_first",
-        help="of a picture and its caption; both writes two sources below DIR",
-    )
-    command.add_argument(
-        "--text-unit", choices=TEXT_UNITS, default="file", help="one document is a file, or a line"
-    )
-    command.add_argument(
-        "--starts",
-        choices=STARTS,
-        default="random",
-        help="documents of a vla record besides the whole: none, from one random later step "
-        "(default), or from every one",
-    )
-    command.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        help="PATH is this benchmark as published: one document of question and ground truth an "
-        "item",
-    )
-    command.add_argument(
-        "--sequence-length",
-        type=int,
-        metavar="N",
-        help="reject pictures and task documents that are longer in tokens (default 0: no limit)",
-    )
-    command.add_argument("--shard-bytes", type=int, default=256 * 2**20, metavar="N")
-    command.add_argument(
-        "--images-per-call", type=int, default=16, metavar="N", help="pictures encoded together"
-    )
-    command.add_argument("--threads", type=int, default=2, metavar="N", help="to open pictures")
-    command.add_argument(
-        "--max-rejects",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="an input of which more is rejected fails (default 0.5)",
-    )
-    command.add_argument(
-        "--replace", action="store_true", help="start over instead of going on with DIR"
-    )
-    command.set_defaults(handler=_ingest)
 
 
 def _add_tasks(actions: "Commands[argparse.ArgumentParser]") -> None:
@@ -131,7 +41,7 @@ def _add_pack(actions: "Commands[argparse.ArgumentParser]") -> None:
         "decreasing. Training reads what is written as it is, with data.sequence_length=N: name "
         "DIR as data.sources.NAME.path.",
     )
-    command.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="folder of shards")
+    command.add_argument("inputs", nargs="+", metavar="IN", help="folder of shards or URL")
     command.add_argument(
         "--out", type=Path, metavar="DIR", required=True, help="the packed shards; not there yet"
     )
@@ -156,7 +66,7 @@ def _add_pack(actions: "Commands[argparse.ArgumentParser]") -> None:
 def _add_index(actions: "Commands[argparse.ArgumentParser]") -> None:
     text = "rebuild the indices of shards, or check shards against them"
     command = actions.add_parser("index", help=text, description=text)
-    command.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    command.add_argument("folders", nargs="+", metavar="DIR", help="folder or URL")
     command.add_argument("--verify", action="store_true", help="hash and compare, write nothing")
     command.set_defaults(handler=_index)
 
@@ -164,7 +74,7 @@ def _add_index(actions: "Commands[argparse.ArgumentParser]") -> None:
 def _add_stats(actions: "Commands[argparse.ArgumentParser]") -> None:
     text = "documents, tokens, lengths, modalities and packing fill of sources"
     command = actions.add_parser("stats", help=text, description=text)
-    command.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    command.add_argument("folders", nargs="+", metavar="DIR", help="folder or URL")
     command.add_argument(
         "--sequence-length", type=int, default=32768, metavar="N", help="row to pack for"
     )
@@ -174,66 +84,13 @@ def _add_stats(actions: "Commands[argparse.ArgumentParser]") -> None:
 def _add_inspect(actions: "Commands[argparse.ArgumentParser]") -> None:
     text = "print documents of a source; with --images also decode their pictures"
     command = actions.add_parser("inspect", help=text, description=text)
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", metavar="DIR", help="folder or URL")
     command.add_argument("--first", type=int, default=0, metavar="N", help="document number")
     command.add_argument("--count", type=int, default=5, metavar="N")
     command.add_argument("--images", type=Path, metavar="DIR", help="write pictures here")
     command.add_argument("--vision", type=Path, metavar="DIR", help="image tokenizer")
     command.add_argument("--table", metavar="FILE", help="text table of the emu35 tokenizer")
     command.set_defaults(handler=_inspect)
-
-
-def _ingest(arguments: argparse.Namespace) -> int:
-    from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
-    from emu35.data.readers.benchmarks import Layout
-    from emu35.data.readers.discover import TextUnit
-    from emu35.data.readers.task_documents import Starts
-    from emu35.stages.data import ingest
-
-    recipe = _recipe(arguments)
-    out: Path | None = arguments.out or recipe.out
-    if out is None:
-        raise ConfigError("--out is not given; name the folder for the shards, or a --recipe")
-    area: str = arguments.area or recipe.area or AREA
-    given: int | None = arguments.sequence_length
-    length = recipe.sequence_length if given is None else given
-    if recipe.title is not None:
-        print(
-            f"{recipe.title}: out {out}, area {area}, tokenizer {recipe.tokenizer.kind.value}, "
-            f"sequence length {length}"
-        )
-    ingest(
-        IngestOptions(
-            inputs=arguments.inputs,
-            out=out,
-            source=recipe.source or arguments.source or out.absolute().name,
-            tokenizer=recipe.tokenizer,
-            area=parse_area(area),
-            order=PairOrder(arguments.order),
-            text_unit=TextUnit(arguments.text_unit),
-            starts=Starts(arguments.starts),
-            layout=Layout(arguments.layout) if arguments.layout else None,
-            sequence_length=length,
-            shard_bytes=arguments.shard_bytes,
-            images_per_call=arguments.images_per_call,
-            threads=arguments.threads,
-            max_rejects=arguments.max_rejects,
-            existing=Existing.replace if arguments.replace else Existing.resume,
-        )
-    )
-    return 0
-
-
-def _recipe(arguments: argparse.Namespace) -> Recipe:
-    """What the experiment says, or without one what holds by default, with the given tokenizer."""
-    if arguments.recipe is None:
-        if arguments.configs is not None:
-            raise ConfigError("--configs is where a --recipe is looked for; give both or neither")
-        arguments.tokenizer = arguments.tokenizer or "bytes"
-        return Recipe(tokenizer=tokenizer_config(arguments, vision=arguments.vision))
-    recipe = read_recipe(arguments.recipe, source=arguments.source, configs=arguments.configs)
-    recipe.tokenizer = explicit_tokenizer(arguments, base=recipe.tokenizer)
-    return recipe
 
 
 def _tasks(arguments: argparse.Namespace) -> int:
@@ -248,12 +105,13 @@ def _tasks(arguments: argparse.Namespace) -> int:
 def _pack(arguments: argparse.Namespace) -> int:
     from emu35.config.data import Overlong
     from emu35.data.packed import PackOptions
+    from emu35.data.place import place_of
     from emu35.stages.data import pack
 
     out: Path = arguments.out
     pack(
         PackOptions(
-            inputs=arguments.inputs,
+            inputs=[place_of(given) for given in arguments.inputs],
             out=out,
             sequence_length=arguments.sequence_length,
             source=arguments.source or out.resolve().name,

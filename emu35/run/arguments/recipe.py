@@ -6,6 +6,7 @@ from pathlib import Path
 from emu35.config.data import TokenDataConfig
 from emu35.config.schema import did_you_mean
 from emu35.config.tokenizer import TokenizerConfig
+from emu35.data.place import is_url
 from emu35.errors import ConfigError
 
 
@@ -50,7 +51,8 @@ def read_recipe(experiment: str, *, source: str | None, configs: Path | None) ->
     return Recipe(
         tokenizer=config.tokenizer,
         source=name,
-        out=Path(section.path),
+        # Shards are written here and uploaded; what is read from a URL needs an --out of its own.
+        out=None if is_url(section.path) else Path(section.path),
         area=section.area,
         sequence_length=data.sequence_length,
         title=f"recipe {experiment}, {kind}.{name}",

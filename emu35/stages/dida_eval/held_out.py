@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from emu35.config import LossWeights, TokenDataConfig, ValidationConfig
-from emu35.config.data import Modality, Overlong
+from emu35.config.data import Damaged, Modality, Overlong
 from emu35.data.batch import Batch, BatchChange, as_it_is
 from emu35.data.loader import ValidationSet
+from emu35.data.place import name_of, place_of
 from emu35.data.scenes.quality import ScenePrompt
 from emu35.data.shards import ShardMeta
 from emu35.data.source import Source, check_vision
@@ -183,7 +184,8 @@ def check_codes(section: ValidationConfig, *, vocabulary: Vocabulary, vision: Pa
     Raises:
         DataError: they are of another one, or the shards cannot be read.
     """
-    source = Source(name=Path(section.path).name, path=Path(section.path), vocabulary=vocabulary)
+    place = place_of(section.path)
+    source = Source(name=name_of(place), path=place, vocabulary=vocabulary)
     encoded = check_vision([source])
     if encoded is not None and encoded.digest != (ours := weights_digest(vision)):
         raise DataError(
@@ -195,5 +197,5 @@ def check_codes(section: ValidationConfig, *, vocabulary: Vocabulary, vision: Pa
 
 def without_cuts(data: TokenDataConfig) -> TokenDataConfig:
     """``data`` in which documents longer than a row are left out: a cut one may have lost its
-    prompt."""
-    return replace(data, overlong=Overlong.drop)
+    prompt. Damage is refused: two evaluations are to have seen the same."""
+    return replace(data, overlong=Overlong.drop, damaged=Damaged.refuse)

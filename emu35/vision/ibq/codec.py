@@ -12,6 +12,10 @@ BATCH_PIXELS = 4 * 512 * 512
 """Pixels that go through the network at once; larger batches are cut, one picture at the least."""
 
 
+PRECISION = torch.float32
+"""What codes are computed in. A code is the nearest of up to 131072; less precision flips some."""
+
+
 class IBQCodec:
     """Encoding and decoding in fp32 without TF32, because lower precision flips codes.
 
@@ -23,7 +27,7 @@ class IBQCodec:
         self, model: IBQ, *, device: torch.device, name: str = "the image tokenizer"
     ) -> None:
         self._name = name
-        self._model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+        self._model = model.to(device=device, dtype=PRECISION).eval().requires_grad_(False)
         self._device = device
 
     @property
@@ -70,7 +74,7 @@ class IBQCodec:
         return pixels_B3HW.split(max(1, BATCH_PIXELS // (height * width)))
 
     def _latents(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
-        z_BDHW = self._model.latents(pixels_B3HW.to(self._device, torch.float32))
+        z_BDHW = self._model.latents(pixels_B3HW.to(self._device, PRECISION))
         # No comparison with NaN holds, so the search would answer 0 everywhere, as if it were sure.
         for what, values in (("latents", z_BDHW), ("codebook", self._model.quantize.codebook_KD)):
             if not bool(values.isfinite().all()):
@@ -107,9 +111,15 @@ class IBQCodec:
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
     """fp32 throughout: no autocast, no TF32, and no gradients."""
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-    ):
-        yield
+    precision = torch.get_float32_matmul_precision()
+    # A run that trains in this process may have asked for TF32.
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -28,11 +28,15 @@ class GreyLevels:
     """One code for each 8x8 block: its mean grey, in 64 levels. Counts what it encodes."""
 
     digest = "grey" * 16
+    dtype = "float32"
     factor = FACTOR
 
     def __init__(self, *, stop_after: int | None = None) -> None:
         self.calls: list[int] = []
         self.stop_after = stop_after
+
+    def join(self, *, worker: int, workers: int) -> None:
+        """Nothing to share."""
 
     def check(self) -> None:
         """Nothing to load."""

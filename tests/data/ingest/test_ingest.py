@@ -260,3 +260,20 @@ def test_a_damaged_parquet_file_does_not_stop_the_other_inputs(tmp_path: Path) -
         ("torn.parquet:1-20", "damaged input file"),
         ("other.parquet", "not a record of a known form"),
     ]
+
+
+def test_a_damaged_tar_is_kept_to_the_damage_and_named(tmp_path: Path) -> None:
+    inputs = [write_pairs(tmp_path / f"{n}.tar", count=6, first=6 * n) for n in range(3)]
+    data = bytearray(inputs[0].read_bytes())
+    # The header of the fourth picture: a pair is two members of a header and one block each.
+    data[3 * 4 * 512 + 10] ^= 0xFF
+    inputs[0].write_bytes(data)
+    inputs[1].write_bytes(inputs[1].read_bytes()[: 4 * 4 * 512 + 700])
+    out = tmp_path / "out"
+    summary = ingest(options_of(inputs, out), encoder=GreyLevels())
+    found = [name for name, _ in documents_of(out)]
+    assert found == [f"{n:05d}" for n in (0, 1, 2, 6, 7, 8, 9, *range(12, 18))]
+    assert summary.rejects == {"damaged input file": 2}
+    rows = rejects_of(out)
+    assert [Path(row["input"]).name for row in rows] == ["0.tar", "1.tar"]
+    assert rows[0]["id"] == f"byte {3 * 4 * 512}"

@@ -56,8 +56,8 @@ def reject_of(folder: Path, record: Any) -> Reject:
 def documents(record: RawRecord | Reject) -> dict[str, list[Part]]:
     assert isinstance(record, RawRecord), record
     codes = {raw: Image(CODES[Path(raw.data).name]) for raw in record.pictures()}  # type: ignore[arg-type]
-    encoded = EncodedRecord(record=record, codes=codes)
-    return {id.partition("#")[2]: parts for id, parts in encoded.documents()}
+    encoded = EncodedRecord(record=record, codes=codes, hashes={})
+    return {id.partition("#")[2]: parts for id, parts, _ in encoded.documents()}
 
 
 @pytest.mark.parametrize("task", list(TASK_FORMS))
