@@ -90,7 +90,8 @@ class SourceConfig:
     the document that would exceed so many tokens, the others share its ratio. None: no end.
     ``path`` is a local folder or a URL: ``s3://BUCKET/FOLDER``, ``gs://...``, ``https://...`` or
     another that fsspec opens (``pip install "emu35[s3]"``, ``gcs``, ``azure`` or ``http``).
-    ``packing`` is that of the section (``data.packing``) unless it is given here.
+    ``packing`` is that of the section (``data.packing``) unless it is given here. A folder that
+    ``emu35 data pack`` wrote is read in its rows, whatever the section says; ``online`` is refused.
     ``area`` is how large its pictures are to be when they are ingested, in the words of
     :func:`emu35.config.area.parse_area`; ``emu35 data ingest --recipe`` reads it, training does
     not.

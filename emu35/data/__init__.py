@@ -36,6 +36,10 @@ state and logged as ``data/tokens/NAME``, ``data/documents/NAME`` and ``data/epo
 With ``data.packing=offline`` (paper: stage 2 and fine-tuning) each source is instead packed once,
 over all its documents at a time, and the shuffled rows are what the mixture draws. Documents of one
 row then come from all over the source, and rows are drawn by their tokens, so that ratios hold.
+``emu35 data pack`` (:mod:`emu35.data.packed`) does the same once and writes the rows as shards, of
+which each member is a row (:mod:`emu35.data.pieces`): a run then plans nothing at its start and
+reads one stretch a row (:mod:`emu35.data.packed_items`). Nothing has to be set for such a folder
+but ``data.sequence_length``, which must be that of its rows.
 
 A document is never joined to another: labels stop at its last token, positions restart, and a row
 holds whole documents. Only a document longer than the row may be cut, at a part boundary where one

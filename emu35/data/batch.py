@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from emu35.data.plan import Sample
-from emu35.data.shards import decode_runs
+from emu35.data.shards import Codes, decode_runs
 from emu35.data.source import Items, Source
 
 
@@ -104,6 +104,8 @@ def _padding(pad: int, *, width: int) -> dict[str, int]:
     }
 
 
+_NO_CODES: Codes = np.zeros(0, np.uint8)
+
 BatchChange = Callable[[Batch], Batch]
 """What a stage does to every batch."""
 
@@ -158,12 +160,16 @@ def assemble(
         starts = entry.items.start[numbers].tolist()
         lengths = entry.items.length[numbers].tolist()
         reader = entry.source.read(entry.items.document[numbers])
+        decoded, all_codes = None, _NO_CODES
         for item, row, column, start, length, (words, runs) in zip(
             pieces.item, pieces.row, pieces.column, starts, lengths, reader, strict=True
         ):
             if not len(words):  # damaged; its columns stay padding
                 continue
-            codes = decode_runs(runs)
+            # The pieces of a packed row share its runs, which are decoded once.
+            if runs is not decoded:
+                decoded, all_codes = runs, decode_runs(runs)
+            codes = all_codes
             if len(codes) != len(words):
                 entry.source.leave_out(int(entry.items.document[item]))
                 continue

@@ -78,11 +78,14 @@ def row_units(rows: PackedRows, *, document: Ints | None, window: int) -> Units:
         len(items) if begins is None else int(begins[items].sum())
         for items in (rows.items(row) for row in range(len(rows)))
     ]
+    per_shard = rows.per_shard
+    if per_shard is None:
+        # Rows lie nowhere; blocks as large as the window change places from epoch to epoch.
+        per_shard = np.diff(np.append(np.arange(0, len(rows), window), len(rows)))
     return Units(
         length=rows.length,
         documents=np.array(documents, np.int64),
-        # Rows lie nowhere; blocks as large as the window change places from epoch to epoch.
-        per_shard=np.diff(np.append(np.arange(0, len(rows), window), len(rows))),
+        per_shard=per_shard,
         first=None,
         pieces=None,
         piece_length=rows.length,

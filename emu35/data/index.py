@@ -20,7 +20,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from emu35.data.cache import Unreachable
-from emu35.data.index_file import ARRAYS, Ints, ShardIndex, check_sense, decode_index, encode_index
+from emu35.data.index_file import (
+    PACKED_ARRAYS,
+    Ints,
+    ShardIndex,
+    check_sense,
+    decode_index,
+    encode_index,
+)
+from emu35.data.pieces import piece_table
 from emu35.data.place import Place, Url
 from emu35.data.shards import (
     BLOCK,
@@ -131,6 +139,8 @@ def _scan_members(shard: Place, *, file: BinaryIO, digest: str) -> ShardIndex:
     checksum: list[int] = []
     spans: list[list[int]] = []
     span_row = [0]
+    pieces: list[list[int]] = []
+    piece_row = [0] if meta.packed is not None else []
     max_token = 0
     for key in (name[: -len(".tok")] for name in members if name.endswith(".tok")):
         token_byte, token_size = members[f"{key}.tok"]
@@ -147,6 +157,9 @@ def _scan_members(shard: Place, *, file: BinaryIO, digest: str) -> ShardIndex:
         max_token = max(max_token, int(mapped.words[word : word + length].max()))
         spans.extend([image[0], image[1]] for image in facts["images"])
         span_row.append(len(spans))
+        if meta.packed is not None:
+            pieces.extend(piece_table(facts))
+            piece_row.append(len(pieces))
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
     index = ShardIndex(
         path=shard,
@@ -164,6 +177,8 @@ def _scan_members(shard: Place, *, file: BinaryIO, digest: str) -> ShardIndex:
         checksum=np.array(checksum, dtype=np.uint64),
         span_row=np.array(span_row, dtype=np.int64),
         spans=np.array(spans, dtype=np.int64).reshape(-1, 2),
+        piece_row=np.array(piece_row, dtype=np.int64),
+        pieces=np.array(pieces, dtype=np.int64).reshape(-1, 3),
     )
     check_sense(index)
     return index
@@ -280,7 +295,7 @@ def verify_index_in(folder: ShardFolder, *, name: str) -> ShardIndex:
     index = read_index_in(folder, name=name)
     with folder.open(name, size=index.tar_bytes, digest=index.digest) as file:
         fresh = _scan(index.path, file=file)
-    same = all(np.array_equal(getattr(index, name), getattr(fresh, name)) for name in ARRAYS)
+    same = all(np.array_equal(getattr(index, name), getattr(fresh, name)) for name in PACKED_ARRAYS)
     if not same or index.meta != fresh.meta or index.max_token != fresh.max_token:
         raise DataError(
             f"the index of {index.path} differs from what the shard holds; {folder.rebuild}"

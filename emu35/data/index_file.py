@@ -2,19 +2,22 @@
 
 Layout: magic, format version and header length (two uint32), a JSON header, the arrays one
 after the other at multiples of 8 bytes, and the sha256 of all that. It is read whole; a changed
-byte anywhere in it is noticed.
+byte anywhere in it is noticed. The index of a packed shard has format version 2 and two more
+arrays, so that an emu35 that takes every member for one document refuses it.
 """
 
 import hashlib
 import json
 import math
 import struct
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from emu35.data.pieces import check_pieces
 from emu35.data.place import Place
 from emu35.data.shards import BLOCK, TAIL, ShardMeta
 from emu35.errors import DataError
@@ -22,6 +25,7 @@ from emu35.tokens.serialize import Modality
 
 _MAGIC = b"EMU35IDX"
 _VERSION = 1
+_PACKED_VERSION = 2
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 ARRAYS = {
@@ -36,13 +40,15 @@ ARRAYS = {
     "span_row": "<i8",
     "spans": "<i8",
 }
+PACKED_ARRAYS = {**ARRAYS, "piece_row": "<i8", "pieces": "<i8"}
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardIndex:
-    """Where everything in one shard lies. N documents, M pictures.
+    """Where everything in one shard lies. N documents (rows in a packed shard), M pictures, P
+    pieces of rows.
 
     Attributes:
         token_word, length: [N] first token as a uint32 offset into the tar, and token count.
@@ -52,6 +58,9 @@ class ShardIndex:
         checksum: [N] exclusive-or of the bytes from the first token block to the last run block.
         span_row: [N + 1] rows of ``spans`` that belong to each document.
         spans: [M, 2] first and past-the-last token of each picture.
+        piece_row: [N + 1] rows of ``pieces`` that belong to each row; empty if not packed.
+        pieces: [P, 3] where a piece begins in its row, where in its document, and how long that
+            document is.
     """
 
     path: Place
@@ -69,17 +78,46 @@ class ShardIndex:
     checksum: npt.NDArray[np.uint64]
     span_row: Ints
     spans: Ints
+    piece_row: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    pieces: Ints = field(default_factory=lambda: np.zeros((0, 3), np.int64))
 
     def __len__(self) -> int:
         return len(self.length)
 
 
+def packed_length(shards: Sequence[ShardIndex]) -> int | None:
+    """The length of the rows that all ``shards`` hold, None if they hold documents.
+
+    Raises:
+        DataError: if some hold rows and others documents, or longer rows.
+    """
+    packed = shards[0].meta.packed
+    for shard in shards:
+        if shard.meta.packed != packed:
+            what = [
+                "documents" if length is None else f"rows packed to {length} tokens"
+                for length in (packed, shard.meta.packed)
+            ]
+            raise DataError(
+                f"shard {shards[0].path} holds {what[0]} and {shard.path} holds {what[1]}; keep "
+                "them in folders of their own, each a source"
+            )
+    return packed
+
+
+def _arrays(meta: ShardMeta) -> dict[str, str]:
+    """The arrays of an index by name, and their types."""
+    return ARRAYS if meta.packed is None else PACKED_ARRAYS
+
+
 def encode_index(index: ShardIndex) -> bytes:
     """The content of the sidecar."""
-    arrays = {name: getattr(index, name).astype(kind) for name, kind in ARRAYS.items()}
+    kinds = _arrays(index.meta)
+    version = _VERSION if index.meta.packed is None else _PACKED_VERSION
+    arrays = {name: getattr(index, name).astype(kind) for name, kind in kinds.items()}
     header = json.dumps(
         {
-            "meta": asdict(index.meta),
+            "meta": index.meta.fields(),
             "digest": index.digest,
             "tar_bytes": index.tar_bytes,
             "max_token": index.max_token,
@@ -90,7 +128,7 @@ def encode_index(index: ShardIndex) -> bytes:
     header += b" " * (-len(header) % 8)
     body = b"".join(
         [
-            _PREFIX.pack(_MAGIC, _VERSION, len(header)),
+            _PREFIX.pack(_MAGIC, version, len(header)),
             header,
             *(array.tobytes() for array in arrays.values()),
         ]
@@ -109,7 +147,7 @@ def decode_index(data: bytes, *, shard: Place, sidecar: Place, remedy: str) -> S
     if len(data) < _PREFIX.size + _DIGEST_BYTES or hashlib.sha256(body).digest() != seal:
         raise DataError(f"index {sidecar} is damaged; {remedy}")
     magic, version, header_size = _PREFIX.unpack_from(body)
-    if magic != _MAGIC or version != _VERSION:
+    if magic != _MAGIC or version not in (_VERSION, _PACKED_VERSION):
         raise DataError(f"index {sidecar} has another format (version {version}); {remedy}")
     try:
         index = _decode(body, header_size=header_size, shard=shard)
@@ -122,9 +160,10 @@ def decode_index(data: bytes, *, shard: Place, sidecar: Place, remedy: str) -> S
 
 def _decode(body: bytes, *, header_size: int, shard: Place) -> ShardIndex:
     header: dict[str, Any] = json.loads(body[_PREFIX.size : _PREFIX.size + header_size])
+    meta = ShardMeta.checked(header["meta"])
     arrays: dict[str, Any] = {}
     offset = _PREFIX.size + header_size
-    for name, kind in ARRAYS.items():
+    for name, kind in _arrays(meta).items():
         shape = [_natural(size, name=name) for size in header["shapes"][name]]
         # A product of numpy's would wrap around.
         count = math.prod(shape)
@@ -137,7 +176,7 @@ def _decode(body: bytes, *, header_size: int, shard: Place) -> ShardIndex:
         raise TypeError("the digest is no text")
     return ShardIndex(
         path=shard,
-        meta=ShardMeta.checked(header["meta"]),
+        meta=meta,
         digest=digest,
         tar_bytes=_natural(header["tar_bytes"], name="tar_bytes"),
         max_token=_natural(header["max_token"], name="max_token"),
@@ -188,6 +227,10 @@ def check_sense(index: ShardIndex) -> None:
     start, end = index.spans[:, 0], index.spans[:, 1]
     if bool(np.any(start < 0) or np.any(start >= end) or np.any(end > limit)):
         raise ValueError("a picture lies outside its document")
+    if index.meta.packed is not None:
+        check_pieces(piece_row=index.piece_row, pieces=index.pieces, length=index.length)
+        if bool(np.any(index.length > index.meta.packed)):
+            raise ValueError(f"a row is longer than {index.meta.packed} tokens")
 
 
 def _within(first: Ints, count: Ints, *, end: int) -> bool:

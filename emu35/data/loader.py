@@ -20,9 +20,11 @@ from emu35.config.data import (
 from emu35.data.batch import Batch, BatchChange, SourceItems, as_it_is, assemble
 from emu35.data.filter import apply_filter, describe_filter
 from emu35.data.pack import Item, best_fit_decreasing
+from emu35.data.packed_items import PackedItems
 from emu35.data.place import Place, Url, name_of, place_of
 from emu35.data.plan import PlannedSource, Planner, Sample
 from emu35.data.prefetch import Prefetcher
+from emu35.data.row_settings import CONFIG, RowSettings
 from emu35.data.source import Items, Source, check_vision, say_nothing
 from emu35.data.storage import Message as Message
 from emu35.errors import DataError
@@ -113,8 +115,15 @@ class TokenLoader:
                     alarm=alarm,
                 )
                 self._sources.append(entry)
-                packing = config.packing or data.packing
-                _warn_of_thrashing(entry.source, packing=packing, data=data, message=message)
+                if entry.items.rows is None:
+                    packing = config.packing or data.packing
+                    _warn_of_thrashing(entry.source, packing=packing, data=data, message=message)
+                elif config.packing is Packing.online:
+                    raise DataError(
+                        f"data.sources.{name}.packing=online, but {config.path} lies packed, and "
+                        "its rows are read as they are; leave packing out, or name the folders "
+                        "that it was packed from"
+                    )
                 planned.append(_plan(entry, config=config, data=data))
         check_vision(self.sources)
         self._planner = Planner(
@@ -130,8 +139,9 @@ class TokenLoader:
         self._message = message
         for number, rows in self._planner.packed.items():
             entry = self._sources[number]
+            packed = "packed offline into" if entry.items.rows is None else "that lie packed in"
             message(
-                f"source {entry.source.name!r}: {len(entry.items)} pieces packed offline into "
+                f"source {entry.source.name!r}: {len(entry.items)} pieces {packed} "
                 f"{len(rows)} rows of {data.sequence_length} tokens, {rows.fill:.2%} full"
             )
         if steps is not None:
@@ -239,7 +249,8 @@ class TokenLoader:
 
 
 class ValidationSet:
-    """The first ``max_documents`` documents of a folder, packed densely, in a fixed order.
+    """The first ``max_documents`` documents of a folder, packed densely, in a fixed order; of a
+    folder that lies packed the first ``max_documents`` pieces, in the rows that hold them.
 
     Every rank iterates the same number of batches: rows beyond the last sample are padding, with
     no valid label. Which modality the loss is about is for the caller to weigh.
@@ -272,9 +283,13 @@ class ValidationSet:
         self._length, self._prepare = data.sequence_length, prepare
         self._pad = vocabulary.pad
         self._size = micro_batch_size
-        bins = best_fit_decreasing(
-            lengths=self._entry.items.length.tolist(), capacity=data.sequence_length
-        )
+        stored = self._entry.items.rows
+        if stored is not None:
+            bins = [stored.items(row) for row in range(len(stored))]
+        else:
+            bins = best_fit_decreasing(
+                lengths=self._entry.items.length.tolist(), capacity=data.sequence_length
+            )
         samples = [
             Sample(number=number, items=[Item(0, item) for item in items])
             for number, items in enumerate(bins)
@@ -317,14 +332,17 @@ def open_source(
     cache: CacheConfig | None = None,
     message: Message = say_nothing,
     alarm: Message | None = None,
+    settings: RowSettings = CONFIG,
 ) -> SourceItems:
     """Open a folder of shards and fit its documents to rows of ``limit`` tokens.
 
     ``bounds`` are those that its documents are to keep. ``message`` hears what they, ``overlong``
-    and ``damaged`` leave out; for ``alarm`` see :class:`~emu35.data.source.Source`.
+    and ``damaged`` leave out; for ``alarm`` see :class:`~emu35.data.source.Source`. All call
+    things as ``settings`` do.
 
     Raises:
-        DataError: if the folder cannot be used, is empty, or nothing of it is left.
+        DataError: if the folder cannot be used, is empty, nothing of it is left, or it lies packed
+            and its rows have another length or are to be filtered.
     """
     source = Source(
         name=name,
@@ -335,6 +353,14 @@ def open_source(
         message=message,
         alarm=alarm,
     )
+    if source.packed is not None:
+        if describe_filter(bounds) != describe_filter(None):
+            raise DataError(
+                f"data.sources.{name}.filter chooses among documents, but {path} lies packed in "
+                "rows; filter the folders that it was packed from, or leave the filter out"
+            )
+        items = PackedItems(source=source, limit=limit, max_pieces=max_documents, overlong=overlong)
+        return _checked(items, source=source, limit=limit, message=message, settings=settings)
     keep = None
     if max_documents is not None:
         keep = np.arange(len(source)) < max_documents
@@ -345,17 +371,25 @@ def open_source(
                 raise DataError(f"{filtered.left_out}. That leaves nothing; widen its filter")
             message(filtered.left_out)
         keep = filtered.keep if keep is None else keep & filtered.keep
-    items = Items(source=source, limit=limit, documents=keep, overlong=overlong)
+    items = Items(source=source, limit=limit, documents=keep, overlong=overlong, settings=settings)
+    return _checked(items, source=source, limit=limit, message=message, settings=settings)
+
+
+def _checked(
+    items: Items, *, source: Source, limit: int, message: Message, settings: RowSettings
+) -> SourceItems:
+    """Tell what was dropped. Raises: DataError if nothing is left."""
+    drop = settings.overlong_is(Overlong.drop)
     if items.dropped is not None:
         too_long = items.dropped.describe(source=source, limit=limit)
         if len(items) == 0:
             raise DataError(
-                f"{too_long}. data.overlong=drop leaves nothing of this source; raise "
-                "data.sequence_length, or ingest pictures with a smaller area"
+                f"{too_long}. {drop} leaves nothing of this source; raise {settings.length}, or "
+                "ingest pictures with a smaller area"
             )
-        message(f"{too_long}. They are left out (data.overlong=drop)")
+        message(f"{too_long}. They are left out ({drop})")
     if len(items) == 0:
-        raise DataError(f"shard folder {path} holds no document; ingest some into it")
+        raise DataError(f"shard folder {source.path} holds no document; ingest some into it")
     return SourceItems(source=source, items=items)
 
 
@@ -376,6 +410,10 @@ def plan_source(
     entry: SourceItems, *, ratio: float, packing: Packing = Packing.online
 ) -> PlannedSource:
     """What the planner needs to know of a source."""
+    rows, document = entry.items.rows, entry.items.document
+    if isinstance(entry.items, PackedItems):
+        # Where the next document begins; the rest of one that was cut may lie anywhere.
+        document = np.cumsum(entry.items.is_beginning) - 1
     return PlannedSource(
         name=entry.source.name,
         ratio=ratio,
@@ -383,8 +421,9 @@ def plan_source(
         per_shard=entry.items.per_shard,
         fingerprint=entry.source.fingerprint,
         left_out=tuple(shard.name for shard in entry.source.damaged),
-        packing=packing,
-        document=entry.items.document,
+        packing=packing if rows is None else Packing.offline,
+        document=document,
+        rows=rows,
     )
 
 

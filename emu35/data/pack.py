@@ -146,6 +146,11 @@ def best_fit_decreasing(*, lengths: Sequence[int], capacity: int) -> list[list[i
     return [sorted(items) for items in bins]
 
 
+def rows_key(*, seed: int, name: str) -> str:
+    """What the order of the rows of a packed source depends on."""
+    return f"{seed}/{name}/rows"
+
+
 class PackedRows:
     """One source packed once, over all its items, into rows of ``capacity`` tokens. R rows.
 
@@ -155,19 +160,26 @@ class PackedRows:
     Attributes:
         length: [R] tokens in each row.
         fill: share of all R x ``capacity`` places that hold a token.
+        per_shard: [shards] rows of each shard; None where they lie in none.
     """
+
+    per_shard: Ints | None = None
 
     def __init__(self, *, lengths: Ints, capacity: int, key: str) -> None:
         packed = best_fit_decreasing(lengths=lengths.tolist(), capacity=capacity)
         order: list[int] = permutation(len(packed), key=key).tolist()
         rows = [packed[number] for number in order]
         counts = np.array([len(items) for items in rows], dtype=np.int64)
-        self._ends: Ints = np.cumsum(counts)
         self._items: Ints = np.fromiter(
             (item for items in rows for item in items), dtype=np.int64, count=len(lengths)
         )
-        self.length: Ints = np.add.reduceat(lengths[self._items], self._ends - counts)
-        self.fill = float(self.length.sum() / (len(rows) * capacity))
+        self._measure(lengths[self._items], counts=counts, capacity=capacity)
+
+    def _measure(self, lengths: Ints, *, counts: Ints, capacity: int) -> None:
+        """``lengths`` [N] of all items as they lie in the rows, ``counts`` [R] items of each."""
+        self._ends: Ints = np.cumsum(counts)
+        self.length: Ints = np.add.reduceat(lengths, self._ends - counts)
+        self.fill = float(self.length.sum() / (len(counts) * capacity))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -176,3 +188,13 @@ class PackedRows:
         """Item numbers of a row, ascending."""
         begin = int(self._ends[row - 1]) if row else 0
         return self._items[begin : int(self._ends[row])].tolist()
+
+
+class StoredRows(PackedRows):
+    """Rows that lie packed in shards, in the order of the files; items are numbered so, too."""
+
+    def __init__(self, *, lengths: Ints, counts: Ints, per_shard: Ints, capacity: int) -> None:
+        """``lengths`` [N] of all items, ``counts`` [R] items of each row, none of them 0."""
+        self.per_shard = per_shard
+        self._items = np.arange(len(lengths))
+        self._measure(lengths, counts=counts, capacity=capacity)

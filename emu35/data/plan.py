@@ -5,7 +5,8 @@ or worker number takes part, so a run may change its data-parallel size between 
 state is the cursor itself: position of each source, tokens drawn from each, and the open bins.
 
 Items of sources that are packed online meet in the open bins. A source that is packed offline is
-packed once; what is shuffled and drawn are its rows, which hold its own documents only.
+packed once; what is shuffled and drawn are its rows, which hold its own documents only. One that
+was packed into its shards has its rows already.
 
 Ratios may change with the steps, and a source may end: then the others share its ratio, and what
 of it lies in open bins still comes out. Once all have ended the bins are emptied, and then there
@@ -25,7 +26,16 @@ from emu35.data.cursor import Cursor, document_units, row_units
 from emu35.data.digest import add_digests, shown, stream_digest
 from emu35.data.mix import Mixture, Stretch
 from emu35.data.order import SourceOrder
-from emu35.data.pack import LENGTH_BITS, LENGTH_MASK, ROW, BestFit, Item, OpenBin, PackedRows
+from emu35.data.pack import (
+    LENGTH_BITS,
+    LENGTH_MASK,
+    ROW,
+    BestFit,
+    Item,
+    OpenBin,
+    PackedRows,
+    rows_key,
+)
 from emu35.errors import DataError
 
 Ints = npt.NDArray[np.int64]
@@ -50,6 +60,7 @@ class PlannedSource:
         epochs, max_tokens: its end; None: it has none.
         filter: by what its documents were chosen, in words.
         left_out: names of damaged shards, which are no part of ``fingerprint``.
+        rows: those of a source that lies packed; its ``packing`` is offline.
     """
 
     name: str
@@ -64,6 +75,7 @@ class PlannedSource:
     epochs: float | None = None
     max_tokens: int | None = None
     filter: str = "none"
+    rows: PackedRows | None = None
 
     def settings(self) -> dict[str, Any]:
         """What of it decides the stream beside its shards, JSON-able."""
@@ -139,8 +151,12 @@ class Planner:
         if any(source.schedule for source in sources):
             self._identity |= {"schedule": between.value, "samples_per_step": samples_per_step}
         self.packed: dict[int, PackedRows] = {
-            number: PackedRows(
-                lengths=source.length, capacity=sequence_length, key=f"{seed}/{source.name}/rows"
+            number: source.rows
+            if source.rows is not None
+            else PackedRows(
+                lengths=source.length,
+                capacity=sequence_length,
+                key=rows_key(seed=seed, name=source.name),
             )
             for number, source in enumerate(sources)
             if source.packing is Packing.offline

@@ -62,6 +62,7 @@ def source_stats(path: Place, *, sequence_length: int, open_bins: int = 16) -> S
     """
     name = name_of(path)
     first = Source(name=name, path=path)
+    sequence_length = first.packed or sequence_length
     entry = open_source(
         name=name,
         path=path,
@@ -70,7 +71,8 @@ def source_stats(path: Place, *, sequence_length: int, open_bins: int = 16) -> S
     )
     source, total = entry.source, int(entry.source.length.sum())
     counts = source.modality.sum(axis=0)
-    percentiles = np.percentile(source.length, _PERCENTILES, method="nearest")
+    length = source.length if source.packed is None else entry.items.length
+    percentiles = np.percentile(length, _PERCENTILES, method="nearest")
     planner = Planner(
         sources=[plan_source(entry, ratio=1.0)],
         sequence_length=sequence_length,
@@ -83,12 +85,12 @@ def source_stats(path: Place, *, sequence_length: int, open_bins: int = 16) -> S
     return SourceStats(
         name=name,
         shards=len(source.shards),
-        documents=len(source),
+        documents=len(length),
         tokens=total,
         percentiles={
             rank: int(value) for rank, value in zip(_PERCENTILES, percentiles, strict=True)
         },
-        longest=int(source.length.max()),
+        longest=int(length.max()),
         shares={code.name.lower(): float(counts[code] / total) for code in Modality},
         sequence_length=sequence_length,
         fill=used / (len(samples) * sequence_length),

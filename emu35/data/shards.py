@@ -9,6 +9,10 @@ Layout of ``<source>-000000.tar`` (USTAR, every member padded to 512 bytes)::
     ...
     __emu35__/digest        sha256 (hex) of every byte before this member
 
+In a packed shard (``emu35 data pack``) these members are one row each: the tokens and runs of its
+pieces end to end, without padding, and the JSON has ``"pieces"`` besides
+(:mod:`emu35.data.pieces`).
+
 Because members start at multiples of 512, a mapped tar viewed as uint32 words gives each
 document's tokens as one aligned slice. The digest sits at a fixed distance from the end, so that
 an index can tell with one read whether it belongs to the tar beside it.
@@ -53,6 +57,8 @@ class ShardMeta:
 
     ``vision`` is the digest of the image tokenizer's weights, None where no picture was encoded.
     ``vision_dtype`` is what the codes were computed in, None also in shards of earlier versions.
+    ``packed`` is the length of the rows that they were packed into, None where each member is one
+    document.
     """
 
     source: str
@@ -61,12 +67,21 @@ class ShardMeta:
     codebook_size: int
     vision: str | None = None
     vision_dtype: str | None = None
+    packed: int | None = None
 
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(n_text=self.n_text, codebook_size=self.codebook_size)
 
+    def fields(self) -> dict[str, Any]:
+        """For JSON; those of a shard that is not packed are what they were before there were
+        packed ones, and so are its bytes."""
+        fields = asdict(self)
+        if self.packed is None:
+            del fields["packed"]
+        return fields
+
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        return json.dumps({"format": FORMAT, **self.fields()}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "ShardMeta":
@@ -86,6 +101,9 @@ class ShardMeta:
             raise TypeError("a name in the metadata is no text")
         if not all(isinstance(size, int) and 0 < size < 2**32 for size in sizes):
             raise ValueError(f"no vocabulary has {sizes[0]} text ids and {sizes[1]} codes")
+        rows: list[object] = [] if meta.packed is None else [meta.packed]
+        if not all(isinstance(row, int) and 0 < row < 2**32 for row in rows):
+            raise ValueError(f"no row has {str(meta.packed)[:40]} tokens")
         return meta
 
 

@@ -7,6 +7,7 @@ stand no tokens, which changes nothing for any other document.
 """
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ import numpy.typing as npt
 from emu35.config.data import CacheConfig, Damaged, Overlong
 from emu35.data.cache import Unreachable
 from emu35.data.index import checksum_range, read_indices
-from emu35.data.index_file import ShardIndex
+from emu35.data.index_file import ShardIndex, packed_length
+from emu35.data.pack import StoredRows
+from emu35.data.pieces import Piece, read_pieces
 from emu35.data.place import Place
+from emu35.data.row_settings import CONFIG, RowSettings
 from emu35.data.shards import Codes, ShardFile, ShardMeta, Words, decode_runs
 from emu35.data.split import PictureTooLong, cut_points
 from emu35.data.storage import Message, RemoteFolder, open_folder
@@ -42,7 +46,11 @@ def say_nothing(text: str) -> None:
 class Source:
     """The documents of all shards in a folder, numbered shard after shard.
 
+    In a folder that `emu35 data pack` wrote, what is called a document here is a whole row of
+    them; :meth:`pieces` are those of a row.
+
     Attributes:
+        packed: the length of the rows that the documents were packed into; None: they were not.
         length, shard: [N] tokens of each document and the shard it lies in.
         fingerprint: changes when any shard changes, is added, removed or reordered.
         damaged: shards that are left out, and why.
@@ -79,6 +87,7 @@ class Source:
             for shard in self.shards:
                 _check_tokenizer(shard, vocabulary=vocabulary)
         self.metas: list[ShardMeta] = [shard.meta for shard in self.shards]
+        self.packed = packed_length(self.shards)
         self.documents_per_shard: Ints = np.array([len(s) for s in self.shards], dtype=np.int64)
         self.first_document: Ints = np.cumsum(self.documents_per_shard) - self.documents_per_shard
         self.length: Ints = np.concatenate([shard.length for shard in self.shards])
@@ -121,7 +130,8 @@ class Source:
     def describe(self, document: int) -> str:
         """A document's name for messages."""
         index, row = self.locate(document)
-        return f"document {row} of {index.path.name}"
+        kind = "document" if self.packed is None else "row"
+        return f"{kind} {row} of {index.path.name}"
 
     def facts(self, document: int) -> str:
         """The JSON member of a document."""
@@ -130,6 +140,20 @@ class Source:
         if file is None:
             raise DataError(f"{self.describe(document)} in {self.path} cannot be read any more")
         return file.text(offset=int(index.json_byte[row]), size=int(index.json_size[row]))
+
+    def pieces(self, row: int) -> list[Piece]:
+        """The documents, and parts of documents, in a row of a packed source.
+
+        Raises:
+            DataError: if they are not those that were indexed.
+        """
+        try:
+            return read_pieces(json.loads(self.facts(row)))
+        except (LookupError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{self.describe(row)} in {self.path} changed after it was indexed ({error}); "
+                f"check it with `emu35 data index {self.path} --verify` and restore it"
+            ) from error
 
     def words(self, document: int) -> tuple[Words, Words]:
         """Token ids and modality runs of a document: views of the mapped shard, checked.
@@ -147,9 +171,11 @@ class Source:
     def read(self, documents: Ints) -> Iterator[tuple[Words, Words]]:
         """:meth:`words` of many documents, in the order given; the path that training takes.
 
-        With ``damaged=skip``, a document that cannot be read has no words and no runs.
+        With ``damaged=skip``, a document that cannot be read has no words and no runs. One that
+        comes several times in a row is checked once, and gives the same pair.
         """
         reduce = np.bitwise_xor.reduce
+        before, pair = -1, (_NO_WORDS, _NO_WORDS)
         for document, shard, word, length, run_word, runs, checksum in zip(
             documents.tolist(),
             self.shard[documents].tolist(),
@@ -160,6 +186,9 @@ class Source:
             self._checksum[documents].tolist(),
             strict=True,
         ):
+            if document == before:
+                yield pair
+                continue
             file = self._file(shard)
             if file is None:
                 self.damaged_documents.add(document)
@@ -173,7 +202,9 @@ class Source:
                     yield _NO_WORDS, _NO_WORDS
                     continue
             words = file.words
-            yield words[word : word + length], words[run_word : run_word + runs]
+            before = document
+            pair = words[word : word + length], words[run_word : run_word + runs]
+            yield pair
 
     def leave_out(self, document: int) -> None:
         """Count and tell of a document whose bytes are not those that were indexed, once.
@@ -297,13 +328,14 @@ class TooLong:
     of: int
     longest: int
     first: int
+    settings: RowSettings = CONFIG
 
     def describe(self, *, source: Source, limit: int) -> str:
         """The beginning of a sentence about them."""
         return (
             f"source {source.name!r} ({source.path}): {self.documents} of {self.of} documents are "
-            f"longer than data.sequence_length={limit}; the longest has {self.longest} tokens, the "
-            f"first is {source.describe(self.first)}"
+            f"longer than {self.settings.length_is(limit)}; the longest has {self.longest} tokens, "
+            f"the first is {source.describe(self.first)}"
         )
 
 
@@ -314,7 +346,11 @@ class Items:
         document, start, length: [N] the document, and the token range within it.
         per_shard: [shards] items in each shard.
         dropped: the documents that were left out for their length, None without any.
+        rows: those that the items lie packed in, None where they do not
+            (:class:`~emu35.data.packed_items.PackedItems`).
     """
+
+    rows: StoredRows | None = None
 
     def __init__(
         self,
@@ -323,6 +359,7 @@ class Items:
         limit: int,
         documents: npt.NDArray[np.bool_] | None = None,
         overlong: Overlong = Overlong.cut,
+        settings: RowSettings = CONFIG,
     ) -> None:
         """``documents`` [N] limits the items to those documents, ``overlong`` says what becomes of
         those that are longer than ``limit``.
@@ -334,12 +371,13 @@ class Items:
         keep = np.ones(len(source), bool) if documents is None else documents
         self.dropped: TooLong | None = None
         if overlong is not Overlong.cut:
-            self.dropped = _too_long(source, keep=keep, limit=limit)
+            self.dropped = _too_long(source, keep=keep, limit=limit, settings=settings)
             keep = keep & (source.length <= limit)
         if self.dropped is not None and overlong is Overlong.refuse:
             raise DataError(
-                f"{self.dropped.describe(source=source, limit=limit)}. Raise data.sequence_length "
-                f"to at least {self.dropped.longest}, or leave them out with data.overlong=drop"
+                f"{self.dropped.describe(source=source, limit=limit)}. Raise {settings.length} "
+                f"to at least {self.dropped.longest}, or leave them out with "
+                f"{settings.overlong_is(Overlong.drop)}"
             )
         counts = keep.astype(np.int64)
         cuts: dict[int, list[int]] = {}
@@ -357,9 +395,9 @@ class Items:
             first, length = refused[0]
             raise DataError(
                 f"source {source.name!r} ({source.path}) has {len(refused)} documents with a "
-                f"picture longer than data.sequence_length={limit}; the first is "
+                f"picture longer than {settings.length_is(limit)}; the first is "
                 f"{source.describe(first)} with a picture of {length} tokens. Raise "
-                f"data.sequence_length to at least {length}, or ingest again with a smaller area"
+                f"{settings.length} to at least {length}, or ingest again with a smaller area"
             )
         self.document: Ints = np.repeat(np.arange(len(source)), counts)
         self.start: Ints = np.zeros(len(self.document), np.int64)
@@ -377,7 +415,9 @@ class Items:
         return len(self.document)
 
 
-def _too_long(source: Source, *, keep: npt.NDArray[np.bool_], limit: int) -> TooLong | None:
+def _too_long(
+    source: Source, *, keep: npt.NDArray[np.bool_], limit: int, settings: RowSettings
+) -> TooLong | None:
     documents = np.flatnonzero(keep & (source.length > limit))
     if not len(documents):
         return None
@@ -386,6 +426,7 @@ def _too_long(source: Source, *, keep: npt.NDArray[np.bool_], limit: int) -> Too
         of=int(keep.sum()),
         longest=int(source.length[documents].max()),
         first=int(documents[0]),
+        settings=settings,
     )
 
 

@@ -1,4 +1,4 @@
-"""``emu35 data``: ingest files into token shards, index them, and look at what is in them.
+"""``emu35 data``: ingest files into token shards, pack and index them, look at what is in them.
 
 Here the image tokenizer meets the data: :mod:`emu35.data` asks for codes through a protocol, and
 :class:`VisionPictures` answers with :mod:`emu35.vision`.
@@ -31,6 +31,7 @@ from emu35.data.index_file import ShardIndex
 from emu35.data.ingest.ingest import ingest as ingest_files
 from emu35.data.ingest.options import IngestOptions, IngestSummary
 from emu35.data.ingest.pictures import UnusablePicture
+from emu35.data.packed import PackOptions, PackSummary, pack_sources
 from emu35.data.place import Url, name_of, place_of
 from emu35.data.report import ShownDocument, ShownImage, show_documents, source_stats
 from emu35.data.source import Source
@@ -163,6 +164,18 @@ def ingest(options: IngestOptions) -> IngestSummary:
     return summary
 
 
+@file_errors()
+def pack(options: PackOptions) -> PackSummary:
+    """Pack folders of shards into rows and print a summary.
+
+    Raises:
+        Emu35Error: see :func:`emu35.data.packed.pack_sources`.
+    """
+    summary = pack_sources(options)
+    print(f"{options.out}: " + "\n".join(summary.lines()))
+    return summary
+
+
 @dataclass(kw_only=True, slots=True)
 class IndexOptions:
     """``emu35 data index``: rebuild the indices of folders, or with ``verify`` only check them."""
@@ -185,14 +198,17 @@ def index(options: IndexOptions) -> None:
             actions = [partial(work, shard) for shard in find_shards(place)]
         else:
             actions = _remote_checks(place, verify=options.verify)
-        documents = 0
+        documents = rows = 0
         for action in actions:
             try:
-                documents += len(action())
+                found = action()
+                documents += len(found) if found.meta.packed is None else len(found.pieces)
+                rows += 0 if found.meta.packed is None else len(found)
             except DataError as error:
                 problems.append(str(error))
         verb = "verified" if options.verify else "indexed"
-        print(f"{place}: {verb} {len(actions)} shards, {documents} documents")
+        held = f"{documents} documents" if not rows else f"{rows} rows of {documents} pieces"
+        print(f"{place}: {verb} {len(actions)} shards, {held}")
     if problems:
         raise DataError("\n".join(problems))
 

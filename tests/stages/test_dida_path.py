@@ -106,6 +106,13 @@ def test_shards_weigh_the_codes(
     )
     assert first["codes"] == second["codes"] == 3
     assert first["fitted"] != second["fitted"]
+    # Packed into rows, they weigh the same.
+    packed = tmp_path / "packed"
+    words = ["data", "pack", *map(str, few), "--out", str(packed), "--sequence-length", "64"]
+    assert main(words) == 0
+    assert fit("--vision", vision, "--out", tmp_path / "c", "--shards", packed) == 0
+    third = json.loads((tmp_path / "c" / "path.json").read_text())
+    assert (third["codes"], third["fitted"]) == (first["codes"], first["fitted"])
 
 
 def test_what_does_not_fit_together_is_named(
