@@ -19,6 +19,9 @@ from emu35.tokens.vocabulary import Vocabulary
 Message = Callable[[str], None]
 """Tells the person who started the run something."""
 
+LOADER_FILE = "loader.json"
+"""Where a checkpoint keeps :meth:`TokenLoader.state_dict`."""
+
 
 def _say_nothing(text: str) -> None:
     del text
@@ -69,46 +72,13 @@ class TokenLoader:
                 f"ranks x micro-batches of {micro_batch_size}; "
                 f"use a multiple of {dp_size * micro_batch_size}"
             )
-        if not any(source.ratio > 0 for source in data.sources.values()):
-            raise DataError(
-                "data.sources names no source with a positive ratio; add one, for example "
-                "data.sources.text.path=FOLDER"
-            )
         self._data, self._prepare = data, prepare
         self._pad = vocabulary.pad
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._mine = slice(dp_rank * share, (dp_rank + 1) * share)
-        self._sources: list[SourceItems] = []
-        planned: list[PlannedSource] = []
-        for name, config in sorted(data.sources.items()):
-            if config.ratio > 0:
-                entry = open_source(
-                    name=name,
-                    path=Path(config.path),
-                    vocabulary=vocabulary,
-                    limit=data.sequence_length,
-                    overlong=data.overlong,
-                    message=message,
-                )
-                self._sources.append(entry)
-                packing = config.packing or data.packing
-                planned.append(plan_source(entry, ratio=config.ratio, packing=packing))
-        check_vision(self.sources)
-        self._planner = Planner(
-            sources=planned,
-            sequence_length=data.sequence_length,
-            open_bins=data.open_bins,
-            shuffle_window=data.shuffle_window,
-            seed=seed,
-            overlong=data.overlong,
-        )
-        for number, rows in self._planner.packed.items():
-            entry = self._sources[number]
-            message(
-                f"source {entry.source.name!r}: {len(entry.items)} pieces packed offline into "
-                f"{len(rows)} rows of {data.sequence_length} tokens, {rows.fill:.2%} full"
-            )
+        plan = open_plan(data=data, vocabulary=vocabulary, seed=seed, message=message)
+        self._sources, self._planner = plan.sources, plan.planner
         self._state = self._planner.state_dict()
         self._prefetcher = self._new_prefetcher()
 
@@ -234,6 +204,65 @@ class ValidationSet:
                     pad=self._pad,
                 )
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenPlan:
+    """The sources of a mixture, by name, and the planner that numbers them in this order."""
+
+    sources: list[SourceItems]
+    planner: Planner
+
+
+def open_plan(
+    *,
+    data: TokenDataConfig,
+    vocabulary: Vocabulary,
+    seed: int,
+    message: Message = _say_nothing,
+) -> OpenPlan:
+    """Open every source with a positive ratio and plan from the first sample on: the stream that
+    all ranks of a run agree on, whatever their number.
+
+    Raises:
+        DataError: as :class:`TokenLoader` does.
+    """
+    if not any(source.ratio > 0 for source in data.sources.values()):
+        raise DataError(
+            "data.sources names no source with a positive ratio; add one, for example "
+            "data.sources.text.path=FOLDER"
+        )
+    sources: list[SourceItems] = []
+    planned: list[PlannedSource] = []
+    for name, config in sorted(data.sources.items()):
+        if config.ratio > 0:
+            entry = open_source(
+                name=name,
+                path=Path(config.path),
+                vocabulary=vocabulary,
+                limit=data.sequence_length,
+                overlong=data.overlong,
+                message=message,
+            )
+            sources.append(entry)
+            packing = config.packing or data.packing
+            planned.append(plan_source(entry, ratio=config.ratio, packing=packing))
+    check_vision([entry.source for entry in sources])
+    planner = Planner(
+        sources=planned,
+        sequence_length=data.sequence_length,
+        open_bins=data.open_bins,
+        shuffle_window=data.shuffle_window,
+        seed=seed,
+        overlong=data.overlong,
+    )
+    for number, rows in planner.packed.items():
+        entry = sources[number]
+        message(
+            f"source {entry.source.name!r}: {len(entry.items)} pieces packed offline into "
+            f"{len(rows)} rows of {data.sequence_length} tokens, {rows.fill:.2%} full"
+        )
+    return OpenPlan(sources=sources, planner=planner)
 
 
 def open_source(

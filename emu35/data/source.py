@@ -1,17 +1,19 @@
 """A source as training sees it: a folder of shards, cut into items that fit a row."""
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from emu35.config.data import Overlong
 from emu35.data.index import ShardIndex, checksum_range, find_shards, read_index
-from emu35.data.shards import Codes, ShardFile, ShardMeta, Words, decode_runs
+from emu35.data.shards import BLOCK, NAME_BYTES, Codes, ShardFile, ShardMeta, Words, decode_runs
 from emu35.data.split import PictureTooLong, cut_points
 from emu35.errors import DataError
 from emu35.tokens.serialize import Modality
@@ -84,6 +86,31 @@ class Source:
         index, row = self.locate(document)
         file = self._file(int(self.shard[document]))
         return file.text(offset=int(index.json_byte[row]), size=int(index.json_size[row]))
+
+    def record(self, document: int) -> dict[str, Any]:
+        """The JSON member of a document, parsed: its ``id`` and ``images``, and what else was
+        written with it.
+
+        Raises:
+            DataError: if it is not what was written; no checksum of the index covers it.
+        """
+        try:
+            record: Any = json.loads(self.facts(document))
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not {"id", "images"} <= record.keys():
+            raise DataError(
+                f"the JSON of {self.describe(document)} in {self.path} is damaged; see what else "
+                f"is with `emu35 data validate {self.path}`, and restore the shard"
+            )
+        return record
+
+    def member(self, document: int) -> str:
+        """What the names of a document's members in the tar begin with, ``000000-000012`` say."""
+        index, row = self.locate(document)
+        header = 4 * int(index.token_word[row]) - BLOCK
+        name = self._file(int(self.shard[document])).text(offset=header, size=NAME_BYTES)
+        return name.split("\0")[0].removesuffix(".tok")
 
     def words(self, document: int) -> tuple[Words, Words]:
         """Token ids and modality runs of a document: views of the mapped shard, checked.

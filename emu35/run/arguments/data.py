@@ -5,7 +5,7 @@ from pathlib import Path
 
 from emu35.config.area import parse_area
 from emu35.errors import ConfigError
-from emu35.run.arguments import Commands, distill, filter_prompts
+from emu35.run.arguments import Commands, data_look, distill, filter_prompts
 from emu35.run.arguments.recipe import Recipe, read_recipe
 from emu35.run.arguments.tokenizer import add_tokenizer, explicit_tokenizer, tokenizer_config
 
@@ -28,8 +28,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     filter_prompts.add(actions)
     _add_tasks(actions)
     _add_index(actions)
-    _add_stats(actions)
-    _add_inspect(actions)
+    data_look.add(actions)
 
 
 def _add_ingest(actions: "Commands[argparse.ArgumentParser]") -> None:
@@ -128,28 +127,6 @@ def _add_index(actions: "Commands[argparse.ArgumentParser]") -> None:
     command.set_defaults(handler=_index)
 
 
-def _add_stats(actions: "Commands[argparse.ArgumentParser]") -> None:
-    text = "documents, tokens, lengths, modalities and packing fill of sources"
-    command = actions.add_parser("stats", help=text, description=text)
-    command.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    command.add_argument(
-        "--sequence-length", type=int, default=32768, metavar="N", help="row to pack for"
-    )
-    command.set_defaults(handler=_stats)
-
-
-def _add_inspect(actions: "Commands[argparse.ArgumentParser]") -> None:
-    text = "print documents of a source; with --images also decode their pictures"
-    command = actions.add_parser("inspect", help=text, description=text)
-    command.add_argument("folder", type=Path, metavar="DIR")
-    command.add_argument("--first", type=int, default=0, metavar="N", help="document number")
-    command.add_argument("--count", type=int, default=5, metavar="N")
-    command.add_argument("--images", type=Path, metavar="DIR", help="write pictures here")
-    command.add_argument("--vision", type=Path, metavar="DIR", help="image tokenizer")
-    command.add_argument("--table", metavar="FILE", help="text table of the emu35 tokenizer")
-    command.set_defaults(handler=_inspect)
-
-
 def _ingest(arguments: argparse.Namespace) -> int:
     from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
     from emu35.data.readers.benchmarks import Layout
@@ -216,27 +193,4 @@ def _index(arguments: argparse.Namespace) -> int:
     from emu35.stages.data import IndexOptions, index
 
     index(IndexOptions(folders=arguments.folders, verify=arguments.verify))
-    return 0
-
-
-def _stats(arguments: argparse.Namespace) -> int:
-    from emu35.stages.data import StatsOptions, stats
-
-    stats(StatsOptions(folders=arguments.folders, sequence_length=arguments.sequence_length))
-    return 0
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from emu35.stages.data import InspectOptions, inspect
-
-    inspect(
-        InspectOptions(
-            folder=arguments.folder,
-            first=arguments.first,
-            count=arguments.count,
-            images=arguments.images,
-            vision=arguments.vision,
-            table=arguments.table,
-        )
-    )
     return 0
