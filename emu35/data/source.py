@@ -95,10 +95,11 @@ class Source:
             DataError: if it is not what was written; no checksum of the index covers it.
         """
         try:
-            record: Any = json.loads(self.facts(document))
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not {"id", "images"} <= record.keys():
+            record: dict[str, Any] = json.loads(self.facts(document))
+            whole = {"id", "images"} <= record.keys()
+        except (ValueError, AttributeError):  # no JSON, or none of an object
+            record, whole = {}, False
+        if not whole:
             raise DataError(
                 f"the JSON of {self.describe(document)} in {self.path} is damaged; see what else "
                 f"is with `emu35 data validate {self.path}`, and restore the shard"

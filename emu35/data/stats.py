@@ -144,7 +144,7 @@ def together(counts: Sequence[Counts]) -> Counts:
         shards=sum(each.shards for each in counts),
         length=np.concatenate([each.length for each in counts]),
         modality=np.sum([each.modality for each in counts], axis=0),
-        grids=sum((each.grids for each in counts), Counter()),
+        grids=sum((each.grids for each in counts), Counter[tuple[int, int]]()),
     )
 
 

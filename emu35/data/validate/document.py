@@ -55,7 +55,7 @@ class GridSizes:
 def parse_record(content: bytes) -> dict[str, Any] | None:
     """The JSON member of a document, None where it is none."""
     try:
-        record: Any = json.loads(content)
+        record: dict[str, Any] | list[Any] | str | float | None = json.loads(content)
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

@@ -13,7 +13,7 @@ class Check(StrEnum):
     """It exists and holds shards, all made with one tokenizer and one image tokenizer."""
     digest = "digest"
     """A tar is whole, and its closing digest is that of its bytes."""
-    index = "index"
+    sidecar = "sidecar"
     """A tar has an index, made for it, that says what the tar holds."""
     layout = "layout"
     """Members follow each other without gaps, three a document."""

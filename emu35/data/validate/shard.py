@@ -103,13 +103,13 @@ class _ShardCheck:
             largest = max(largest, self._document(data, place, meta=meta, index=index, sizes=sizes))
         if index is not None and index.max_token != largest and not self.report.problems:
             text = f"its index says that the largest id is {index.max_token}, it is {largest}"
-            self.problem(Check.index, text)
+            self.problem(Check.sidecar, text)
 
     def _index(self) -> ShardIndex | None:
         try:
             return read_index(self.path)
         except DataError as error:
-            self.problem(Check.index, str(error))
+            self.problem(Check.sidecar, str(error))
         return None
 
     def _digest(self, data: Bytes) -> None:
@@ -120,10 +120,13 @@ class _ShardCheck:
         if said is None:
             self.problem(Check.digest, "it does not end like a complete token shard")
             return
+        if data[BLOCK + len(said) - TAIL :].any():
+            # No digest covers the padding of the digest itself.
+            self.problem(Check.digest, "it holds something after its closing digest")
         sha = hashlib.sha256()
         for first in range(0, len(data) - TAIL, _CHUNK):
             # Lets other threads run: the interpreter is not needed to hash.
-            sha.update(memoryview(data[first : min(first + _CHUNK, len(data) - TAIL)]))
+            sha.update(data[first : min(first + _CHUNK, len(data) - TAIL)].data)
         if sha.hexdigest() != said:
             text = (
                 f"its bytes changed: their sha256 is {sha.hexdigest()[:12]}, its closing digest "
@@ -148,7 +151,7 @@ class _ShardCheck:
             return theirs
         if theirs is not None and theirs != meta:
             text = f"its index says that it is {theirs}, it says that it is {meta}"
-            self.problem(Check.index, text)
+            self.problem(Check.sidecar, text)
         return theirs or meta
 
     def _sizes(self, meta: ShardMeta, *, sizes_of: SizesOf) -> GridSizes | None:
@@ -175,7 +178,7 @@ class _ShardCheck:
                 f"its index lists {len(listed)} documents, the tar holds {len(found)}, or they lie "
                 "elsewhere; if the shard is as it should be, run `emu35 data index` on its folder"
             )
-            self.problem(Check.index, text)
+            self.problem(Check.sidecar, text)
         yield from listed
 
     def _document(
