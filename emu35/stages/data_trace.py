@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emu35.checkpoint.manager import list_steps, step_folder
 from emu35.checkpoint.manifest import DamagedError, check_file, read_manifest
-from emu35.checkpoint.source import CHECKPOINTS
+from emu35.checkpoint.steps import CHECKPOINTS, list_steps, step_folder
 from emu35.config import LMStageConfig, RunConfig, TokenDataConfig
 from emu35.config.dida import DiDAConfig
 from emu35.config.io import read_config

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,7 +21,7 @@ CODES = 64
 
 def write_shards(
     folder: Path,
-    documents: list[list[Part]],
+    documents: Sequence[Sequence[Part]],
     *,
     vision: str | None = None,
     shard_bytes: int = 2**20,
@@ -32,7 +33,7 @@ def write_shards(
     tokenizer = build_text_tokenizer(TokenizerConfig(codebook_size=CODES))
     with ShardWriter(folder=folder, meta=meta, shard_bytes=shard_bytes) as writer:
         for number, parts in enumerate(documents):
-            sequence = serialize(Document(parts), tokenizer)
+            sequence = serialize(Document(list(parts)), tokenizer)
             writer.append(sequence, document_id=f"{folder.name}-{number}", extra={"line": number})
     return folder
 

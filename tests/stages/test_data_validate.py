@@ -3,11 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from looked_at import scenes, write_shards
 
 from emu35.cli import main
 from emu35.data.index import read_index
+from emu35.data.shards import ShardMeta
+from emu35.data.writer import ShardWriter
+from emu35.tokens.serialize import TokenSequence, modality_of
+from emu35.tokens.vocabulary import Vocabulary
 
 
 def damage(folder: Path, *, documents: int) -> str:
@@ -83,3 +88,23 @@ def test_options_that_make_no_sense_are_refused(
     assert "--threads 0 must be at least 1" in capsys.readouterr().err
     assert main(["data", "validate", folder, "--report", str(tmp_path / "no" / "r.jsonl")]) == 2
     assert "its folder does not exist" in capsys.readouterr().err
+
+
+def test_without_the_text_table_everything_else_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = Vocabulary(n_text=151_643, codebook_size=64)
+    meta = ShardMeta(source="s", kind="emu35", n_text=151_643, codebook_size=64)
+    tokens = np.array([vocabulary.bos, 7, vocabulary.eos], np.uint32)
+    sequence = TokenSequence(tokens, modality_of(tokens, vocabulary=vocabulary))
+    with ShardWriter(folder=tmp_path / "s", meta=meta) as writer:
+        for number in range(2):
+            writer.append(sequence, document_id=str(number))
+    words = ["data", "validate", str(tmp_path / "s"), "--table", str(tmp_path / "none")]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "all sound" in printed
+    assert "not checked: how sizes of pictures are spelled, for " in printed
+    damage(tmp_path / "s", documents=1)
+    assert main(words) == 2
+    assert "document 0 (000000-000000, id 0): its bytes changed" in capsys.readouterr().out
