@@ -34,6 +34,8 @@ def in_subprocess(code: str) -> "subprocess.CompletedProcess[str]":
         ["view", "--help"],
         ["dida", "fit-path", "--help"],
         ["data", "distill", "--help"],
+        ["data", "inspect", "--help"],
+        ["data", "validate", "--help"],
         ["show", "experiment=demo/pretrain", "--diff"],
         ["plan", "experiment=emu35_34b/pretrain_s1", "--json"],
         ["launch", "experiment=emu35_34b/sft_s1", "--dry-run"],
