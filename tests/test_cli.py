@@ -35,6 +35,8 @@ def in_subprocess(code: str) -> "subprocess.CompletedProcess[str]":
         ["view", "--help"],
         ["dida", "fit-path", "--help"],
         ["data", "distill", "--help"],
+        ["data", "inspect", "--help"],
+        ["data", "validate", "--help"],
         ["show", "experiment=demo/pretrain", "--diff"],
         ["plan", "experiment=emu35_34b/pretrain_s1", "--json"],
         ["launch", "experiment=emu35_34b/sft_s1", "--dry-run"],
@@ -255,7 +257,8 @@ def test_choices_are_those_of_the_packages_that_read_them():
 def test_defaults_are_those_of_the_options_they_fill():
     from emu35.data.ingest.options import IngestOptions
     from emu35.run.arguments.recipe import Recipe
-    from emu35.stages.data import InspectOptions, StatsOptions
+    from emu35.stages.data_stats import StatsOptions
+    from emu35.stages.data_validate import ValidateOptions
     from emu35.stages.dida_path import FitPathOptions
     from emu35.stages.generate.options import GenerateOptions
     from emu35.stages.release import VerifyOptions
@@ -274,8 +277,8 @@ def test_defaults_are_those_of_the_options_they_fill():
     assert Recipe().tokenizer == ingest.tokenizer
     stats = defaults("data", "stats", "x")
     assert stats["sequence_length"] == StatsOptions(folders=[]).sequence_length
-    inspect = defaults("data", "inspect", "x")
-    assert inspect["count"] == InspectOptions(folder=some).count
+    validate = defaults("data", "validate", "x")
+    assert validate["threads"] == ValidateOptions(folders=[]).threads
     fitted = defaults("dida", "fit-path", "--vision", "x", "--out", "x")
     for name in ("shards", "codes", "seed", "force"):
         assert fitted[name] == getattr(FitPathOptions(vision=some, out=some), name)

@@ -9,7 +9,6 @@ put aside for the instant between two renames; the next start puts it back if th
 arrived. ``.old-step_N`` is a rotated folder on its way out.
 """
 
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -26,13 +25,13 @@ from emu35.checkpoint.manifest import (
     read_manifest,
 )
 from emu35.checkpoint.saving import REPLACED, TEMPORARY, Saving, Write, unwritten
+from emu35.checkpoint.steps import STEP_NAME, list_steps, step_folder
 from emu35.config import CheckpointConfig
 from emu35.config.io import complete_identity
 from emu35.errors import CheckpointError
 from emu35.parallel.collectives import is_main, rank, world_size
 
 OLD = ".old-"
-_STEP = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -43,19 +42,6 @@ class Checkpoint:
     step: int
     extra: dict[str, Any]
     identity: dict[str, Any]
-
-
-def step_folder(step: int) -> str:
-    """Name of the folder of ``step``."""
-    return f"step_{step:08d}"
-
-
-def list_steps(root: Path) -> list[int]:
-    """Steps that have a folder in ``root``, ascending, valid or not."""
-    if not root.is_dir():
-        return []
-    matches = (_STEP.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
@@ -295,7 +281,7 @@ class CheckpointManager:
         for path in sorted(self.root.iterdir()):
             for prefix in (TEMPORARY, REPLACED, OLD):
                 name = path.name.removeprefix(prefix)
-                if name == path.name or not _STEP.fullmatch(name):
+                if name == path.name or not STEP_NAME.fullmatch(name):
                     continue
                 if prefix is REPLACED and not (self.root / name).exists():
                     path.rename(self.root / name)

@@ -31,6 +31,7 @@ from emu35.checkpoint.release_folder import (
     read_noise,
 )
 from emu35.checkpoint.safetensor_files import SafetensorFolder
+from emu35.checkpoint.steps import CHECKPOINTS
 from emu35.checkpoint.unpickle import refuse_code
 from emu35.config import (
     AttentionBackend,
@@ -61,7 +62,6 @@ from emu35.tokens.template import PromptTemplate
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
 from emu35.tokens.vocabulary import N_TEXT, vocabulary_of
 
-CHECKPOINTS = "checkpoints"
 RELEASE = "release"
 """Key of a checkpoint's ``extra`` under which an import keeps what only a release records."""
 

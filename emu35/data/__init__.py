@@ -54,5 +54,9 @@ they are first read.
 Answers of a model leave as stories (:mod:`~emu35.data.story`), the protobuf files that the official
 viewer reads.
 
+Looking. :mod:`~emu35.data.stats` counts, :mod:`~emu35.data.show` decodes single documents,
+:mod:`~emu35.data.trace` plans a step of a run again and says which documents each of its rows was
+made of, and :mod:`~emu35.data.validate` reads folders whole and names everything that is wrong.
+
 Modality codes are stored, loss weights are not: what a token counts for is the stage's business.
 """

@@ -79,7 +79,7 @@ class Mixture:
         served: dict[int, npt.NDArray[np.float64]] = {}
         for number in live:
             lengths = codes[number] & LENGTH_MASK
-            before = np.concatenate([[0], np.cumsum(lengths)])
+            before: Ints = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
             ahead = self.drawn[number] - self._base[number]
             served[number] = (ahead + before) / self.ratios[number]
         dry = min(live, key=lambda number: (served[number][-1], number))

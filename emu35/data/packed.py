@@ -21,7 +21,7 @@ from emu35.config.data import Overlong
 from emu35.data.batch import SourceItems
 from emu35.data.index import read_index_in, shard_names
 from emu35.data.ingest.progress import Progress
-from emu35.data.loader import Message, open_source
+from emu35.data.opening import Message, open_source
 from emu35.data.pack import PackedRows, rows_key
 from emu35.data.place import Place, name_of
 from emu35.data.row_settings import OPTIONS

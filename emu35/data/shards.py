@@ -42,10 +42,13 @@ FORMAT = 1
 META_MEMBER = "__emu35__/shard.json"
 DIGEST_MEMBER = "__emu35__/digest"
 BLOCK = tarfile.BLOCKSIZE
+NAME_BYTES = 100
+"""The header of a tar member begins with its name, padded with zeros."""
 # Digest member (header and one block) plus the two zero blocks that end a tar.
 TAIL = 4 * BLOCK
 
-_CODE_BITS = 4
+RUN_CODE_BITS = 4
+"""Of a word of modality runs; the others are how long the run is."""
 
 Words = npt.NDArray[np.uint32]
 Codes = npt.NDArray[np.uint8]
@@ -123,13 +126,13 @@ def encode_runs(modality: Codes) -> Words:
         return np.zeros(0, np.uint32)
     starts = np.flatnonzero(np.diff(modality, prepend=modality[0] ^ 0xFF))
     lengths = np.diff(starts, append=modality.size).astype(np.uint32)
-    return (lengths << np.uint32(_CODE_BITS)) | modality[starts].astype(np.uint32)
+    return (lengths << np.uint32(RUN_CODE_BITS)) | modality[starts].astype(np.uint32)
 
 
 def decode_runs(words: Words) -> Codes:
     """Inverse of :func:`encode_runs`; concatenated runs decode to the concatenation."""
-    codes = (words & ((1 << _CODE_BITS) - 1)).astype(np.uint8)
-    return np.repeat(codes, words >> _CODE_BITS)
+    codes = (words & ((1 << RUN_CODE_BITS) - 1)).astype(np.uint8)
+    return np.repeat(codes, words >> RUN_CODE_BITS)
 
 
 def image_spans(sequence: TokenSequence, *, vocabulary: Vocabulary) -> list[ImageSpan]:
@@ -232,6 +235,6 @@ def read_tail(file: BinaryIO) -> bytes:
 
 def count_modalities(runs: Words) -> npt.NDArray[np.int64]:
     """Tokens of each modality in a run-length coded document, shape [len(Modality)]."""
-    codes = (runs & ((1 << _CODE_BITS) - 1)).astype(np.int64)
-    counts = np.bincount(codes, weights=runs >> _CODE_BITS, minlength=len(Modality))
+    codes = (runs & ((1 << RUN_CODE_BITS) - 1)).astype(np.int64)
+    counts = np.bincount(codes, weights=runs >> RUN_CODE_BITS, minlength=len(Modality))
     return counts.astype(np.int64)

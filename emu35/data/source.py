@@ -11,6 +11,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from emu35.data.pack import StoredRows
 from emu35.data.pieces import Piece, read_pieces
 from emu35.data.place import Place
 from emu35.data.row_settings import CONFIG, RowSettings
-from emu35.data.shards import Codes, ShardFile, ShardMeta, Words, decode_runs
+from emu35.data.shards import BLOCK, NAME_BYTES, Codes, ShardFile, ShardMeta, Words, decode_runs
 from emu35.data.split import PictureTooLong, cut_points
 from emu35.data.storage import Message, RemoteFolder, open_folder
 from emu35.errors import DataError
@@ -154,6 +155,35 @@ class Source:
                 f"{self.describe(row)} in {self.path} changed after it was indexed ({error}); "
                 f"check it with `emu35 data index {self.path} --verify` and restore it"
             ) from error
+
+    def record(self, document: int) -> dict[str, Any]:
+        """The JSON member of a document, parsed: its ``id`` and ``images``, and what else was
+        written with it.
+
+        Raises:
+            DataError: if it is not what was written; no checksum of the index covers it.
+        """
+        try:
+            record: dict[str, Any] = json.loads(self.facts(document))
+            whole = {"id", "images"} <= record.keys()
+        except (ValueError, AttributeError):  # no JSON, or none of an object
+            record, whole = {}, False
+        if not whole:
+            raise DataError(
+                f"the JSON of {self.describe(document)} in {self.path} is damaged; see what else "
+                f"is with `emu35 data validate {self.path}`, and restore the shard"
+            )
+        return record
+
+    def member(self, document: int) -> str:
+        """What the names of a document's members in the tar begin with, ``000000-000012`` say."""
+        index, row = self.locate(document)
+        header = 4 * int(index.token_word[row]) - BLOCK
+        file = self._file(int(self.shard[document]))
+        if file is None:
+            raise DataError(f"{self.describe(document)} in {self.path} cannot be read any more")
+        name = file.text(offset=header, size=NAME_BYTES)
+        return name.split("\0")[0].removesuffix(".tok")
 
     def words(self, document: int) -> tuple[Words, Words]:
         """Token ids and modality runs of a document: views of the mapped shard, checked.

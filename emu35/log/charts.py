@@ -10,6 +10,8 @@ from emu35.log.console import human_count
 COLOURS = ("#2f6fde", "#d9480f", "#2b8a3e", "#9c36b5", "#087f5b", "#c2255c", "#846358")
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 16, 38
+_CHARACTER = 8
+"""About the width of one on an axis."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +80,49 @@ def line_chart(
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f'{"".join(parts)}</svg><div class="legend">{legend}</div></figure>'
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bar:
+    """A bar of a chart: what it stands for, how high it is, and words shown for the pointer."""
+
+    name: str
+    value: float
+    said: str = ""
+
+
+def bar_chart(bars: list[Bar], *, x_label: str, title: str) -> str:
+    """A ``<figure>`` with upright bars from zero, evenly spaced in their order, each with its name
+    below; without bars, nothing."""
+    if not bars:
+        return ""
+    highest = max(bar.value for bar in bars)
+    ticks = _ticks(0.0, highest)
+    step = (WIDTH - LEFT - RIGHT) / len(bars)
+    # As many names as there is room for.
+    every = math.ceil(max(len(bar.name) for bar in bars) * _CHARACTER / step)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return LEFT + x * step, HEIGHT - BOTTOM - y / ticks[-1] * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_grid([], ticks, place=place, x_range=(0, len(bars)), x_label=x_label)]
+    for index, bar in enumerate(bars):
+        (x, top), (_, bottom) = place(index + 0.1, bar.value), place(index, 0.0)
+        parts.append(
+            f'<rect x="{x:.1f}" y="{top:.1f}" width="{0.8 * step:.1f}" '
+            f'height="{bottom - top:.1f}" fill="{COLOURS[0]}">'
+            f"<title>{escape(bar.said or f'{bar.name}: {bar.value:g}')}</title></rect>"
+        )
+        if index % every == 0:
+            parts.append(
+                f'<text x="{x + 0.4 * step:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">'
+                f"{escape(bar.name)}</text>"
+            )
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg></figure>"
     )
 
 

@@ -1,4 +1,4 @@
-"""``emu35 data``: ingest files into token shards, pack and index them, look at what is in them.
+"""``emu35 data ingest|pack|index``: files into token shards, shards into packed rows, indices.
 
 Here the image tokenizer meets the data: :mod:`emu35.data` asks for codes through a protocol, and
 :class:`VisionPictures` answers with :mod:`emu35.vision`.
@@ -19,7 +19,6 @@ import torch
 from PIL.Image import Image, Resampling
 
 from emu35.config.area import Area
-from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
 from emu35.data.index import (
     build_index,
     find_shards,
@@ -32,14 +31,11 @@ from emu35.data.ingest.ingest import ingest as ingest_files
 from emu35.data.ingest.options import IngestOptions, IngestSummary
 from emu35.data.ingest.pictures import UnusablePicture
 from emu35.data.packed import PackOptions, PackSummary, pack_sources
-from emu35.data.place import Url, name_of, place_of
-from emu35.data.report import ShownDocument, ShownImage, show_documents, source_stats
-from emu35.data.source import Source
+from emu35.data.place import Url, place_of
 from emu35.data.storage import open_folder
 from emu35.errors import ConfigError, DataError
-from emu35.tokens.text import build_text_tokenizer
 from emu35.vision.codec import CODES_DTYPE, ImageCodec, load_codec, weights_digest
-from emu35.vision.resize import RejectedImage, open_image, smart_resize, to_image, to_pixels
+from emu35.vision.resize import RejectedImage, open_image, smart_resize, to_pixels
 
 
 class VisionPictures:
@@ -221,81 +217,3 @@ def _remote_checks(place: Url, *, verify: bool) -> list[Callable[[], ShardIndex]
         )
     folder = open_folder(place, message=print)
     return [partial(verify_index_in, folder, name=name) for name in shard_names(folder)]
-
-
-@dataclass(kw_only=True, slots=True)
-class StatsOptions:
-    """``emu35 data stats``: ``sequence_length`` is the row that packing is measured for."""
-
-    folders: Sequence[str | Path]
-    sequence_length: int = 32768
-
-
-@file_errors()
-def stats(options: StatsOptions) -> None:
-    """Print documents, tokens, lengths, modality shares and packing fill of each source.
-
-    Raises:
-        DataError: if a folder cannot be used.
-    """
-    if options.sequence_length < 1:
-        raise ConfigError(f"--sequence-length {options.sequence_length} must be at least 1")
-    for folder in options.folders:
-        print(
-            "\n".join(
-                source_stats(place_of(folder), sequence_length=options.sequence_length).lines()
-            )
-        )
-
-
-@dataclass(kw_only=True, slots=True)
-class InspectOptions:
-    """``emu35 data inspect``: print ``count`` documents from number ``first``.
-
-    The shards name their own tokenizer; ``table`` is its file where the cache has none. ``images``
-    is a folder to write the decoded pictures to, with the image tokenizer in folder ``vision``.
-    """
-
-    folder: str | Path
-    first: int = 0
-    count: int = 5
-    images: Path | None = None
-    vision: Path | None = None
-    table: str | None = None
-
-
-@file_errors()
-def inspect(options: InspectOptions) -> None:
-    """Print documents as text with pictures as ``[image 6x6]``; optionally decode the pictures.
-
-    Raises:
-        Emu35Error: if the shards, the tokenizer or the image tokenizer cannot be used.
-    """
-    place = place_of(options.folder)
-    source = Source(name=name_of(place), path=place)
-    meta = source.metas[0]
-    config = TokenizerConfig(
-        kind=TokenizerKind(meta.kind), codebook_size=meta.codebook_size, table=options.table
-    )
-    codec = None
-    if options.images is not None:
-        if options.vision is None:
-            raise ConfigError("writing pictures needs the image tokenizer; give its folder")
-        codec = load_codec(options.vision)
-        options.images.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_text_tokenizer(config)
-    for document in show_documents(
-        source, tokenizer=tokenizer, first=options.first, count=options.count
-    ):
-        print(f"--- document {document.number}  id {document.id}  {document.tokens} tokens")
-        print(document.text())
-        if codec is not None and options.images is not None:
-            _write_pictures(document, codec=codec, folder=options.images)
-
-
-def _write_pictures(document: ShownDocument, *, codec: ImageCodec, folder: Path) -> None:
-    pictures = [part for part in document.parts if isinstance(part, ShownImage)]
-    for number, picture in enumerate(pictures):
-        codes_BHW = torch.from_numpy(picture.codes_HW)[None]
-        image = to_image(codec.decode(codes_BHW)[0].numpy())
-        image.save(folder / f"{document.number:06d}_{number:02d}.png")

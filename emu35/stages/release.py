@@ -35,7 +35,6 @@ from emu35.checkpoint.release_folder import (
 )
 from emu35.checkpoint.safetensor_files import SHARD_BYTES, write_safetensors
 from emu35.checkpoint.source import (
-    CHECKPOINTS,
     DTYPES,
     RELEASE,
     Described,
@@ -44,6 +43,7 @@ from emu35.checkpoint.source import (
     load_model,
 )
 from emu35.checkpoint.start import describe_qwen3
+from emu35.checkpoint.steps import CHECKPOINTS
 from emu35.config import (
     Adapter,
     CheckpointConfig,

@@ -14,7 +14,8 @@ from emu35.checkpoint.manager import Checkpoint, CheckpointManager, find_checkpo
 from emu35.checkpoint.manifest import MANIFEST
 from emu35.checkpoint.reshard import convert_state
 from emu35.checkpoint.sharded import OPTIMIZER_FILE, STATE_FOLDER
-from emu35.checkpoint.source import CHECKPOINTS, DTYPES
+from emu35.checkpoint.source import DTYPES
+from emu35.checkpoint.steps import CHECKPOINTS
 from emu35.config import LMConfig, ParallelConfig, Precision, RunConfig
 from emu35.config.io import read_config, run_identity, write_config
 from emu35.errors import CheckpointError

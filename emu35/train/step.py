@@ -21,7 +21,7 @@ from emu35.config import LMConfig, LMStageConfig, RunConfig, TokenDataConfig
 from emu35.config.data import Damaged
 from emu35.config.stage import adapters_of
 from emu35.data.batch import Batch, BatchChange, as_it_is
-from emu35.data.loader import TokenLoader, ValidationSet
+from emu35.data.loader import LOADER_FILE, TokenLoader, ValidationSet
 from emu35.errors import DataError
 from emu35.model.flops import step_flops
 from emu35.model.logits import weighted_cross_entropy
@@ -45,8 +45,6 @@ from emu35.train.objective import (
 )
 from emu35.train.optim import learning_rate, set_learning_rate, update, wrap_and_optimize
 from emu35.train.passes import Passes, Sums
-
-LOADER_FILE = "loader.json"
 
 
 class LMTask:

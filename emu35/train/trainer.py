@@ -31,6 +31,7 @@ from typing import Protocol
 
 from emu35.checkpoint.manager import Checkpoint, CheckpointManager
 from emu35.checkpoint.staged import StagedWrite
+from emu35.checkpoint.steps import CHECKPOINTS
 from emu35.config import RunConfig
 from emu35.config.io import run_identity
 from emu35.errors import CheckpointError, Emu35Error, Interrupted
@@ -43,9 +44,6 @@ from emu35.train.measure import Meter
 from emu35.train.progress import Progress
 from emu35.train.signals import StepAbandoned, StopRequest
 from emu35.train.watchdog import Watchdog
-
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints inside a run folder."""
 
 
 class TrainTask(Protocol):

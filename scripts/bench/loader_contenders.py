@@ -45,7 +45,7 @@ class Rows:
 
 
 def read_emu35(data: Path) -> Iterator[int]:
-    from emu35.data.loader import open_source, plan_source
+    from emu35.data.opening import open_source, plan_source
     from emu35.data.plan import Planner
     from emu35.tokens.vocabulary import Vocabulary
 

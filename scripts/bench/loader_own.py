@@ -116,7 +116,7 @@ def check_rows(rows: list[Any], *, lengths: list[Ints], ratios: list[float]) -> 
 
 
 def measure_resume(data: Path, *, documents: int) -> dict[str, float]:
-    from emu35.data.loader import open_source, plan_source
+    from emu35.data.opening import open_source, plan_source
     from emu35.data.plan import Planner
     from emu35.tokens.vocabulary import Vocabulary
 

@@ -58,8 +58,8 @@ def plain_plan(
             base = [b + round(share * since) for b, share in zip(base, shares, strict=True)]
             base_total, since = base_total + since, 0
         shares = now
-        live = [n for n in range(len(sources)) if shares[n] > 0]
-        source = min(live, key=lambda n: ((drawn[n] - base[n]) / shares[n], n))
+        live = [n for n in range(len(sources)) if now[n] > 0]
+        source = min(live, key=lambda n: ((drawn[n] - base[n]) / now[n], n))
         if not waiting[source]:
             unit = next(walks[source], None)
             if unit is None:

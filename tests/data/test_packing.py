@@ -13,7 +13,7 @@ from forked import fork
 from packing import ROW, VOCABULARY, pack, varied, write_shards
 
 from emu35.config.data import Overlong
-from emu35.data.loader import open_source
+from emu35.data.opening import open_source
 from emu35.data.pack import PackedRows
 from emu35.data.staging import whole_folder
 from emu35.errors import ConfigError, DataError

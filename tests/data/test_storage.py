@@ -31,6 +31,8 @@ from emu35.data.place import Url, name_of, place_of
 from emu35.data.source import Source
 from emu35.errors import ConfigError, DataError
 from emu35.stages import data as commands
+from emu35.stages.data_inspect import InspectOptions, inspect
+from emu35.stages.data_stats import StatsOptions, stats
 from emu35.tokens.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(n_text=256, codebook_size=CODEBOOK)
@@ -393,8 +395,8 @@ def test_commands_take_a_url(
     served: Served, cache: CacheConfig, capsys, monkeypatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("EMU35_CACHE", str(tmp_path / "home"))
-    commands.stats(commands.StatsOptions(folders=[served.url], sequence_length=128))
-    commands.inspect(commands.InspectOptions(folder=served.url, count=1))
+    stats(StatsOptions(folders=[served.url], sequence_length=128))
+    inspect(InspectOptions(folder=served.url, count=1))
     commands.index(commands.IndexOptions(folders=[served.url], verify=True))
     out = capsys.readouterr().out
     assert "far: 60 documents" in out

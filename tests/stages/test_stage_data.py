@@ -18,6 +18,8 @@ from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
 from emu35.data.source import Source
 from emu35.errors import ConfigError, DataError
 from emu35.stages import data
+from emu35.stages.data_inspect import InspectOptions, inspect
+from emu35.stages.data_stats import StatsOptions, stats
 from emu35.vision.codec import load_codec
 from emu35.vision.resize import open_image, to_pixels
 
@@ -82,7 +84,7 @@ def test_codes_are_those_of_the_tokenizer_and_everything_can_be_looked_at(
     data.index(data.IndexOptions(folders=[out], verify=True))
     assert "verified 1 shards, 3 documents" in capsys.readouterr().out
 
-    data.stats(data.StatsOptions(folders=[out], sequence_length=128))
+    stats(StatsOptions(folders=[out], sequence_length=128))
     printed = capsys.readouterr().out
     assert re.search(r"3 documents, \d+ tokens, 1 shards", printed)
     assert re.search(r"text \d.*visual \d.*layout \d.*control \d", printed)
@@ -91,7 +93,7 @@ def test_codes_are_those_of_the_tokenizer_and_everything_can_be_looked_at(
     assert source.metas[0].vision_dtype == "float32"
 
     pictures = tmp_path / "pictures"
-    data.inspect(data.InspectOptions(folder=out, first=1, count=9, images=pictures, vision=vision))
+    inspect(InspectOptions(folder=out, first=1, count=9, images=pictures, vision=vision))
     printed = capsys.readouterr().out
     assert "[image 2x4]picture 1" in printed
     assert "[image 4x2]picture 2" in printed
@@ -312,7 +314,7 @@ def test_inspecting_past_the_end_says_how_many_there_are(
     out = tmp_path / "shards"
     data.ingest(options_of([photos], out, vision=vision))
     with pytest.raises(DataError, match="no document 3; it has 3, counted from 0"):
-        data.inspect(data.InspectOptions(folder=out, first=3))
+        inspect(InspectOptions(folder=out, first=3))
 
 
 def test_an_output_path_that_cannot_be_made_is_a_clear_error(

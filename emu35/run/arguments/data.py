@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from emu35.run.arguments import Commands, distill, filter_prompts, ingest
+from emu35.run.arguments import Commands, data_look, distill, filter_prompts, ingest
 
 OVERLONG = ("cut", "drop", "refuse")
 TASKS = ("chat", "t2i", "x2i", "story", "howto", "explore", "vla")
@@ -21,8 +21,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     _add_tasks(actions)
     _add_pack(actions)
     _add_index(actions)
-    _add_stats(actions)
-    _add_inspect(actions)
+    data_look.add(actions)
 
 
 def _add_tasks(actions: "Commands[argparse.ArgumentParser]") -> None:
@@ -71,28 +70,6 @@ def _add_index(actions: "Commands[argparse.ArgumentParser]") -> None:
     command.set_defaults(handler=_index)
 
 
-def _add_stats(actions: "Commands[argparse.ArgumentParser]") -> None:
-    text = "documents, tokens, lengths, modalities and packing fill of sources"
-    command = actions.add_parser("stats", help=text, description=text)
-    command.add_argument("folders", nargs="+", metavar="DIR", help="folder or URL")
-    command.add_argument(
-        "--sequence-length", type=int, default=32768, metavar="N", help="row to pack for"
-    )
-    command.set_defaults(handler=_stats)
-
-
-def _add_inspect(actions: "Commands[argparse.ArgumentParser]") -> None:
-    text = "print documents of a source; with --images also decode their pictures"
-    command = actions.add_parser("inspect", help=text, description=text)
-    command.add_argument("folder", metavar="DIR", help="folder or URL")
-    command.add_argument("--first", type=int, default=0, metavar="N", help="document number")
-    command.add_argument("--count", type=int, default=5, metavar="N")
-    command.add_argument("--images", type=Path, metavar="DIR", help="write pictures here")
-    command.add_argument("--vision", type=Path, metavar="DIR", help="image tokenizer")
-    command.add_argument("--table", metavar="FILE", help="text table of the emu35 tokenizer")
-    command.set_defaults(handler=_inspect)
-
-
 def _tasks(arguments: argparse.Namespace) -> int:
     from emu35.data.readers.task_table import describe_task, describe_tasks
     from emu35.tokens.template import Task
@@ -127,27 +104,4 @@ def _index(arguments: argparse.Namespace) -> int:
     from emu35.stages.data import IndexOptions, index
 
     index(IndexOptions(folders=arguments.folders, verify=arguments.verify))
-    return 0
-
-
-def _stats(arguments: argparse.Namespace) -> int:
-    from emu35.stages.data import StatsOptions, stats
-
-    stats(StatsOptions(folders=arguments.folders, sequence_length=arguments.sequence_length))
-    return 0
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from emu35.stages.data import InspectOptions, inspect
-
-    inspect(
-        InspectOptions(
-            folder=arguments.folder,
-            first=arguments.first,
-            count=arguments.count,
-            images=arguments.images,
-            vision=arguments.vision,
-            table=arguments.table,
-        )
-    )
     return 0

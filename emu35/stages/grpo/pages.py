@@ -7,13 +7,9 @@ Rewards are exploited in ways that no curve shows and one look does. Answers sta
 paid to the worst, so that the eye meets what is being learned.
 """
 
-import base64
-import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +18,7 @@ from PIL import Image, ImageDraw
 from emu35.log.charts import chart_page
 from emu35.rewards.sample import Picture
 from emu35.stages.grpo.types import Group, Scores
+from emu35.stages.inline import ascii_page, enlargement, picture_tag, png_bytes, words
 from emu35.stages.output import unwritable, write_output
 
 SAMPLES = "samples"
@@ -32,7 +29,6 @@ SIDE = 128
 
 _GAP, _LABEL = 8, 16
 _MOST_TEXT = 2000
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 _STYLE = """<style>
 .group { margin: 0 0 28px; padding: 14px 16px; background: var(--card);
@@ -101,7 +97,7 @@ def write_pages(groups: Sequence[ShownGroup], *, folder: Path, step: int, title:
     if sheet is None:
         return [page]
     picture = stem.with_suffix(".png")
-    write_output(picture, content=_png(sheet))
+    write_output(picture, content=png_bytes(sheet))
     return [page, picture]
 
 
@@ -115,9 +111,7 @@ def page_of(groups: Sequence[ShownGroup], *, title: str) -> str:
         "reward's own range and, behind the arrow, in [1, 10]. A dash: not trained on."
     )
     below = "".join(map(_group, groups))
-    page = chart_page("", title=title, lead=lead, above=_STYLE, below=below)
-    # Any text, lone surrogates included, in any editor and browser.
-    return page.encode("ascii", errors="xmlcharrefreplace").decode("ascii")
+    return ascii_page(chart_page("", title=title, lead=lead, above=_STYLE, below=below))
 
 
 def _group(shown: ShownGroup) -> str:
@@ -163,18 +157,11 @@ def _component(name: str, scores: Scores) -> str:
 
 
 def _words(text: str) -> str:
-    shown = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-    if len(shown) > _MOST_TEXT:
-        shown = f"{shown[:_MOST_TEXT]} ... ({len(shown) - _MOST_TEXT:,} more characters)"
-    # A lone surrogate has no character reference.
-    return escape(shown.encode("utf-8", errors="replace").decode("utf-8"))
+    return words(text, most=_MOST_TEXT)
 
 
 def _img(picture: Picture) -> str:
-    factor = _factor(picture)
-    height, width = picture.shape[0] * factor, picture.shape[1] * factor
-    data = base64.b64encode(_png(Image.fromarray(np.ascontiguousarray(picture)))).decode()
-    return f'<img alt="" width="{width}" height="{height}" src="data:image/png;base64,{data}">'
+    return picture_tag(picture, side=SIDE)
 
 
 # ---------------------------------------------------------------------------- PNG
@@ -218,20 +205,9 @@ def _enlarged(picture: Picture) -> Image.Image:
     """Small pictures by whole factors, so that their pixels stay theirs; large ones at most four
     times as large as ``SIDE``."""
     image = Image.fromarray(np.ascontiguousarray(picture))
-    factor = _factor(picture)
+    factor = enlargement(picture, side=SIDE)
     if factor > 1:
         size = (image.width * factor, image.height * factor)
         return image.resize(size, Image.Resampling.NEAREST)
     image.thumbnail((4 * SIDE, 4 * SIDE))
     return image
-
-
-def _factor(picture: Picture) -> int:
-    height, width = picture.shape[:2]
-    return max(1, SIDE // max(1, min(height, width)))
-
-
-def _png(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()

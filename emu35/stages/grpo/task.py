@@ -10,6 +10,7 @@ from emu35.checkpoint.staged import StateWrite
 from emu35.config import GRPOConfig, LMConfig, PromptDataConfig, PromptTaskConfig, RunConfig
 from emu35.config.grpo import Alarm, Mode, Unscored, ZeroVariance
 from emu35.config.stage import adapters_of
+from emu35.data.loader import LOADER_FILE
 from emu35.errors import CheckpointError, ReleaseError
 from emu35.model.flops import step_flops
 from emu35.model.shapes import adapter_count
@@ -35,7 +36,6 @@ from emu35.train.measure import FLOPS
 from emu35.train.objective import MicroBatch
 from emu35.train.optim import learning_rate
 from emu35.train.signals import StepAbandoned
-from emu35.train.step import LOADER_FILE
 
 
 class GRPOTask:

@@ -12,7 +12,7 @@ from emu35.config import LossWeights
 from emu35.data.batch import Batch, SourceItems, assemble
 from emu35.data.ingest.ingest import ingest
 from emu35.data.ingest.options import Existing, PairOrder
-from emu35.data.loader import open_source
+from emu35.data.opening import open_source
 from emu35.data.pack import Item
 from emu35.data.plan import Sample
 from emu35.data.readers.task_documents import Starts

@@ -19,7 +19,7 @@ from emu35.config import LossWeights, TokenizerConfig
 from emu35.data.batch import assemble
 from emu35.data.ingest.ingest import ingest
 from emu35.data.ingest.options import IngestOptions
-from emu35.data.loader import open_source
+from emu35.data.opening import open_source
 from emu35.data.pack import Item
 from emu35.data.plan import Sample
 from emu35.inference.ask import prompt_seed
@@ -47,6 +47,7 @@ class Known:
     """An image tokenizer that knows the codes of every picture by its grey level."""
 
     factor = 2
+    dtype = "float32"
 
     def __init__(self, *, digest: str) -> None:
         self.digest = digest
@@ -59,6 +60,9 @@ class Known:
         Pictures.new("RGB", (width, height), (level, level, level)).save(path)
         self._codes.append(codes_HW)
         return path.name
+
+    def join(self, *, worker: int, workers: int) -> None:
+        """There is nothing to share."""
 
     def check(self) -> None:
         """Nothing to load."""
