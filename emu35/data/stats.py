@@ -57,10 +57,11 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fill:
-    """Share of packed rows that holds tokens, over one epoch; None where they cannot be packed, and
-    ``problem`` says why."""
+    """Share of packed rows of ``length`` that holds tokens, over one epoch; None where they cannot
+    be packed, and ``problem`` says why."""
 
     share: float | None
+    length: int
     problem: str = ""
 
 
@@ -224,11 +225,11 @@ def packing_fill(source: Source, *, sequence_length: int) -> Fill:
         vocabulary = source.metas[0].vocabulary()
         plan = open_plan(data=data, vocabulary=vocabulary, seed=0, global_batch_size=1)
     except DataError as error:
-        return Fill(share=None, problem=str(error))
+        return Fill(share=None, length=sequence_length, problem=str(error))
     lengths = plan.sources[0].items.length
     samples = plan.planner.take(max(1, int(source.length.sum()) // sequence_length))
     used = sum(int(lengths[item].sum()) for sample in samples for _, item in sample.items)
-    return Fill(share=used / (len(samples) * sequence_length))
+    return Fill(share=used / (len(samples) * sequence_length), length=sequence_length)
 
 
 def source_of(path: Place, *, name: str = "") -> Source:

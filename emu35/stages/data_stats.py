@@ -133,18 +133,18 @@ def _count(sources: Sequence[Source]) -> list[Counts]:
 def _lines(found: FolderStats) -> list[str]:
     lines: list[str] = []
     for stats in found.sources:
-        lines += [*_source_lines(stats, sequence_length=found.sequence_length), ""]
+        lines += [*_source_lines(stats), ""]
     if not found.several:
         return lines[:-1]
     return [
         *lines,
-        *_source_lines(found.together, sequence_length=found.sequence_length),
+        *_source_lines(found.together),
         "",
         *_aligned([HEAD, *table(found)]),
     ]
 
 
-def _source_lines(stats: SourceStats, *, sequence_length: int) -> list[str]:
+def _source_lines(stats: SourceStats) -> list[str]:
     lengths = "  ".join(f"p{rank} {value}" for rank, value in stats.percentiles.items())
     shares = "  ".join(
         f"{name} {count / stats.tokens:.1%}" for name, count in stats.modality.items()
@@ -156,18 +156,19 @@ def _source_lines(stats: SourceStats, *, sequence_length: int) -> list[str]:
         f"  tokens   {shares}",
     ]
     if stats.fill is not None:
-        lines.append(f"  packing  {_fill(stats, sequence_length=sequence_length)}")
+        lines.append(f"  packing  {_fill(stats)}")
     if stats.grids:
         lines.append(f"  grids    {_grids(stats)}")
     lines += [f"  codes    of image tokenizer {encoder}" for encoder in stats.encoders]
     return lines + _bars(stats)
 
 
-def _fill(stats: SourceStats, *, sequence_length: int) -> str:
-    assert stats.fill is not None
-    if stats.fill.share is None:
-        return f"not into rows of {sequence_length}: {stats.fill.problem}"
-    return f"{stats.fill.share:.2%} of rows of {sequence_length}"
+def _fill(stats: SourceStats) -> str:
+    fill = stats.fill
+    assert fill is not None
+    if fill.share is None:
+        return f"not into rows of {fill.length}: {fill.problem}"
+    return f"{fill.share:.2%} of rows of {fill.length}"
 
 
 def _grids(stats: SourceStats) -> str:
@@ -252,7 +253,7 @@ def page_of(found: FolderStats) -> str:
     body = "".join(_row(cells) for cells in table(found))
     shown = [*([everything] if found.several else []), *found.sources]
     problems = "".join(
-        f"<p>{words(stats.name)}: {words(_fill(stats, sequence_length=found.sequence_length))}</p>"
+        f"<p>{words(stats.name)}: {words(_fill(stats))}</p>"
         for stats in found.sources
         if stats.fill is not None and stats.fill.share is None
     )

@@ -19,14 +19,15 @@ def test_documents_come_back_with_their_name_in_the_tar(
     write_source: WriteSource, tokenizer: TextTokenizer
 ) -> None:
     documents = random_documents(40, seed=5)
-    source = Source(name="many", path=write_source("many", documents, shard_bytes=9000))
+    folder = write_source("many", documents, shard_bytes=9000)
+    source = Source(name="many", path=folder)
     shown = list(show_documents(source, tokenizer=tokenizer, numbers=range(40)))
     for number, (parts, found) in enumerate(zip(documents, shown, strict=True)):
         sequence = serialize(Document(parts), tokenizer)
         assert [part for part in found.parts if not isinstance(part, Special)] == parts
         np.testing.assert_array_equal(found.modality, sequence.modality)
         assert (found.id, found.number, found.tokens) == (str(number), number, len(sequence))
-        with tarfile.open(source.path / found.shard) as tar:
+        with tarfile.open(folder / found.shard) as tar:
             tokens = tar.extractfile(f"{found.member}.tok")
             record = tar.extractfile(f"{found.member}.json")
             assert tokens is not None

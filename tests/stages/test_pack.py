@@ -31,6 +31,8 @@ def test_packed_shards_can_be_checked_measured_and_looked_at(
 
     assert main(["data", "index", packed, "--verify"]) == 0
     assert f"verified 1 shards, {rows} rows of 15 pieces" in capsys.readouterr().out
+    assert main(["data", "validate", packed]) == 0
+    assert "all sound" in capsys.readouterr().out
     # The rows are as long as they are, whatever length is asked about.
     assert main(["data", "stats", packed]) == 0
     printed = capsys.readouterr().out
