@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from emu35.data.items import Items
 from emu35.data.plan import Sample
 from emu35.data.shards import Codes, decode_runs
-from emu35.data.source import Items, Source
+from emu35.data.source import Source
 
 
 @dataclass(kw_only=True, slots=True)

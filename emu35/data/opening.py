@@ -16,11 +16,13 @@ from emu35.config.data import (
 )
 from emu35.data.batch import SourceItems
 from emu35.data.filter import apply_filter, describe_filter
+from emu35.data.items import Items
 from emu35.data.packed_items import PackedItems
 from emu35.data.place import Place, Url, place_of
-from emu35.data.plan import PlannedSource, Planner
+from emu35.data.plan import Planner
+from emu35.data.planned import PlannedSource
 from emu35.data.row_settings import CONFIG, RowSettings
-from emu35.data.source import Items, Source, check_vision, say_nothing
+from emu35.data.source import Source, check_vision, say_nothing
 from emu35.data.storage import Message as Message
 from emu35.errors import DataError
 from emu35.tokens.vocabulary import Vocabulary

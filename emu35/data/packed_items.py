@@ -4,9 +4,10 @@ import numpy as np
 import numpy.typing as npt
 
 from emu35.config.data import Overlong
+from emu35.data.items import Items, TooLong
 from emu35.data.pack import StoredRows
 from emu35.data.pieces import piece_lengths
-from emu35.data.source import Items, Source, TooLong
+from emu35.data.source import Source
 from emu35.errors import DataError
 
 Ints = npt.NDArray[np.int64]

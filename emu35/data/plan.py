@@ -14,7 +14,7 @@ is no sample any more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any, cast
 
@@ -36,57 +36,16 @@ from emu35.data.pack import (
     PackedRows,
     rows_key,
 )
+from emu35.data.planned import STATE_VERSION, PlannedSource, changes_since
 from emu35.errors import DataError
 
 Ints = npt.NDArray[np.int64]
-
-_STATE_VERSION = 2
 
 _new_item = cast(
     "Callable[[type[Item], tuple[int, int]], Item]",
     tuple.__new__,  # pyright: ignore[reportUnknownMemberType]
 )
 """Like ``Item(*pair)``, without a call into Python."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedSource:
-    """What the plan knows of a source: its share, the lengths of its items, and how it is packed.
-
-    Attributes:
-        ratio, schedule: its share, and the shares it has from some steps on.
-        length: [N] tokens of the items in shard order; ``per_shard`` counts those of each shard.
-        document: [N] what document an item is a piece of, ascending; None: each is a document.
-        epochs, max_tokens: its end; None: it has none.
-        filter: by what its documents were chosen, in words.
-        left_out: names of damaged shards, which are no part of ``fingerprint``.
-        rows: those of a source that lies packed; its ``packing`` is offline.
-    """
-
-    name: str
-    ratio: float
-    length: Ints
-    per_shard: Ints
-    fingerprint: str
-    left_out: tuple[str, ...] = ()
-    packing: Packing = Packing.online
-    document: Ints | None = None
-    schedule: Mapping[int, float] = field(default_factory=dict[int, float])
-    epochs: float | None = None
-    max_tokens: int | None = None
-    filter: str = "none"
-    rows: PackedRows | None = None
-
-    def settings(self) -> dict[str, Any]:
-        """What of it decides the stream beside its shards, JSON-able."""
-        return {
-            "packing": self.packing.value,
-            "ratio": self.ratio,
-            "schedule": [[step, ratio] for step, ratio in sorted(self.schedule.items())],
-            "epochs": self.epochs,
-            "max_tokens": self.max_tokens,
-            "filter": self.filter,
-        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,7 +309,7 @@ class Planner:
         bins = self._bins.bins()
         held = self._items([bin.codes for bin in bins])
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             **self._identity,
             "samples": self.samples,
             "stream": self.digest,
@@ -369,7 +328,7 @@ class Planner:
         Raises:
             DataError: naming everything that differs from when the state was saved.
         """
-        changes = self._changes(state)
+        changes = changes_since(state, identity=self._identity, sources=self._sources)
         if changes:
             raise DataError(
                 "the data position cannot be restored, because the data changed since it was "
@@ -398,41 +357,6 @@ class Planner:
         length = int(self._sources[source].length[item])
         return (int(self._first_item[source]) + item) << LENGTH_BITS | length
 
-    def _changes(self, state: Mapping[str, Any]) -> list[str]:
-        if state.get("version") != _STATE_VERSION:
-            return [
-                f"the position is of version {state.get('version')}, from before documents were "
-                f"shuffled whole, and this emu35 continues version {_STATE_VERSION}"
-            ]
-        changes: list[str] = []
-        for name in sorted(self._identity.keys() | _SETTINGS & state.keys()):
-            before, now = state.get(name), self._identity.get(name)
-            if before != now:
-                changes.append(f"{name} was {before} and is {now}")
-        saved: Mapping[str, Any] = state.get("sources", {})
-        names = [source.name for source in self._sources]
-        if sorted(saved) != names:
-            changes.append(f"sources were {sorted(saved)} and are {names}")
-        for source in self._sources:
-            entry = saved.get(source.name)
-            if entry is None:
-                continue
-            if entry["fingerprint"] != source.fingerprint:
-                changes.append(
-                    f"shards of source {source.name!r} changed ({entry['items']} pieces then, "
-                    f"{len(source.length)} now{_other_shards(entry, source=source)})"
-                )
-            for name, value in source.settings().items():
-                if entry[name] != value:
-                    changes.append(
-                        f"{name} of source {source.name!r} was {entry[name]} and is {value}"
-                    )
-        return changes
-
-
-_SETTINGS = {"schedule", "samples_per_step"}
-"""Settings that count only where a source has a schedule."""
-
 
 def _saved(walk: _Walk) -> dict[str, Any]:
     epoch, position, piece = walk.cursor.place()
@@ -448,14 +372,3 @@ def _saved(walk: _Walk) -> dict[str, Any]:
         "documents": walk.documents,
         "ended": walk.ended,
     }
-
-
-def _other_shards(entry: Mapping[str, Any], *, source: PlannedSource) -> str:
-    """What became of shards that were or are left out, for the end of a sentence."""
-    before, now = set[str](entry.get("left_out", ())), set(source.left_out)
-    parts: list[str] = []
-    if now - before:
-        parts.append("damaged since and left out: " + ", ".join(sorted(now - before)))
-    if before - now:
-        parts.append("left out then and not now: " + ", ".join(sorted(before - now)))
-    return "".join(f"; {part}" for part in parts)

@@ -64,7 +64,8 @@ def paper_lengths(documents: int) -> dict[str, Ints]:
 
 
 def plan(*, documents: int) -> dict[str, float]:
-    from emu35.data.plan import PlannedSource, Planner
+    from emu35.data.plan import Planner
+    from emu35.data.planned import PlannedSource
 
     lengths = dict(sorted(paper_lengths(documents).items()))
     sources = [

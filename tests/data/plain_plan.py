@@ -7,7 +7,7 @@ import numpy as np
 from emu35.config.data import Interpolation, Packing, ratio_at, ratio_points
 from emu35.data.order import SourceOrder
 from emu35.data.pack import PackedRows
-from emu35.data.plan import PlannedSource
+from emu35.data.planned import PlannedSource
 
 Piece = tuple[int, int]
 """A source and the number of an item of it."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from emu35.config.data import Overlong, Packing
 from emu35.data.pack import Item
-from emu35.data.plan import PlannedSource, Planner, Sample
+from emu35.data.plan import Planner, Sample
+from emu35.data.planned import PlannedSource
 from emu35.errors import DataError
 
 ROW = 64

@@ -14,7 +14,8 @@ from test_plan import items_of, paper_mixture, planned
 
 from emu35.config.data import Interpolation, Packing
 from emu35.data.pack import Item
-from emu35.data.plan import PlannedSource, Planner, Sample
+from emu35.data.plan import Planner, Sample
+from emu35.data.planned import PlannedSource
 from emu35.errors import DataError
 
 ROW, BINS, WINDOW = 64, 3, 8
