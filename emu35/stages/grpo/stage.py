@@ -5,12 +5,12 @@ from pathlib import Path
 from emu35.checkpoint.gathered import GatheredWeights
 from emu35.config import GRPOConfig, RunConfig
 from emu35.config.grpo import EngineKind
+from emu35.errors import ConfigError
 from emu35.model.attention.support import MaskKind
 from emu35.parallel.mesh import init_mesh
 from emu35.stages.grpo.books import Books
 from emu35.stages.grpo.embedded import EmbeddedEngine
 from emu35.stages.grpo.engine import RolloutEngine
-from emu35.stages.grpo.remote import RemoteEngine
 from emu35.stages.grpo.replica import Replica
 from emu35.stages.grpo.sampler import Sampler
 from emu35.stages.grpo.source import PromptSource
@@ -75,6 +75,14 @@ def _engine(
     assert isinstance(config.stage, GRPOConfig)
     rollout = config.stage.rollout
     if rollout.engine is EngineKind.remote:
+        try:
+            # Of the libraries of an extra, which nobody else needs.
+            from emu35.stages.grpo.remote import RemoteEngine
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"stage.rollout.engine=remote: {error}; pip install 'emu35[grpo]', or use "
+                "stage.rollout.engine=embedded"
+            ) from error
         return RemoteEngine(
             config=rollout,
             tokenizer=tokenizer,

@@ -78,3 +78,10 @@ def test_no_server_ends_the_run(start: Path, tmp_path: Path) -> None:
     remote = {"engine": "remote", "servers": [f"http://127.0.0.1:{free_port()}"], "timeout": 5.0}
     with pytest.raises(LaunchError, match="no rollout server took"):
         learn(configure(tmp_path / "run", start=start, stage={"rollout": remote}))
+
+
+def test_only_remote_rollouts_need_the_extra_package() -> None:
+    """What a run without servers imports is there without ``emu35[grpo]``."""
+    program = "import sys; sys.modules['httpx'] = None; import emu35.stages.grpo.stage"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
