@@ -83,11 +83,11 @@ class Mixture:
             ahead = self.drawn[number] - self._base[number]
             served[number] = (ahead + before) / self.ratios[number]
         dry = min(live, key=lambda number: (served[number][-1], number))
-        end = served[dry][-1]
+        end = float(served[dry][-1])
         counts = [
-            int(np.searchsorted(served[number][:-1], end, side="right" if number < dry else "left"))
-            if number != dry
-            else len(codes[dry])
+            len(codes[dry])
+            if number == dry
+            else _before(served[number], end=end, ties=number < dry)
             for number in live
         ]
         parts = list(zip(live, counts, strict=True))
@@ -131,6 +131,11 @@ class Mixture:
         self._base = [int(target) for target in state["base"]]
         self._base_total = int(state["total"])
         self.ratios = _shares(ratios)
+
+
+def _before(served: npt.NDArray[np.float64], *, end: float, ties: bool) -> int:
+    """How many documents come before ``end``, with ``ties`` those at it too."""
+    return int(np.searchsorted(served[:-1], end, side="right" if ties else "left"))
 
 
 def _shares(ratios: Sequence[float]) -> list[float]:

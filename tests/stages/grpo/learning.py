@@ -158,7 +158,7 @@ def rows(folder: Path) -> dict[int, dict[str, Any]]:
             key: value
             for key, value in row.items()
             if not key.startswith(("time/", "scoring/"))
-            and key not in ("tflops", "memory_gib", "tokens_per_s")
+            and key not in ("tflops", "memory_gib", "tokens_per_s", "data_starved")
         }
         found.setdefault(row["step"], {}).update(kept)
     return found
