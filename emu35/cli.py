@@ -21,6 +21,7 @@ from pathlib import Path
 from emu35 import __version__
 from emu35.errors import Emu35Error
 from emu35.run.arguments import Commands, convert, data, dida, generate, serve, tokens, view
+from emu35.run.memory import keep_freed_memory
 from emu35.run.worker import quiet_libraries
 
 _OVERRIDES = """\
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # A terminal without UTF-8 gets escapes instead of a traceback.
             stream.reconfigure(errors="backslashreplace")
     quiet_libraries()
+    keep_freed_memory()
     code = 0
     try:
         code = _answer(argv)

@@ -16,7 +16,7 @@ Three launchers start ranks and answer for them:
 
 All keep one promise: a stop signal makes every rank save at the end of its step, and the exit code
 is then 75. ``follow`` is how a user looks at a run that was started (``status``) and ends it
-(``cancel``).
+(``cancel``). ``memory`` lets every process keep what it frees for its next step.
 
 Nothing here imports torch except ``worker`` once a stage begins; ``show`` and ``plan`` therefore
 answer at once.

@@ -19,6 +19,7 @@ from typing import NoReturn
 from emu35.config.io import read_config
 from emu35.config.root import RunConfig
 from emu35.errors import Emu35Error, LaunchError
+from emu35.run.memory import keep_freed_memory
 from emu35.run.rundir import locked
 
 LAUNCHER_PID = "EMU35_LAUNCHER_PID"
@@ -97,6 +98,7 @@ def run_stage(config: RunConfig, *, run_dir: Path) -> None:
     """
     limit_threads(config)
     quiet_libraries()
+    keep_freed_memory()
     if config.deterministic:
         be_deterministic()
     stage = STAGES.get(config.stage.kind)

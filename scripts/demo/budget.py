@@ -63,7 +63,7 @@ BUDGETS = {
         pretrain_overrides=(),
         prompts=72,
         generate_options=("--guidance", "1.5", "--temperature", "0.4"),
-        task_records={"t2i": 1500, "x2i": 2500, "story": 800, "chat": 2000, "words": 400},
+        task_records={"t2i": 1500, "x2i": 2500, "story": 800, "chat": 2000, "words": 700},
         task_prompts=48,
         sft_overrides=(),
         lora_overrides=("stage.steps=200",),
