@@ -120,17 +120,20 @@ class ClassifierScorerConfig(ScorerConfig):
 class AestheticsScorerConfig(ScorerConfig):
     """A learnt judgement of looks, 1 to 10: the linear layers of ``head`` (safetensors or .pth, in
     the form of LAION's aesthetic predictor) over the picture features of the CLIP model in the
-    folder ``model``."""
+    folder ``model``. Pictures have a shorter side of ``side`` pixels before the model's own
+    preparation."""
 
     kind: str = "aesthetics_model"
     model: str = ""
     head: str = ""
+    side: int = 336
     device: str = "cpu"
 
     def problems(self, name: str) -> Iterator[str]:
         yield from ScorerConfig.problems(self, name)
         if not self.model:
             yield f"data.scorers.{name}.model is empty; give the folder of a CLIP checkpoint"
+        yield from at_least(f"data.scorers.{name}", 1, side=self.side)
         if not self.head:
             yield f"data.scorers.{name}.head is empty; give the file of the linear layers"
 
@@ -148,13 +151,12 @@ class ImageDataConfig(DataConfig):
     """Pictures for training the image tokenizer: webdataset tars or folders of image files.
 
     ``paths`` may hold patterns (``train-*.tar``). ``buckets`` decides the shapes: with ``aspect``,
-    of about ``resolution`` squared pixels, ``bucket_group`` consecutive pictures of one shape (0: as
-    many as a micro-batch has; a multiple of that lets a run go on with smaller micro-batches).
-    With ``crop`` > 0, training sees random pieces of that
-    side (in ``aspect``: of about that side squared), cut from the pictures after they were resized
-    to ``resolution``. ``flip`` is the share of samples that are mirrored, which also mirrors
-    writing. Validation sees the middle squares of whole pictures, neither cropped, mirrored nor
-    filtered.
+    of about ``resolution`` squared pixels, ``bucket_group`` consecutive pictures of one shape (0:
+    as many as a micro-batch has; a multiple of that lets a run go on with smaller micro-batches).
+    With ``crop`` > 0, training sees random pieces of that side (in ``aspect``: of about that side
+    squared), cut from the pictures after they were resized to ``resolution``. ``flip`` is the share
+    of samples that are mirrored, which also mirrors writing. Validation sees the middle squares of
+    whole pictures, neither cropped, mirrored nor filtered.
 
     ``filters`` must all be passed; ``scorers`` defines scores by name. Scores are computed once,
     before the first step, and kept in ``score_cache`` (None: in the run folder). Fewer than the

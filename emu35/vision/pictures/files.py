@@ -252,9 +252,7 @@ def _add_folder(folder: Path, *, listing: _Listing, rejects: Rejects) -> None:
             _add_file(folder / name, beside=beside, listing=listing, rejects=rejects)
 
 
-def _add_file(
-    path: Path, *, beside: frozenset[str], listing: _Listing, rejects: Rejects
-) -> None:
+def _add_file(path: Path, *, beside: frozenset[str], listing: _Listing, rejects: Rejects) -> None:
     suffix = path.suffix.lower()
     if suffix == ".tar" and path.is_file():
         listing.places.append(path)
