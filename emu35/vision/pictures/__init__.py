@@ -6,11 +6,11 @@ where they lie, picture by picture, so a tar of any size takes no memory.
 
 *Which are used?* Without filters and buckets, all of them, and training starts at once. Otherwise
 :mod:`.survey` looks at every picture before the first step: its size in the header, numbers in the
-JSON beside it, what a scorer makes of its pixels (:mod:`.readers`, :mod:`.scorers`). The ranks share
-the work out, and the numbers are kept as :mod:`.columns`, so a run that is resumed looks at nothing
-again and sees the same. :mod:`.filters` compares them with their bounds. Who is left out is named
-with the score that decided (``filtered.jsonl``), apart from who is broken (``rejects.jsonl``).
-:func:`.select.select_pictures` does all of this.
+JSON beside it, what a scorer makes of its pixels (:mod:`.readers`, :mod:`.scorers`). The ranks
+share the work out, and the numbers are kept as :mod:`.columns`, so a run that is resumed looks at
+nothing again and sees the same. :mod:`.filters` compares them with their bounds. Who is left out is
+named with the score that decided (``filtered.jsonl``), apart from who is broken
+(``rejects.jsonl``). :func:`.select.select_pictures` does all of this.
 
 *Which one now?* A pure function of seed and sample number, so a resumed run needs nothing but its
 step number and any number of ranks shares one sequence. :class:`SquarePictures` cuts squares; every

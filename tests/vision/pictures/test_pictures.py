@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from emu35.errors import DataError
-from emu35.vision.pictures import store
 from emu35.vision.pictures import (
     PictureBatches,
     Rejects,
@@ -17,6 +16,7 @@ from emu35.vision.pictures import (
     find_pictures,
     fingerprint,
     picture_at,
+    store,
 )
 
 RESOLUTION = 32
