@@ -39,6 +39,8 @@ MAY_CHANGE = (
     "data.prefetch_steps",
     "data.damaged",
     "data.cache.*",
+    # Where it changes the order of pictures, the checkpoint refuses it.
+    "data.bucket_group",
     "data.score_cache",
     "data.decode_threads",
     "data.scorers.*.device",

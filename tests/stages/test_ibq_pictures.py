@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,28 @@ import numpy as np
 import pytest
 import torch
 from drawn_pictures import blurred, encoded, marked, texture, words, write_tar
+from PIL import Image
 
-from emu35.config import Buckets, ImageDataConfig, PictureFilterConfig, RunConfig, ScorerConfig
+from emu35.config import (
+    Buckets,
+    CheckpointConfig,
+    IBQConfig,
+    IBQStageConfig,
+    ImageDataConfig,
+    LogConfig,
+    OptimConfig,
+    PictureFilterConfig,
+    RunConfig,
+    ScorerConfig,
+    TokenizerConfig,
+)
 from emu35.config.images import AestheticsScorerConfig, ClassifierScorerConfig, MissingScore
 from emu35.config.io import write_config
+from emu35.config.rules import validate
 from emu35.errors import ConfigError, DataError
-from emu35.stages import ibq_pictures
-from emu35.vision.pictures import Rejects, survey
-from emu35.vision.pictures.readers import PixelReader, SizeReader
+from emu35.stages import ibq, ibq_pictures
+from emu35.vision.pictures import Rejects, readers, survey
+from emu35.vision.pictures.readers import PixelReader
 
 COUNT = 12
 
@@ -99,6 +114,7 @@ def test_sizes_proxies_and_metadata_leave_out_what_they_should(corpus, tmp_path,
         {"scorer": "taste", "max": 10},
         {"scorer": "aspect", "max": 1.8},
         scorers={"taste": ScorerConfig(field="clip.taste")},
+        resolution=96,
     )
     assert numbers(open_in(run_dir, data)) == [0, 5, 6]
     reasons = filtered(run_dir)
@@ -139,17 +155,14 @@ def test_metadata_spare_reading_pictures(corpus, tmp_path, monkeypatch):
             return 100 + pixels.mean(dim=(2, 3))
 
     path = tmp_path / "green.pt"
-    torch.jit.trace(Greenness(), torch.zeros(1, 3, 8, 8)).save(str(path))
+    torch.jit.script(Greenness()).save(str(path))
     decoded, headers = list[str](), list[str]()
-    read, size = PixelReader.read, ibq_pictures.SquarePictures  # noqa: F841
+    read, header_size = PixelReader.read, readers.header_size
 
     def counting(self, files, **options):
         decoded.extend(file.name for file in files)
         return read(self, files, **options)
 
-    from emu35.vision.pictures import readers
-
-    header_size = readers.header_size
     monkeypatch.setattr(PixelReader, "read", counting)
     monkeypatch.setattr(
         readers, "header_size", lambda data: headers.append("") or header_size(data)
@@ -175,13 +188,12 @@ def test_scores_are_computed_once(corpus, tmp_path, monkeypatch):
         corpus, {"scorer": "sharpness_proxy", "min": 60}, {"scorer": "contrast_proxy", "min": 1}
     )
     read = PixelReader.read
-    wanted = list[list[str]]()
+    seen = list[list[str]]()
 
-    def watched(self, files, *, wanted: list[str], pool):
+    def watched(self, files, *, wanted, pool):
         seen.append(list(wanted))
         return read(self, files, wanted=wanted, pool=pool)
 
-    seen = wanted
     monkeypatch.setattr(PixelReader, "read", watched)
     again = open_in(tmp_path / "run", data)
     assert not seen
@@ -193,6 +205,22 @@ def test_scores_are_computed_once(corpus, tmp_path, monkeypatch):
         (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
     open_in(tmp_path / "run", make_data(tmp_path / "copy", {"scorer": "contrast_proxy", "min": 1}))
     assert len(seen) == 2
+
+
+def test_runs_that_share_scores_tell_pictures_of_one_name_and_size_apart(tmp_path):
+    for name, colour in (("one", "black"), ("other", "white")):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            image = Image.new("RGB", (8, 8), colour)
+            image.putpixel((0, 0), (128, 128, 128) if name == "one" else (0, 0, 0))
+            image.save(tmp_path / name / f"{number}.bmp")
+    shared = {"score_cache": str(tmp_path / "scores"), "resolution": 8}
+    bounds = {"scorer": "contrast_proxy", "min": 20}
+    assert len(open_in(tmp_path / "a", make_data(tmp_path / "other", bounds, **shared))) == 3
+    with pytest.raises(DataError, match="0 of 3 pictures"):
+        open_in(tmp_path / "b", make_data(tmp_path / "one", bounds, **shared))
+    assert len(list((tmp_path / "scores").iterdir())) == 2
+    assert not list((tmp_path / "a").iterdir())
 
 
 def test_an_interrupted_survey_goes_on_where_it_was(corpus, tmp_path, monkeypatch):
@@ -276,15 +304,12 @@ def test_aspect_buckets_take_their_sizes_from_the_survey(corpus, tmp_path):
 
 
 def test_a_turned_photograph_has_the_size_that_is_seen(tmp_path):
-    from PIL import Image
-
     image = Image.new("RGB", (80, 40), "red")
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
     data = make_data(tmp_path, {"scorer": "height", "min": 80}, {"scorer": "width", "max": 40})
     assert len(open_in(tmp_path / "run", data)) == 1
-    assert isinstance(SizeReader().columns[0].identity, str)
 
 
 def test_a_learnt_judge_of_looks_is_a_scorer(corpus, tmp_path):
@@ -309,6 +334,77 @@ def test_a_learnt_judge_of_looks_is_a_scorer(corpus, tmp_path):
     scorer.head = str(tmp_path / "gone.safetensors")
     with pytest.raises(ConfigError, match=r"data\.scorers\.beauty: .*there is no file"):
         open_in(tmp_path / "run", data)
+
+
+def steps_of(run_dir: Path) -> dict[int, dict[str, float]]:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row for row in rows if "loss" in row}
+
+
+def test_training_in_buckets_resumes_bitwise(corpus, tmp_path):
+    """Four steps equal two, a stop, and two more; and other micro-batches are another order."""
+    config = RunConfig(
+        name="buckets",
+        model=IBQConfig(
+            ch=32,
+            ch_mult=[1, 1, 1],
+            num_res_blocks=1,
+            attn_resolutions=[],
+            resolution=32,
+            z_channels=16,
+            embed_dim=8,
+            n_embed=64,
+        ),
+        tokenizer=TokenizerConfig(codebook_size=64),
+        data=make_data(
+            corpus,
+            {"scorer": "min_side", "min": 64},
+            buckets=Buckets.aspect,
+            flip=0.5,
+            resolution=32,
+            crop=24,
+            validation_paths=[str(corpus / "files")],
+            validation_images=2,
+        ),
+        stage=IBQStageConfig(
+            steps=4,
+            global_batch_size=4,
+            micro_batch_size=2,
+            validate_every=0,
+            quantizer_warmup=0.25,
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_steps=1),
+        checkpoint=CheckpointConfig(every=2, keep_last=4),
+        log=LogConfig(every=1),
+    )
+    validate(config)
+    folders = [tmp_path / name for name in ("whole", "resumed")]
+    for folder in folders:
+        folder.mkdir()
+    ibq.run(config, run_dir=folders[0])
+    saved = "checkpoints/step_00000002"
+    shutil.copytree(folders[0] / saved, folders[1] / saved)
+    ibq.run(config, run_dir=folders[1])
+    whole, resumed = (
+        {
+            row["step"]: row
+            for row in map(json.loads, path.read_text().splitlines())
+            if "loss" in row
+        }
+        for path in (folder / "metrics.jsonl" for folder in folders)
+    )
+    assert sorted(whole) == [1, 2, 3, 4]
+    assert sorted(resumed) == [3, 4]
+    for step, row in resumed.items():
+        for name in ("loss", "grad_norm", "tokens", "codebook_usage"):
+            assert row[name] == whole[step][name], (step, name)
+    assert whole[1]["tokens"] == pytest.approx(4 * 6 * 6, rel=0.2)
+    config.stage.micro_batch_size = 1
+    with pytest.raises(DataError, match="cannot be continued"):
+        ibq.run(config, run_dir=folders[1])
+    assert isinstance(config.data, ImageDataConfig)
+    config.data.bucket_group = 2
+    ibq.run(config, run_dir=folders[1])
 
 
 WORKER = """

@@ -1,11 +1,12 @@
 """Numbers about pictures, kept on disk: a column for each score, in parts of ``PART`` pictures.
 
-A column is known by the fingerprint of the whole listing and by what its numbers depend on, so
+A column is known by :func:`key_of` of the whole listing and by what its numbers depend on, so
 neither other pictures nor another model find it. Parts are written whole or not at all; a run that
 was ended while it scored goes on at the first part that lacks something.
 """
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 
 from emu35.errors import DataError
 from emu35.files import atomic_file
+from emu35.vision.pictures.files import PictureFile
+
+PROBES = 32
 
 PART = 4096
 """Pictures of a part: what is lost at most when scoring is interrupted."""
@@ -43,11 +47,24 @@ def empty_part(count: int) -> Part:
     return Part(value=np.full(count, np.nan), known=np.zeros(count, dtype=bool))
 
 
-class ColumnFolder:
-    """Columns of one listing, in ``folder / (its fingerprint)``."""
+def key_of(files: Sequence[PictureFile], *, fingerprint: str) -> str:
+    """What tells a listing from others that share a folder of columns: its ``fingerprint``, and the
+    bytes of PROBES of its pictures. Names and sizes alone may be those of another listing, where
+    pictures are numbered and their format compresses nothing."""
+    digest = sha256(fingerprint.encode())
+    for index in np.linspace(0, len(files) - 1, num=min(PROBES, len(files))).astype(int).tolist():
+        try:
+            digest.update(sha256(files[index].read()).digest())
+        except OSError:
+            digest.update(b"unreadable")
+    return digest.hexdigest()[:16]
 
-    def __init__(self, folder: Path, *, fingerprint: str) -> None:
-        self._folder = folder / fingerprint[:16]
+
+class ColumnFolder:
+    """Columns of one listing, in ``folder / key``."""
+
+    def __init__(self, folder: Path, *, key: str) -> None:
+        self._folder = folder / key
 
     def read(self, column: Column, *, part: int, count: int) -> Part:
         """Part number ``part``, of ``count`` pictures; an empty one if it was not written yet.

@@ -80,7 +80,9 @@ class Filters:
         return scorer is None or scorer.kind != "metadata"
 
 
-def size_score(name: str, *, width: NDArray[np.float64], height: NDArray[np.float64]):
+def size_score(
+    name: str, *, width: NDArray[np.float64], height: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """One of :data:`~emu35.config.images.SIZE_SCORERS`, [N], of pictures of those sizes."""
     if name == "width":
         return width

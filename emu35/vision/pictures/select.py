@@ -11,7 +11,8 @@ from emu35.config.images import (
     ImageDataConfig,
     ScorerConfig,
 )
-from emu35.vision.pictures.columns import ColumnFolder
+from emu35.parallel.collectives import is_main
+from emu35.vision.pictures.columns import ColumnFolder, key_of
 from emu35.vision.pictures.files import PictureFiles
 from emu35.vision.pictures.filters import Filters, Selection
 from emu35.vision.pictures.readers import MetadataReader, PixelReader, SizeReader
@@ -55,7 +56,10 @@ def select_pictures(
         metadata=MetadataReader(fields) if fields else None,
         pixels=PixelReader(scorers) if scorers else None,
     )
-    columns = ColumnFolder(cache, fingerprint=agreed_fingerprint(files))
+    fingerprint = agreed_fingerprint(files)
+    columns = None
+    if is_main():
+        columns = ColumnFolder(cache, key=key_of(files, fingerprint=fingerprint))
     with ThreadPoolExecutor(data.decode_threads, thread_name_prefix="survey") as pool:
         survey = Survey(
             files, filters=filters, readers=readers, kept_in=columns, pool=pool, message=message
