@@ -15,7 +15,6 @@ from emu35.config.checkpoint import CheckpointConfig
 from emu35.config.data import (
     DataConfig,
     FilterConfig,
-    ImageDataConfig,
     Interpolation,
     Overlong,
     Packing,
@@ -35,6 +34,12 @@ from emu35.config.engine import (
 )
 from emu35.config.grpo import GRPOConfig
 from emu35.config.guard import GuardConfig
+from emu35.config.images import (
+    Buckets,
+    ImageDataConfig,
+    PictureFilterConfig,
+    ScorerConfig,
+)
 from emu35.config.launch import LaunchConfig, LaunchKind
 from emu35.config.log import LogConfig, WandbMode
 from emu35.config.model import AttentionBackend, IBQConfig, LMConfig, ModelConfig
@@ -64,6 +69,7 @@ __all__ = [
     "KINDS",
     "Adapter",
     "AttentionBackend",
+    "Buckets",
     "CheckpointConfig",
     "DataConfig",
     "DiDAConfig",
@@ -96,6 +102,7 @@ __all__ = [
     "ParallelConfig",
     "PathConfig",
     "PathKind",
+    "PictureFilterConfig",
     "Precision",
     "PretrainConfig",
     "PromptDataConfig",
@@ -107,6 +114,7 @@ __all__ = [
     "SFTConfig",
     "Sampler",
     "Schedule",
+    "ScorerConfig",
     "SourceConfig",
     "StageConfig",
     "TokenDataConfig",
