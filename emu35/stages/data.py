@@ -113,7 +113,9 @@ class VisionPictures:
             size = smart_resize(width=width, height=height, area=area, factor=self.factor)
         except RejectedImage as error:
             raise UnusablePicture(reason=error.reason.value, detail=error.detail) from error
-        return image.resize(size, Resampling.BICUBIC)
+        resized = image.resize(size, Resampling.BICUBIC)
+        resized.info = {"source_size": image.size}
+        return resized
 
     def encode(self, pictures: Sequence[Image]) -> list[npt.NDArray[np.integer[Any]]]:
         """Codes [H, W] of pictures of one size."""

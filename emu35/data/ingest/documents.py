@@ -66,6 +66,7 @@ class DocumentStage:
             images_per_call=self.options.images_per_call,
             threads=self.options.threads,
             sequence_length=self.options.sequence_length,
+            codebook_size=self.options.tokenizer.codebook_size,
             hashing=self.options.dedup is Dedup.picture,
         )
         video: _Video | None = None

@@ -93,7 +93,7 @@ def run_job(
         _join_rejects(manifest, failed=[source for source, _ in failures])
         if finish is not None:
             finish(manifest)
-    summary = _summary(manifest, inputs=len(inputs), todo=len(todo), begin=begin)
+    summary = _summary(manifest, inputs=len(inputs), todo=todo, begin=begin)
     rejects = options.out / REJECTS
     kept = ". The earlier shards were kept" if manifest.retired else ""
     if failures:
@@ -290,7 +290,11 @@ def _join_rejects(manifest: Manifest, *, failed: Sequence[InputFile]) -> None:
                 file.write(found.read_bytes())
 
 
-def _summary(manifest: Manifest, *, inputs: int, todo: int, begin: float) -> IngestSummary:
+def _summary(
+    manifest: Manifest, *, inputs: int, todo: Sequence[InputFile], begin: float
+) -> IngestSummary:
+    names = {str(source.path) for source in todo}
+    new = [entry for entry in manifest.done if entry.path in names]
     rejects: dict[str, int] = {}
     for entry in manifest.done:
         for reason, count in entry.rejects.items():
@@ -302,6 +306,8 @@ def _summary(manifest: Manifest, *, inputs: int, todo: int, begin: float) -> Ing
         shards=sum(len(entry.shards) for entry in manifest.done),
         rejects=rejects,
         inputs=inputs,
-        skipped=inputs - todo,
+        skipped=inputs - len(todo),
         seconds=time.monotonic() - begin,
+        new_documents=sum(entry.documents for entry in new),
+        new_tokens=sum(entry.tokens for entry in new),
     )
