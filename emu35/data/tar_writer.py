@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from emu35.data.shards import BLOCK, DIGEST_MEMBER, atomic_file, member_header
 from emu35.errors import DataError
@@ -45,7 +45,7 @@ class TarWriter:
     _size: int = 0
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _file: BinaryIO | None = None
-    _sha: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    _sha: Any = field(default_factory=hashlib.sha256)  # the library has no public name for its type
 
     def __enter__(self) -> "TarWriter":
         return self

@@ -7,7 +7,7 @@ that assembles an ingestion.
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,7 +101,9 @@ class EncodedRecord:
     record: RawRecord
     codes: Mapping[RawPicture, Image]
     hashes: Mapping[RawPicture, bytes]
-    sizes: Mapping[RawPicture, tuple[int, int]]
+    sizes: Mapping[RawPicture, tuple[int, int]] = field(
+        default_factory=dict[RawPicture, tuple[int, int]]
+    )
 
     def hashes_of(self, parts: Iterable[RawPart]) -> bytes:
         """The hashes of the pictures among ``parts``, one after the other."""
