@@ -7,6 +7,8 @@ folders, text) into raw records or named rejects; :mod:`~emu35.data.ingest` resi
 pictures, serializes each document into one token sequence and appends it to a shard
 (:mod:`~emu35.data.shards`). A record is one document; some tasks of fine-tuning make several of it,
 and the clips of one video can be joined into one.
+Pictures can also be encoded once and kept as codes (:mod:`~emu35.data.codes`), which are read as
+pictures are, without a GPU.
 A shard is a plain webdataset tar: a document is three members, ``KEY.tok`` (token ids, uint32),
 ``KEY.mod`` (modality, run-length coded) and ``KEY.json`` (where it came from, picture grids and
 spans). Beside it lies ``.idx`` (:mod:`~emu35.data.index`), which holds every offset and length, so

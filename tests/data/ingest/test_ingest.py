@@ -243,6 +243,22 @@ def test_progress_in_a_log_is_plain_lines_with_rate_and_time_left(
     assert line == "ingest x  50%  40 documents  2 documents/s  0:40 left\n"
 
 
+def test_progress_tells_a_second_rate_over_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    progress = Progress(label="x", total=300, items="pictures", units="codes", stream=stream)
+    progress.begin(size=100)
+    clock[0] += 10
+    progress.update(100, items=5, units=2000)
+    progress.begin(size=200)
+    clock[0] += 10
+    progress.update(50, items=15, units=8000)
+    progress.close()
+    line = stream.getvalue()
+    assert line == "x  50%  20 pictures  1 pictures/s  500 codes/s  0:20 left\n"
+
+
 def test_a_damaged_parquet_file_does_not_stop_the_other_inputs(tmp_path: Path) -> None:
     inputs = [tmp_path / f"{name}.parquet" for name in ("torn", "other", "good")]
     texts = [np.random.default_rng(n).bytes(100).hex() for n in range(20)]
