@@ -11,6 +11,9 @@ from enum import StrEnum
 from emu35.config.check import at_least
 from emu35.config.model import IBQConfig
 
+VGG_SIDE = 16
+"""Pixels a side of the smallest picture that VGG16's five blocks take."""
+
 
 class PerceptualKind(StrEnum):
     """``lpips``: the learnt distance over VGG16, from weights on disk. ``random_features``: a
@@ -53,6 +56,15 @@ class PerceptualConfig:
             )
         elif self.heads and not self.weights:
             yield f"{where}.heads={self.heads} needs {where}.weights, the file of VGG16"
+
+    def problems_with(self, *, side: int) -> Iterator[str]:
+        """What does not fit pictures of ``side`` pixels on their shorter side."""
+        if self.weight > 0 and self.kind is PerceptualKind.lpips and side < VGG_SIDE:
+            yield (
+                f"stage.perceptual.kind={self.kind} halves pictures four times and so needs "
+                f"{VGG_SIDE} pixels a side, but the tokenizer trains on {side}; train on larger "
+                f"ones, or use stage.perceptual.weight=0"
+            )
 
 
 @dataclass(kw_only=True, slots=True)

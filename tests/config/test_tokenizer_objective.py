@@ -108,3 +108,10 @@ def test_layer_must_be_one_of_the_decoder(levels: int, layer: int, weight: float
 def test_pictures_must_fill_a_patch(side: int, fits: bool) -> None:
     assert (not list(AdversarialConfig(weight=0.1).problems_with(side=side))) == fits
     assert list(AdversarialConfig(weight=0.0).problems_with(side=side)) == []
+
+
+def test_lpips_needs_pictures_of_sixteen_pixels() -> None:
+    lpips = PerceptualConfig(weight=1.0, weights="vgg.safetensors")
+    assert list(lpips.problems_with(side=16)) == []
+    assert "but the tokenizer trains on 15" in next(lpips.problems_with(side=15))
+    assert list(PerceptualConfig(weight=1.0, kind=RANDOM).problems_with(side=4)) == []

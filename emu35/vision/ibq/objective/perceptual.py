@@ -11,7 +11,7 @@ from torch import nn
 
 from emu35.config.tokenizer_objective import PerceptualConfig, PerceptualKind
 from emu35.vision.ibq.objective.random_features import RandomFeatures
-from emu35.vision.lpips import SMALLEST, Backbone, read_lpips
+from emu35.vision.lpips import Backbone, read_lpips
 
 FLOOR = 0.1
 """Added to a squared length before its root: a place with hardly any features then differs little
@@ -62,11 +62,6 @@ def build_perceptual(
         heads=Path(config.heads) if config.heads else None,
         owner="stage.perceptual",
     ).to(device)
-
-
-def smallest_picture(config: PerceptualConfig) -> int:
-    """Pixels a side that the distance needs."""
-    return SMALLEST[Backbone.vgg16] if config.kind is PerceptualKind.lpips else 1
 
 
 def _unit(features_BCHW: torch.Tensor) -> torch.Tensor:
