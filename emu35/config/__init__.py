@@ -58,6 +58,14 @@ from emu35.config.stage import (
     StageConfig,
 )
 from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
+from emu35.config.tokenizer_eval import (
+    FaceEvalConfig,
+    Fid,
+    LpipsBackbone,
+    LpipsConfig,
+    TextEvalConfig,
+    TokenizerEvalConfig,
+)
 from emu35.config.tokenizer_objective import (
     AdversarialConfig,
     DistillationConfig,
@@ -81,7 +89,9 @@ __all__ = [
     "EngineConfig",
     "EntropyConfig",
     "FP8Recipe",
+    "FaceEvalConfig",
     "Features",
+    "Fid",
     "FilterConfig",
     "GRPOConfig",
     "GuardConfig",
@@ -98,6 +108,8 @@ __all__ = [
     "LoRATarget",
     "LogConfig",
     "LossWeights",
+    "LpipsBackbone",
+    "LpipsConfig",
     "ModelConfig",
     "NewRows",
     "NewRowsConfig",
@@ -123,8 +135,10 @@ __all__ = [
     "SourceConfig",
     "StageConfig",
     "TeacherKind",
+    "TextEvalConfig",
     "TokenDataConfig",
     "TokenizerConfig",
+    "TokenizerEvalConfig",
     "TokenizerKind",
     "ValidationConfig",
     "WandbMode",
