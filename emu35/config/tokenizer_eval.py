@@ -136,7 +136,8 @@ class TokenizerEvalConfig(StageConfig):
     def problems(self) -> Iterator[str]:
         # Zero-argument super() fails in slotted dataclasses (the class is rebuilt).
         yield from StageConfig.problems(self)
-        remedies = dict.fromkeys(("global_batch_size", "micro_batch_size"), "use stage.batch_size")
+        instead = "use stage.batch_size"
+        remedies = {"global_batch_size": instead, "micro_batch_size": instead}
         yield from training_problems(self, remedies=remedies)
         if self.init_from is not None:
             yield (

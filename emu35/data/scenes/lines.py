@@ -35,11 +35,11 @@ COLOURS = (
 WIDEST = 0.92
 """Of the picture's width that a line may take."""
 
-LEAST, MOST = 0.02, 0.8
+LEAST, MOST = 0.01, 0.8
 """Heights of lines, whatever is asked for."""
 
 GAP = 0.5
-"""Between lines, in heights of the lower one."""
+"""Between lines, in heights of the upper one."""
 
 TRIES = 40
 _PROBE = 200.0

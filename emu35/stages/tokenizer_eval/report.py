@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from typing import Any
 
 from emu35.config.tokenizer_eval import ORIGINALS
@@ -15,7 +15,7 @@ TOKBENCH = (
 )
 
 
-class Better(StrEnum):
+class Better(Enum):
     """Which way a figure is better."""
 
     higher = "higher"
@@ -87,7 +87,7 @@ class Evaluation:
                 for each in self.resolutions
             },
             "labels": {
-                row.key: {"title": row.title, "better": str(row.better), "what": row.label}
+                row.key: {"title": row.title, "better": row.better.value, "what": row.label}
                 for row in self.rows
             },
             "settings": dict(self.settings),
