@@ -88,9 +88,10 @@ class FaceEvalConfig:
     """How alike a face and its reconstruction are to a face recognition network.
 
     ``embedder`` is an ONNX model of one input [N, 3, S, S], ArcFace or alike, that wants
-    (pixel - ``mean``) / ``std`` with channels in the order ``channels``; without one, faces are not
-    measured. ``detector`` is a YuNet model (ONNX) in the place of opencv's cascade. Faces that span
-    less than ``smallest`` of the picture's shorter side are left out.
+    (pixel - ``mean``) / ``std`` with channels in the order ``channels``; without one, dlib's
+    network is used where it is installed (extra ``faces``). ``detector`` is a YuNet model (ONNX) in
+    the place of opencv's cascade, beside ``embedder`` alone. Faces that span less than ``smallest``
+    of the picture's shorter side are left out.
     """
 
     embedder: str | None = None
@@ -102,6 +103,8 @@ class FaceEvalConfig:
 
     def problems(self) -> Iterator[str]:
         yield from fraction("stage.faces", smallest=self.smallest)
+        if self.detector is not None and self.embedder is None:
+            yield "stage.faces.detector finds faces for stage.faces.embedder; give that as well"
         if not self.std > 0:
             yield f"stage.faces.std={self.std} must be positive"
         if self.channels not in ("rgb", "bgr"):

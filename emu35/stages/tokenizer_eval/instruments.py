@@ -16,7 +16,13 @@ from emu35.parallel.collectives import objects_of_ranks
 from emu35.rewards.reader import Reader
 from emu35.stages.feature_networks import open_inception
 from emu35.stages.picture_features import INCEPTION, FeaturesOf
-from emu35.stages.tokenizer_eval.faces import FaceLikeness
+from emu35.stages.tokenizer_eval.faces import (
+    DLIB,
+    DLIB_MODELS,
+    FaceLikeness,
+    dlib_faces,
+    onnx_faces,
+)
 from emu35.stages.tokenizer_eval.inputs import FID_ASKED
 from emu35.vision.lpips import Backbone, Lpips, read_lpips
 
@@ -115,14 +121,17 @@ def _reader(stage: TokenizerEvalConfig, *, missing: dict[Group, str]) -> Reader 
 
 
 def _faces(stage: TokenizerEvalConfig, *, missing: dict[Group, str]) -> FaceLikeness | None:
-    if not _installed(("cv2", "onnxruntime"), group=Group.faces, missing=missing):
-        return None
-    if stage.faces.embedder is None:
+    if stage.faces.embedder is not None:
+        if not _installed(("cv2", "onnxruntime"), group=Group.faces, missing=missing):
+            return None
+        return onnx_faces(stage.faces)
+    if any(find_spec(name) is None for name in (DLIB, DLIB_MODELS)):
         missing[Group.faces] = (
-            "needs stage.faces.embedder (an ONNX model of a face recognition network)"
+            "needs dlib and its models (pip install 'emu35[faces]'), or stage.faces.embedder, an "
+            "ONNX model of a face recognition network"
         )
         return None
-    return FaceLikeness(stage.faces)
+    return _made(lambda: dlib_faces(stage.faces), group=Group.faces, missing=missing)
 
 
 def _installed(names: tuple[str, ...], *, group: Group, missing: dict[Group, str]) -> bool:
@@ -139,5 +148,5 @@ def _made(make: Callable[[], T], *, group: Group, missing: dict[Group, str] | No
     except (ConfigError, DataError) as error:
         if missing is None:
             raise
-        missing[group] = str(error)
+        missing[group] = " ".join(str(error).split())
         return None

@@ -8,7 +8,6 @@ import torch
 from emu35.config.tokenizer_eval import TokenizerEvalConfig
 from emu35.errors import DataError
 from emu35.parallel.collectives import rank, world_size
-from emu35.rewards.face_detector import Face
 from emu35.stages.picture_features import Picture
 from emu35.stages.tokenizer_eval.gallery import batches, load
 from emu35.stages.tokenizer_eval.instruments import Instruments
@@ -127,23 +126,24 @@ def _measure_batch(
     tokenizers: Mapping[str, Findings],
 ) -> None:
     tools = subject.instruments
-    pictures = _pictures(levels_B3HW)
-    faces = [tools.faces.faces(each) if tools.faces else [] for each in pictures]
     _add_features(levels_B3HW, found=originals, tools=tools)
+    decoded_TB3HW: dict[str, torch.Tensor] = {}
     for name, codec in subject.codecs.items():
         codes_BHW, decoded_B3HW = reconstruct(codec, levels_B3HW, name=name, device=subject.device)
+        decoded_TB3HW[name] = decoded_B3HW
         found = tokenizers[name]
         found.counts_K += torch.bincount(codes_BHW.flatten(), minlength=codec.codebook_size)
         _add_features(decoded_B3HW, found=found, tools=tools)
-        lpips_B = _lpips(decoded_B3HW, target_B3HW=levels_B3HW, subject=subject)
-        found.pictures += [
+    faces_TB = _face_cosines(levels_B3HW, decoded_TB3HW=decoded_TB3HW, tools=tools)
+    for name, decoded_B3HW in decoded_TB3HW.items():
+        tokenizers[name].pictures += [
             PictureFigures(number=number, psnr=decibels, ssim=alike, lpips=apart, faces=cosines)
             for number, decibels, alike, apart, cosines in zip(
                 numbers,
                 psnr(decoded_B3HW, target_B3HW=levels_B3HW).tolist(),
                 ssim(decoded_B3HW, target_B3HW=levels_B3HW).tolist(),
-                lpips_B,
-                _cosines(pictures, decoded=_pictures(decoded_B3HW), faces=faces, tools=tools),
+                _lpips(decoded_B3HW, target_B3HW=levels_B3HW, subject=subject),
+                faces_TB[name],
                 strict=True,
             )
         ]
@@ -217,19 +217,19 @@ def _lpips(
     return lpips.distance(a, b).cpu().tolist()
 
 
-def _cosines(
-    originals: Sequence[Picture],
-    *,
-    decoded: Sequence[Picture],
-    faces: Sequence[list[Face]],
-    tools: Instruments,
-) -> list[tuple[float, ...]]:
-    if tools.faces is None:
-        return [()] * len(originals)
-    return [
-        tuple(tools.faces.cosines(original, picture, faces=found))
-        for original, picture, found in zip(originals, decoded, faces, strict=True)
-    ]
+def _face_cosines(
+    levels_B3HW: torch.Tensor, *, decoded_TB3HW: Mapping[str, torch.Tensor], tools: Instruments
+) -> dict[str, list[tuple[float, ...]]]:
+    """Those of each picture's faces, by tokenizer; none where faces are not measured."""
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in decoded_TB3HW}
+    decoded = [_pictures(each) for each in decoded_TB3HW.values()]
+    for number, original in enumerate(_pictures(levels_B3HW)):
+        cosines: list[list[float]] = [[] for _ in found]
+        if tools.faces is not None:
+            cosines = tools.faces.cosines(original, [each[number] for each in decoded])
+        for name, values in zip(found, cosines, strict=True):
+            found[name].append(tuple(values))
+    return found
 
 
 def _pictures(levels_B3HW: torch.Tensor) -> list[Picture]:

