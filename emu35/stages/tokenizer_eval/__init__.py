@@ -15,6 +15,7 @@ measure that lacks a package or weights keeps its row, which says what it needs.
     records.py      what one rank finds, and how the ranks' findings join
     measure.py      one resolution: pictures through tokenizers into records
     summary.py      records into figures, and reasons for those that are missing
+    rows.py         which figures there are, and what they may be compared with
     report.py       results.json, table.md and the printed table
     page.py         results.html with originals and reconstructions
     stage.py        the assembly

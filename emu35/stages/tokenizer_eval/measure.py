@@ -17,6 +17,7 @@ from emu35.stages.tokenizer_eval.writing import TextSet
 from emu35.vision.codec import ImageCodec
 from emu35.vision.fidelity import from_levels, psnr, ssim, to_levels
 from emu35.vision.frechet import Moments
+from emu35.vision.lpips import Lpips
 from emu35.vision.pictures import PictureFile, Rejects
 from emu35.vision.wavelets import DIMENSIONS, wavelet_features
 
@@ -135,14 +136,16 @@ def _measure_batch(
         found.counts_K += torch.bincount(codes_BHW.flatten(), minlength=codec.codebook_size)
         _add_features(decoded_B3HW, found=found, tools=tools)
     faces_TB = _face_cosines(levels_B3HW, decoded_TB3HW=decoded_TB3HW, tools=tools)
+    target_B3HW = levels_B3HW.to(subject.device)
     for name, decoded_B3HW in decoded_TB3HW.items():
+        own_B3HW = decoded_B3HW.to(subject.device)
         tokenizers[name].pictures += [
             PictureFigures(number=number, psnr=decibels, ssim=alike, lpips=apart, faces=cosines)
             for number, decibels, alike, apart, cosines in zip(
                 numbers,
-                psnr(decoded_B3HW, target_B3HW=levels_B3HW).tolist(),
-                ssim(decoded_B3HW, target_B3HW=levels_B3HW).tolist(),
-                _lpips(decoded_B3HW, target_B3HW=levels_B3HW, subject=subject),
+                psnr(own_B3HW, target_B3HW=target_B3HW).tolist(),
+                ssim(own_B3HW, target_B3HW=target_B3HW).tolist(),
+                _lpips(own_B3HW, target_B3HW=target_B3HW, lpips=tools.lpips),
                 faces_TB[name],
                 strict=True,
             )
@@ -208,13 +211,11 @@ def _add_features(levels_B3HW: torch.Tensor, *, found: Findings, tools: Instrume
 
 
 def _lpips(
-    decoded_B3HW: torch.Tensor, *, target_B3HW: torch.Tensor, subject: Subject
+    levels_B3HW: torch.Tensor, *, target_B3HW: torch.Tensor, lpips: Lpips | None
 ) -> list[float] | list[None]:
-    lpips = subject.instruments.lpips
     if lpips is None:
-        return [None] * len(decoded_B3HW)
-    a, b = (from_levels(each.to(subject.device)) for each in (decoded_B3HW, target_B3HW))
-    return lpips.distance(a, b).cpu().tolist()
+        return [None] * len(levels_B3HW)
+    return lpips.distance(from_levels(levels_B3HW), from_levels(target_B3HW)).cpu().tolist()
 
 
 def _face_cosines(

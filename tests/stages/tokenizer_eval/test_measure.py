@@ -1,7 +1,10 @@
 """Measures with tokenizers whose losses are known, and without packages."""
 
 import io
+import sys
 import tarfile
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +144,41 @@ def test_too_few_pictures_have_no_distance_and_that_is_said(tmp_path: Path) -> N
     assert summary.tokenizers["exact"].figures["frechet_wavelets"] is None
     assert summary.missing["frechet_wavelets"].startswith("3 pictures are too few")
     assert summary.missing["text_accuracy"] == "stage.text has no pictures"
+
+
+class Flattened(torch.nn.Module):
+    """In the place of a network with weights that cannot be shipped: 2048 numbers of a picture."""
+
+    def __init__(self, name: str, features: list[str]) -> None:
+        super().__init__()
+        assert (name, features) == ("inception-v3-compat", ["2048"])
+
+    def forward(self, levels_B3HW: torch.Tensor) -> tuple[torch.Tensor]:
+        assert levels_B3HW.dtype is torch.uint8
+        return (levels_B3HW.float().flatten(1)[:, :2048],)
+
+
+def test_inception_is_used_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = types.ModuleType("torch_fidelity")
+    package.__spec__ = ModuleSpec("torch_fidelity", loader=None)
+    module = types.ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = Flattened  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    stage = TokenizerEvalConfig(
+        pictures=[str(write_greys(tmp_path / "greys", count=3))], text=TextEvalConfig(generated=0)
+    )
+    found, summary = measured(subject_of(stage, exact=GreyCodec()), side=32)
+    assert summary.missing["rfid"] == (
+        "3 pictures are too few for a distance in 2048 dimensions; needs at least 2049"
+    )
+    own, original = (
+        each.moments["inception"].sum_D for each in (found.tokenizers["exact"], found.originals)
+    )
+    assert original.any()
+    np.testing.assert_array_equal(own, original)
 
 
 def test_text_beside_pictures_in_folders_and_tars_is_what_stands_there(tmp_path: Path) -> None:
