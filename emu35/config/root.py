@@ -22,6 +22,7 @@ from emu35.config.reward import RewardConfig
 from emu35.config.reward_kinds import REWARD_KINDS
 from emu35.config.stage import IBQStageConfig, PretrainConfig, SFTConfig, StageConfig
 from emu35.config.tokenizer import TokenizerConfig
+from emu35.config.tokenizer_eval import TokenizerEvalConfig
 
 KINDS: Mapping[str, Mapping[str, type]] = MappingProxyType(
     {
@@ -37,6 +38,7 @@ KINDS: Mapping[str, Mapping[str, type]] = MappingProxyType(
                 "dida_eval": DiDAEvalConfig,
                 "grpo": GRPOConfig,
                 "ibq": IBQStageConfig,
+                "tokenizer_eval": TokenizerEvalConfig,
             }
         ),
     }

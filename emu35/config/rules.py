@@ -22,6 +22,7 @@ from emu35.config.stage import (
     adapters_of,
     adapts_noisy_only,
 )
+from emu35.config.tokenizer_eval import TokenizerEvalConfig
 from emu35.errors import ConfigError
 
 
@@ -123,6 +124,8 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
     stage = config.stage
+    if isinstance(stage, TokenizerEvalConfig) and config.parallel.model_ranks > 1:
+        yield f"stage={stage.kind} is data-parallel only; set parallel.tp, pp and cp to 1"
     if not isinstance(stage, DiDAEvalConfig):
         return
     if config.parallel.model_ranks > 1 or config.launch.world_size > 1:
@@ -170,6 +173,8 @@ def _layout(config: RunConfig) -> Iterator[str]:
             yield "stage=ibq is data-parallel only; set parallel.tp, pp and cp to 1"
         if parallel.zero1:
             yield "stage=ibq keeps its optimizer whole on every rank; set parallel.zero1=false"
+        return
+    if isinstance(config.stage, TokenizerEvalConfig):
         return
     sizes = (parallel.tp, parallel.pp, parallel.vpp, parallel.cp)
     if not isinstance(model, LMConfig) or min(sizes) < 1:
@@ -298,6 +303,8 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"launch.nproc={launch.nproc}; use a multiple of {ranks} ranks"
         )
         return
+    if isinstance(stage, TokenizerEvalConfig):
+        return  # batches of pictures need not come out even
     if isinstance(stage, GRPOConfig):
         return  # as many rows as the answers fill, made up to what the layout needs
     dp = launch.world_size // ranks

@@ -11,6 +11,7 @@ from emu35.config.model import LMConfig
 from emu35.config.prompts import PromptDataConfig
 from emu35.config.root import RunConfig
 from emu35.config.stage import LMStageConfig, StageConfig, adapters_of
+from emu35.config.tokenizer_eval import TokenizerEvalConfig
 from emu35.errors import ConfigError
 from emu35.model.shapes import adapter_count
 from emu35.planner.memory import (
@@ -32,7 +33,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: its stage trains nothing.
     """
-    if isinstance(config.stage, DiDAEvalConfig):
+    if isinstance(config.stage, DiDAEvalConfig | TokenizerEvalConfig):
         raise ConfigError(
             f"stage={config.stage.kind} trains nothing, so there is nothing to plan; plan the run "
             "that it evaluates"

@@ -12,6 +12,7 @@ from emu35.config.io import CONFIG_FILE
 from emu35.config.model import LMConfig
 from emu35.config.prompts import PromptDataConfig
 from emu35.config.root import RunConfig
+from emu35.config.tokenizer_eval import TokenizerEvalConfig
 from emu35.data.place import is_url
 from emu35.errors import ConfigError
 
@@ -40,7 +41,7 @@ def check_named(config: RunConfig) -> None:
 
 def _unnamed(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if isinstance(config.stage, DiDAEvalConfig):
+    if isinstance(config.stage, DiDAEvalConfig | TokenizerEvalConfig):
         return  # it trains on none
     if isinstance(data, TokenDataConfig) and not data.sources:
         yield (
@@ -78,6 +79,11 @@ def _start(config: RunConfig) -> Iterator[str]:
         from emu35.stages.dida_eval.inputs import input_problems
 
         yield from input_problems(config.stage)
+        return
+    if isinstance(config.stage, TokenizerEvalConfig):
+        from emu35.stages.tokenizer_eval.inputs import missing_inputs
+
+        yield from missing_inputs(config.stage)
         return
     if config.stage.init_from is None:
         return

@@ -1,4 +1,4 @@
-"""The networks behind :class:`~emu35.config.dida_eval.Features`."""
+"""The networks that turn pictures into vectors."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 
 from emu35.config.dida_eval import Features
 from emu35.errors import ConfigError, DataError
-from emu35.stages.dida_eval.features import BATCH, FeaturesOf, Picture, require_inception
+from emu35.stages.picture_features import (
+    BATCH,
+    INCEPTION,
+    FeaturesOf,
+    Picture,
+    require_inception,
+)
 from emu35.vision.codec import ImageCodec
 
 
@@ -23,7 +29,20 @@ def open_features(features: Features, *, codec: ImageCodec, device: torch.device
     """
     if features is Features.tokenizer:
         return lambda pictures: tokenizer_features(pictures, codec=codec)
-    network = _open_inception(device)
+    return open_inception(
+        device, asked="stage.features=inception", instead="stage.features=tokenizer"
+    )
+
+
+def open_inception(device: torch.device, *, asked: str, instead: str) -> FeaturesOf:
+    """The 2048 numbers of a picture that FID is defined by; ``asked`` is the setting that wants
+    them, ``instead`` one that does not.
+
+    Raises:
+        ConfigError: torch-fidelity is not installed, or cannot be imported.
+        DataError: its weights cannot be fetched.
+    """
+    network = _inception_network(asked=asked, instead=instead).to(device).eval()
     return lambda pictures: _inception_features(pictures, network=network, device=device)
 
 
@@ -40,26 +59,24 @@ def tokenizer_features(pictures: Sequence[Picture], *, codec: ImageCodec) -> NDA
     return torch.cat(parts).numpy()
 
 
-def _open_inception(device: torch.device) -> Any:
+def _inception_network(*, asked: str, instead: str) -> Any:
     """The network that FID was defined with, as torch-fidelity ports it."""
-    require_inception()
+    require_inception(asked=asked, instead=instead)
     try:
-        module = import_module("torch_fidelity.feature_extractor_inceptionv3")
+        module = import_module(f"{INCEPTION}.feature_extractor_inceptionv3")
     except (ImportError, OSError, RuntimeError) as error:
         # The last is what torchvision says where its own library cannot be loaded.
         raise ConfigError(
-            f"stage.features=inception: torch-fidelity cannot be imported ({error}); it needs the "
-            f"torchvision that was built for torch {torch.__version__}, or use "
-            "stage.features=tokenizer"
+            f"{asked}: torch-fidelity cannot be imported ({error}); it needs the torchvision that "
+            f"was built for torch {torch.__version__}, or use {instead}"
         ) from error
     try:
-        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        return module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"the weights of Inception-v3 cannot be fetched or read ({error}); try again with a "
-            "network, or use stage.features=tokenizer"
+            f"network, or use {instead}"
         ) from error
-    return network.to(device).eval()
 
 
 @torch.no_grad()

@@ -18,14 +18,19 @@ BATCH = 32
 """Pictures that go through a feature network at once."""
 
 
-def require_inception() -> None:
-    """Refuse early what ``features=inception`` lacks.
+INCEPTION = "torch_fidelity"
+"""The package that has Inception-v3 as FID uses it."""
+
+
+def require_inception(*, asked: str, instead: str) -> None:
+    """Refuse early what needs Inception-v3; ``asked`` is the setting that does, ``instead`` one
+    that does not.
 
     Raises:
         ConfigError: torch-fidelity is not installed.
     """
-    if find_spec("torch_fidelity") is None:
+    if find_spec(INCEPTION) is None:
         raise ConfigError(
-            "stage.features=inception needs torch-fidelity, which is not installed; "
-            "pip install 'emu35[evaluate]', or use stage.features=tokenizer"
+            f"{asked} needs torch-fidelity, which is not installed; "
+            f"pip install 'emu35[evaluate]', or use {instead}"
         )
