@@ -8,7 +8,9 @@ from torch import nn
 
 from emu35.config import IBQConfig
 from emu35.vision.ibq.blocks import Decoder, Encoder
-from emu35.vision.ibq.quantizer import Quantized, Quantizer, nearest_codes
+from emu35.vision.ibq.entropy import EntropySettings
+from emu35.vision.ibq.nearest import nearest_codes
+from emu35.vision.ibq.quantizer import Quantized, Quantizer
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,10 +48,14 @@ class IBQ(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     def forward(
-        self, pixels_B3HW: torch.Tensor, *, through: Through = Through.codebook
+        self,
+        pixels_B3HW: torch.Tensor,
+        *,
+        through: Through = Through.codebook,
+        entropy: EntropySettings | None = None,
     ) -> Reconstruction:
         z_BDHW = self.latents(pixels_B3HW)
-        quantized = self.quantize(z_BDHW) if through is Through.codebook else None
+        quantized = self.quantize(z_BDHW, entropy=entropy) if through is Through.codebook else None
         decoded_BDHW = z_BDHW if quantized is None else quantized.z_q_BDHW
         return Reconstruction(
             pixels_B3HW=self.decoder(self.post_quant_conv(decoded_BDHW)), quantized=quantized
