@@ -9,7 +9,9 @@ from torch import nn
 
 from emu35.config import IBQConfig
 from emu35.vision.ibq.blocks import Decoder, Encoder
-from emu35.vision.ibq.quantizer import Quantized, Quantizer, nearest_codes
+from emu35.vision.ibq.entropy import EntropySettings
+from emu35.vision.ibq.nearest import nearest_codes
+from emu35.vision.ibq.quantizer import Quantized, Quantizer
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,12 +55,13 @@ class IBQ(nn.Module):
         pixels_B3HW: torch.Tensor,
         *,
         through: Through = Through.codebook,
+        entropy: EntropySettings | None = None,
         keep: Collection[int] = (),
     ) -> Reconstruction:
         """The round trip; ``keep`` numbers decoder stages (``blocks.decoder_channels``) whose
         features are returned."""
         z_BDHW = self.latents(pixels_B3HW)
-        quantized = self.quantize(z_BDHW) if through is Through.codebook else None
+        quantized = self.quantize(z_BDHW, entropy=entropy) if through is Through.codebook else None
         chosen_BDHW = z_BDHW if quantized is None else quantized.z_q_BDHW
         decoded = self.decoder(self.post_quant_conv(chosen_BDHW), keep=keep)
         return Reconstruction(
