@@ -5,9 +5,10 @@ largest dot product and lets gradients reach the whole codebook (``propagation``
 chunked over the codebook, ``entropy`` the term that spreads codes over it, ``nearest`` the search
 alone); ``model`` joins the three under the parameter names of the official release. ``losses`` is
 the training objective and nothing else, so that perceptual, adversarial, entropy and distillation
-terms can be added without touching the network. ``ema`` averages weights; ``folder`` writes and reads the release folder (``config.yaml``,
-``model.ckpt``), ``hf_folder`` the same weights as ``config.json`` and ``model.safetensors``, and
-``identity`` tells that both are one tokenizer; ``codec`` is it as the rest of emu35 uses it.
+terms can be added without touching the network. ``ema`` averages weights; ``folder`` writes and
+reads the release folder (``config.yaml``, ``model.ckpt``), ``hf_folder`` the same weights as
+``config.json`` and ``model.safetensors``, and ``identity`` tells that both are one tokenizer;
+``codec`` is it as the rest of emu35 uses it.
 
 Legend of shape suffixes: B pictures, C channels, H and W rows and columns, D embedding dimension,
 K codebook entries, N = B * H * W latent vectors.
