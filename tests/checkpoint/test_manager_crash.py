@@ -136,7 +136,11 @@ def save_in_background(root: Path, step: int) -> None:
     saving.finish()
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize(
+    "background",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["foreground", "background"],
+)
 def test_killed_at_every_write_point_a_loadable_run_remains(
     tmp_path: Path, background: bool
 ) -> None:

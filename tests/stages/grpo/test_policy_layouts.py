@@ -96,6 +96,7 @@ def test_two_ranks_draw_and_learn_what_one_does(layout: dict[str, Any], tmp_path
     assert_same(in_ranks(tmp_path, dict(layout), stage="plain"), alone("plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_ranks_with_different_free_memory_schedule_alike(tmp_path: Path) -> None:
     """Tensor-parallel ranks feed the same streams at every step, or they wait for each other for
