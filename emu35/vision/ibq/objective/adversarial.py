@@ -117,6 +117,17 @@ class LecamAnchors(nn.Module):
         self.fake.lerp_(means[1], 1 - self.decay)
 
 
+def build_adversary(
+    config: AdversarialConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> Adversary | None:
+    """The adversary that ``config`` asks for, on ``device``; None at weight 0."""
+    return Adversary(config, seed=seed, group=group).to(device) if config.weight > 0 else None
+
+
 def hinge_loss(real_B1HW: torch.Tensor, *, fake_B1HW: torch.Tensor) -> torch.Tensor:
     """Half the sum of mean relu(1 - real) and mean relu(1 + fake), patch by patch."""
     real = functional.relu(1 - real_B1HW).mean()

@@ -50,7 +50,8 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
         """Pixels ``[B, 3, H, W]`` in [-1, 1] to fp32 logits ``[B, 1, H', W']``."""
-        return cast(torch.Tensor, self.main(pixels_B3HW)).float()
+        # Reconstructions have the precision of the tokenizer, which need not be ours.
+        return cast(torch.Tensor, self.main(pixels_B3HW.float())).float()
 
 
 @torch.no_grad()
