@@ -58,17 +58,28 @@ from emu35.config.stage import (
     StageConfig,
 )
 from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
+from emu35.config.tokenizer_objective import (
+    AdversarialConfig,
+    DistillationConfig,
+    EntropyConfig,
+    PerceptualConfig,
+    PerceptualKind,
+    TeacherKind,
+)
 
 __all__ = [
     "FP8",
     "KINDS",
     "Adapter",
+    "AdversarialConfig",
     "AttentionBackend",
     "CheckpointConfig",
     "DataConfig",
     "DiDAConfig",
     "DiDAEvalConfig",
+    "DistillationConfig",
     "EngineConfig",
+    "EntropyConfig",
     "FP8Recipe",
     "Features",
     "FilterConfig",
@@ -96,6 +107,8 @@ __all__ = [
     "ParallelConfig",
     "PathConfig",
     "PathKind",
+    "PerceptualConfig",
+    "PerceptualKind",
     "Precision",
     "PretrainConfig",
     "PromptDataConfig",
@@ -109,6 +122,7 @@ __all__ = [
     "Schedule",
     "SourceConfig",
     "StageConfig",
+    "TeacherKind",
     "TokenDataConfig",
     "TokenizerConfig",
     "TokenizerKind",

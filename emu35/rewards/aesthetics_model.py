@@ -11,7 +11,7 @@ from emu35.config.reward_local import AestheticsModelRewardConfig
 from emu35.errors import ConfigError
 from emu35.rewards.image_text import ImageText
 from emu35.rewards.sample import Range, Record, Sample, Score, Unscored
-from emu35.rewards.weights import read_weights
+from emu35.vision.weights import read_weights
 
 
 class AestheticsModelReward:
@@ -33,8 +33,9 @@ class AestheticsModelReward:
         self._model = ImageText(config)
         self.cost = self._model.cost
         path = Path(config.head)
-        weights = read_weights(path, reward=config.kind)
-        self._head = linear_layers(weights, where=f"reward kind {config.kind!r}: {path}")
+        owner = f"reward kind {config.kind!r}"
+        weights = read_weights(path, owner=owner)
+        self._head = linear_layers(weights, where=f"{owner}: {path}")
 
     def score(self, samples: Sequence[Sample]) -> Sequence[Score]:
         scores: list[Score] = [Unscored("the answer has no picture to look at") for _ in samples]
