@@ -15,7 +15,6 @@ from emu35.config.checkpoint import CheckpointConfig
 from emu35.config.data import (
     DataConfig,
     FilterConfig,
-    ImageDataConfig,
     Interpolation,
     Overlong,
     Packing,
@@ -35,6 +34,12 @@ from emu35.config.engine import (
 )
 from emu35.config.grpo import GRPOConfig
 from emu35.config.guard import GuardConfig
+from emu35.config.images import (
+    Buckets,
+    ImageDataConfig,
+    PictureFilterConfig,
+    ScorerConfig,
+)
 from emu35.config.launch import LaunchConfig, LaunchKind
 from emu35.config.log import LogConfig, WandbMode
 from emu35.config.model import AttentionBackend, IBQConfig, LMConfig, ModelConfig
@@ -73,6 +78,7 @@ __all__ = [
     "Adapter",
     "AdversarialConfig",
     "AttentionBackend",
+    "Buckets",
     "CheckpointConfig",
     "DataConfig",
     "DiDAConfig",
@@ -109,6 +115,7 @@ __all__ = [
     "PathKind",
     "PerceptualConfig",
     "PerceptualKind",
+    "PictureFilterConfig",
     "Precision",
     "PretrainConfig",
     "PromptDataConfig",
@@ -120,6 +127,7 @@ __all__ = [
     "SFTConfig",
     "Sampler",
     "Schedule",
+    "ScorerConfig",
     "SourceConfig",
     "StageConfig",
     "TeacherKind",

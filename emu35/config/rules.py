@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 from emu35.config.check import divisors
-from emu35.config.data import ImageDataConfig, Overlong, TokenDataConfig
+from emu35.config.data import Overlong, TokenDataConfig
 from emu35.config.dida import DiDAConfig, row_length
 from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.engine import FP8, FP8Recipe, LayerSpec, Recompute, RecomputeModule
 from emu35.config.grpo import GRPOConfig
 from emu35.config.grpo_rules import grpo_problems
+from emu35.config.images import ImageDataConfig
 from emu35.config.model import IBQConfig, LMConfig
 from emu35.config.parallel import CPCommType, ParallelConfig
 from emu35.config.prompts import PromptDataConfig
@@ -111,6 +112,12 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
             yield (
                 f"data.crop={config.data.crop} is not a multiple of the "
                 f"tokenizer's factor {config.model.factor}"
+            )
+        elif config.data.bucket_group % max(stage.micro_batch_size, 1):
+            yield (
+                f"data.bucket_group={config.data.bucket_group} is not a multiple of "
+                f"stage.micro_batch_size={stage.micro_batch_size}, so a micro-batch would hold two "
+                "shapes; make it one (0: the micro-batch size itself)"
             )
 
 

@@ -6,6 +6,7 @@ world of one rank, so single-process tools and tests need no set-up.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,15 @@ def numbers_of_ranks(values: Sequence[float]) -> list[list[float]]:
     every = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(every, own)
     return [numbers.tolist() for numbers in every]
+
+
+def objects_of_ranks(value: Any) -> list[Any]:
+    """What every rank gave, in rank order; the same everywhere. For what can be pickled."""
+    if world_size() == 1:
+        return [value]
+    every: list[Any] = [None] * world_size()
+    dist.all_gather_object(every, value)
+    return every
 
 
 def sum_over(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

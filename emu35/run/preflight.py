@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from emu35.checkpoint.published import start_problems
-from emu35.config.data import ImageDataConfig, TokenDataConfig, is_drawn
+from emu35.config.data import TokenDataConfig, is_drawn
 from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.grpo import GRPOConfig
+from emu35.config.images import ImageDataConfig
 from emu35.config.io import CONFIG_FILE
 from emu35.config.model import LMConfig
 from emu35.config.prompts import PromptDataConfig
@@ -68,7 +69,7 @@ def _data(config: RunConfig) -> Iterator[str]:
         for key, paths in (("paths", data.paths), ("validation_paths", data.validation_paths)):
             for path in paths:
                 # A pattern is expanded by the reader, which reports one that matches nothing.
-                if not Path(path).exists() and not any(mark in path for mark in "*?[{"):
+                if not Path(path).exists() and not any(mark in path for mark in "*?["):
                     yield f"data.{key}: {path} does not exist"
 
 

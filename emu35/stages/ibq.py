@@ -27,6 +27,7 @@ from emu35.errors import CheckpointError, ConfigError, DataError
 from emu35.parallel.collectives import is_main, rank, sum_over, world_size, worst_over_ranks
 from emu35.parallel.mesh import init_mesh
 from emu35.stages.ibq_files import RECONSTRUCTIONS, REJECTS, write_grid, write_rejects
+from emu35.stages.ibq_pictures import open_training_pictures
 from emu35.train.clock import Phase, StepClock
 from emu35.train.guard import Guard
 from emu35.train.optim import learning_rate
@@ -42,7 +43,6 @@ from emu35.vision.pictures import (
     Rejects,
     SquarePictures,
     find_pictures,
-    fingerprint,
 )
 
 TOKENIZER_FOLDER = "vision_tokenizer"
@@ -88,7 +88,15 @@ class IBQTask:
         self.guard, self.clock = Guard(config.guard), StepClock(device=device)
         self.continuous_steps = int(self.stage.quantizer_warmup * self.stage.steps)
         self.rejects = Rejects()
-        self.pictures = self._open(config.data.paths)
+        assert isinstance(config.model, IBQConfig)
+        self.pictures = open_training_pictures(
+            config.data,
+            run_dir=run_dir,
+            factor=config.model.factor,
+            seed=config.seed,
+            micro_batch_size=self.stage.micro_batch_size,
+            rejects=self.rejects,
+        )
         self.validation = (
             self._open(config.data.validation_paths) if config.data.validation_paths else None
         )
@@ -97,6 +105,8 @@ class IBQTask:
             global_batch_size=self.stage.global_batch_size,
             rank=rank(),
             ranks=world_size(),
+            micro_batch_size=self.stage.micro_batch_size,
+            threads=self.data.decode_threads,
         )
         self.model = _build(config).to(device)
         self.model.to(memory_format=_memory_format(device))  # type: ignore[call-overload]
@@ -110,7 +120,7 @@ class IBQTask:
         )
 
     def close(self) -> None:
-        """End the thread that reads ahead."""
+        """End the threads that read ahead."""
         self.batches.close()
 
     # ------------------------------------------------------------------ training
@@ -143,8 +153,7 @@ class IBQTask:
         if step == self.continuous_steps + 1 and self.continuous_steps:
             self._start_codebook()
         with self.clock.marked(Phase.data):
-            pictures = self.batches.step(step)
-        micro_batches = np.split(pictures, len(pictures) // self.stage.micro_batch_size)
+            micro_batches = self.batches.micro_batches(step)
         through = Through.nothing if step <= self.continuous_steps else Through.codebook
         sums = torch.zeros(3, device=self.device)
         used_K = torch.zeros(self.model.config.n_embed, device=self.device)
@@ -165,7 +174,8 @@ class IBQTask:
                     used_K[output.quantized.codes_BHW.flatten()] = 1.0
         total, reconstruction, quantization = (_over_ranks(sums) / world_size()).tolist()
         grad_norm, rate = self._update(step, loss=total)
-        side = (self.data.crop or self.data.resolution) // self.model.config.factor
+        pixels = sum(batch.shape[0] * batch.shape[2] * batch.shape[3] for batch in micro_batches)
+        codes = torch.tensor(pixels // self.model.config.factor**2, device=self.device)
         return {
             "loss": total,
             "loss_reconstruction": reconstruction,
@@ -174,7 +184,7 @@ class IBQTask:
             "rejected": float(_over_ranks(torch.tensor(float(len(self.rejects)))).item()),
             "lr": rate,
             "grad_norm": grad_norm,
-            "tokens": float(self.stage.global_batch_size * side * side),
+            "tokens": float(_over_ranks(codes).item()),
         }
 
     def _update(self, step: int, *, loss: float) -> tuple[float, float]:
@@ -293,7 +303,7 @@ class IBQTask:
             "average": self.average.model.state_dict(),
             "updates": self.average.updates,
             "optimizer": self.optimizer.state_dict(),
-            "pictures": fingerprint(self.pictures.files),
+            "pictures": self.pictures.identity,
         }
         torch.save(state, folder / STATE)
 
@@ -305,11 +315,12 @@ class IBQTask:
             CheckpointError: the state is of another architecture.
         """
         state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
-        if state["pictures"] != fingerprint(self.pictures.files):
+        if state["pictures"] != self.pictures.identity:
             raise DataError(
                 f"the pictures under data.paths={list(self.data.paths)} are not those that "
-                f"{folder} was trained on (names, sizes or order changed), so their order cannot "
-                "be continued; restore them, or start a new run with init_from"
+                f"{folder} was trained on (names, sizes, scores or order changed, or what "
+                "data.bucket_group=0 takes from stage.micro_batch_size), so their order cannot be "
+                "continued; restore them, or start a new run with init_from"
             )
         try:
             self.model.load_state_dict(state["model"])

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from emu35.errors import DataError
-from emu35.vision import pictures
 from emu35.vision.pictures import (
     PictureBatches,
     Rejects,
@@ -17,6 +16,7 @@ from emu35.vision.pictures import (
     find_pictures,
     fingerprint,
     picture_at,
+    store,
 )
 
 RESOLUTION = 32
@@ -186,7 +186,7 @@ def test_truncated_tars_lose_only_what_is_missing(folder):
 
 
 def test_training_stops_when_most_pictures_are_broken(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "TOLERATED_REJECTS", 3)
+    monkeypatch.setattr(store, "TOLERATED_REJECTS", 3)
     (tmp_path / "good.png").write_bytes(png(1))
     for index in range(20):
         (tmp_path / f"bad{index:02d}.png").write_bytes(b"x")

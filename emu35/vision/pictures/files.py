@@ -1,0 +1,282 @@
+"""What pictures there are: files of folders and members of tars, in one fixed order.
+
+A listing may have a hundred million entries and every rank holds one, so it is kept as columns: the
+name, and four numbers that say where the bytes of the picture and of its metadata lie. No picture
+is read here.
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from glob import glob
+from hashlib import sha256
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emu35.errors import DataError
+from emu35.vision.pictures.tars import Entry, read_entries
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+
+METADATA = ".json"
+"""Suffix of the file that tells about the picture of the same name."""
+
+NO_TAR = -1
+"""Offset of what is a file of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PictureFile:
+    """Where the bytes of one picture lie, and those of its metadata (``metadata_size`` 0: none).
+
+    ``member`` is empty for a file of its own, whose metadata are in the file beside it.
+    """
+
+    path: Path
+    member: str = ""
+    offset: int = 0
+    size: int = 0
+    metadata_offset: int = 0
+    metadata_size: int = 0
+
+    @property
+    def name(self) -> str:
+        """What messages call it: the path, and the member within a tar."""
+        return f"{self.path}!{self.member}" if self.member else str(self.path)
+
+    def read(self, limit: int | None = None) -> bytes:
+        """The encoded bytes, or the first ``limit`` of them.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        size = self.size if limit is None else min(limit, self.size)
+        with self.path.open("rb") as file:
+            if self.member:
+                file.seek(self.offset)
+                return file.read(size)
+            # Without a limit all of it, although it may have grown since it was listed.
+            return file.read() if limit is None else file.read(size)
+
+    def read_metadata(self) -> Mapping[str, object]:
+        """The JSON object that comes with the picture; empty where there is none.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it holds something else.
+        """
+        if not self.metadata_size:
+            return {}
+        if self.member:
+            with self.path.open("rb") as file:
+                file.seek(self.metadata_offset)
+                data = file.read(self.metadata_size)
+        else:
+            data = self.path.with_suffix(METADATA).read_bytes()
+        found = json.loads(data)
+        if not isinstance(found, dict):
+            raise ValueError(f"a JSON object is expected, not {type(found).__name__}")
+        return found
+
+
+class Rejects:
+    """Pictures that could not be used: name -> reason."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Columns:
+    """A listing: entry i is called ``names[ends[i - 1]:ends[i]]`` within ``places[place[i]]``, a
+    folder or (``offset`` >= 0) a tar."""
+
+    places: Sequence[Path]
+    names: bytes
+    ends: NDArray[np.int64]
+    place: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    metadata_offset: NDArray[np.int64]
+    metadata_size: NDArray[np.int32]
+
+
+class PictureFiles(Sequence[PictureFile]):
+    """The pictures found, or a choice of them; an entry is made when it is asked for."""
+
+    def __init__(self, columns: _Columns, *, rows: NDArray[np.int64]) -> None:
+        self._columns = columns
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> PictureFile: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PictureFiles": ...
+    def __getitem__(self, index: int | slice) -> "PictureFile | PictureFiles":
+        if isinstance(index, slice):
+            return PictureFiles(self._columns, rows=self._rows[index])
+        columns, row = self._columns, int(self._rows[index])
+        first = int(columns.ends[row - 1]) if row else 0
+        name = os.fsdecode(columns.names[first : int(columns.ends[row])])
+        place, offset = columns.places[columns.place[row]], int(columns.offset[row])
+        alone = offset == NO_TAR
+        return PictureFile(
+            path=place / name if alone else place,
+            member="" if alone else name,
+            offset=0 if alone else offset,
+            size=int(columns.size[row]),
+            metadata_offset=int(columns.metadata_offset[row]),
+            metadata_size=int(columns.metadata_size[row]),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PictureFiles):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def choose(self, indices: NDArray[np.int64]) -> "PictureFiles":
+        """Those of ``indices``, in their order; the columns are shared."""
+        return PictureFiles(self._columns, rows=self._rows[indices])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the listing takes, in bytes."""
+        columns = self._columns
+        numbers = (columns.ends, columns.place, columns.offset, columns.size)
+        metadata = (columns.metadata_offset, columns.metadata_size, self._rows)
+        return len(columns.names) + sum(part.nbytes for part in (*numbers, *metadata))
+
+
+class _Listing:
+    """Columns while they grow."""
+
+    def __init__(self) -> None:
+        self.places: list[Path] = []
+        self._names = bytearray()
+        self._ends = array("q")
+        self._place = array("i")
+        self._offset = array("q")
+        self._size = array("q")
+        self._metadata_offset = array("q")
+        self._metadata_size = array("i")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, entry: Entry) -> None:
+        """A picture in the last of ``places``."""
+        # Names are bytes; those that are no UTF-8 reach Python as lone surrogates.
+        self._names += os.fsencode(entry.name)
+        self._ends.append(len(self._names))
+        self._place.append(len(self.places) - 1)
+        self._offset.append(entry.offset)
+        self._size.append(entry.size)
+        self._metadata_offset.append(entry.metadata_offset)
+        self._metadata_size.append(entry.metadata_size)
+
+    def done(self) -> PictureFiles:
+        columns = _Columns(
+            places=self.places,
+            names=bytes(self._names),
+            ends=np.array(self._ends, dtype=np.int64),
+            place=np.array(self._place, dtype=np.int32),
+            offset=np.array(self._offset, dtype=np.int64),
+            size=np.array(self._size, dtype=np.int64),
+            metadata_offset=np.array(self._metadata_offset, dtype=np.int64),
+            metadata_size=np.array(self._metadata_size, dtype=np.int32),
+        )
+        return PictureFiles(columns, rows=np.arange(len(self), dtype=np.int64))
+
+
+def find_pictures(paths: Sequence[str | Path], *, rejects: Rejects) -> PictureFiles:
+    """Every picture under ``paths`` (folders, tars, picture files, patterns of these), by suffix,
+    in a fixed order.
+
+    Folders are searched to the bottom for pictures and tars alike. A tar that ends early gives
+    what it holds and is named among ``rejects``.
+
+    Raises:
+        DataError: a path does not exist, a tar cannot be read, or there is no picture at all.
+    """
+    listing = _Listing()
+    for path in _expanded(paths):
+        if path.is_dir():
+            _add_folder(path, listing=listing, rejects=rejects)
+        else:
+            _add_file(path, beside=_names_of(path.parent), listing=listing, rejects=rejects)
+    if not len(listing):
+        places = ", ".join(str(path) for path in paths) or "an empty list of paths"
+        raise DataError(
+            f"no picture in {places}; expected files ending in {', '.join(sorted(SUFFIXES))}, "
+            "or tars of them"
+        )
+    return listing.done()
+
+
+def _expanded(paths: Sequence[str | Path]) -> Iterator[Path]:
+    for text in paths:
+        path = Path(text)
+        if path.exists():
+            yield path
+            continue
+        # glob takes a text without a pattern for a file's name, which does not exist.
+        matches = sorted(glob(str(text), recursive=True))
+        if not matches:
+            raise DataError(f"data path {path} does not exist; correct data.paths")
+        yield from map(Path, matches)
+
+
+def _add_folder(folder: Path, *, listing: _Listing, rejects: Rejects) -> None:
+    """In the order of paths compared part by part. Links to folders are not followed, which could
+    lead in circles; links to files are."""
+    with os.scandir(folder) as entries:
+        found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    beside = frozenset(name for name, is_folder in found if not is_folder)
+    for name, is_folder in found:
+        if is_folder:
+            _add_folder(folder / name, listing=listing, rejects=rejects)
+        else:
+            _add_file(folder / name, beside=beside, listing=listing, rejects=rejects)
+
+
+def _add_file(path: Path, *, beside: frozenset[str], listing: _Listing, rejects: Rejects) -> None:
+    suffix = path.suffix.lower()
+    if suffix == ".tar" and path.is_file():
+        listing.places.append(path)
+        for entry in read_entries(path, suffixes=SUFFIXES, rejects=rejects.reasons):
+            listing.add(entry)
+    elif suffix in SUFFIXES and path.is_file():
+        if not listing.places or listing.places[-1] != path.parent:
+            listing.places.append(path.parent)
+        metadata = path.with_suffix(METADATA)
+        size = metadata.stat().st_size if metadata.name in beside else 0
+        listing.add(
+            Entry(name=path.name, offset=NO_TAR, size=path.stat().st_size, metadata_size=size)
+        )
+
+
+def _names_of(folder: Path) -> frozenset[str]:
+    return frozenset(os.listdir(folder))
+
+
+def fingerprint(files: Sequence[PictureFile]) -> str:
+    """Hash of the names within their paths and of the sizes: equal where the order is equal."""
+    digest = sha256()
+    for file in files:
+        entry = f"{file.path.name}\0{file.member}\0{file.size}\n"
+        # Names are bytes; those that are no UTF-8 reach Python as lone surrogates.
+        digest.update(entry.encode(errors="surrogateescape"))
+    return digest.hexdigest()
