@@ -9,7 +9,7 @@ from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.engine import FP8, FP8Recipe, LayerSpec, Recompute, RecomputeModule
 from emu35.config.grpo import GRPOConfig
 from emu35.config.grpo_rules import grpo_problems
-from emu35.config.images import ImageDataConfig
+from emu35.config.images import Buckets, ImageDataConfig
 from emu35.config.model import IBQConfig, LMConfig
 from emu35.config.parallel import CPCommType, ParallelConfig
 from emu35.config.prompts import PromptDataConfig
@@ -24,6 +24,9 @@ from emu35.config.stage import (
 )
 from emu35.config.tokenizer_eval import TokenizerEvalConfig
 from emu35.errors import ConfigError
+
+NARROWEST = 0.6
+"""Shorter side of the longest bucket (21 to 9) in those of a square of its area, rounded down."""
 
 
 def validate(config: RunConfig) -> None:
@@ -56,6 +59,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     ):
         yield from section.problems()
     yield from _stage_parts(config)
+    yield from _tokenizer_terms(config)
     yield from _evaluation(config)
     yield from _adapters(config)
     yield from _layout(config)
@@ -122,6 +126,19 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _tokenizer_terms(config: RunConfig) -> Iterator[str]:
+    stage, model, data = config.stage, config.model, config.data
+    if not isinstance(stage, IBQStageConfig) or not isinstance(data, ImageDataConfig):
+        return
+    side = data.crop or data.resolution
+    if data.buckets is Buckets.aspect:
+        side = int(NARROWEST * side)
+    yield from stage.perceptual.problems_with(side=side)
+    yield from stage.adversarial.problems_with(side=side)
+    if isinstance(model, IBQConfig):
+        yield from stage.distillation.problems_with(model)
+
+
 def _evaluation(config: RunConfig) -> Iterator[str]:
     stage = config.stage
     if isinstance(stage, TokenizerEvalConfig) and config.parallel.model_ranks > 1:
@@ -171,8 +188,6 @@ def _layout(config: RunConfig) -> Iterator[str]:
     if isinstance(config.stage, IBQStageConfig):
         if parallel.model_ranks > 1:
             yield "stage=ibq is data-parallel only; set parallel.tp, pp and cp to 1"
-        if parallel.zero1:
-            yield "stage=ibq keeps its optimizer whole on every rank; set parallel.zero1=false"
         return
     if isinstance(config.stage, TokenizerEvalConfig):
         return

@@ -75,7 +75,8 @@ class AdversarialConfig:
     tokenizer feels it from ``start_step`` on, at a weight that grows linearly over ``warmup_steps``
     (0: at once). ``layers`` is the number of strided convolutions, ``ndf`` the width of the first;
     each output logit of 3 layers sees 70 x 70 pixels. ``lecam_weight`` weighs LeCAM's
-    regularisation, whose anchors follow the mean logits with ``lecam_decay``.
+    regularisation, whose anchors follow the mean logits with ``lecam_decay``. ``lr`` is the
+    discriminator's own learning rate (null: ``optim.lr``), on the schedule of ``optim``.
     """
 
     weight: float = 0.0
@@ -86,6 +87,7 @@ class AdversarialConfig:
     ndf: int = 64
     lecam_weight: float = 0.05
     lecam_decay: float = 0.999
+    lr: float | None = None
 
     @property
     def discriminator_step(self) -> int:
@@ -108,6 +110,8 @@ class AdversarialConfig:
             lecam_weight=self.lecam_weight,
         )
         yield from at_least(where, 1, layers=self.layers, ndf=self.ndf)
+        if self.lr is not None:
+            yield from at_least(where, 0, lr=self.lr)
         if self.discriminator_start is not None:
             yield from at_least(where, 0, discriminator_start=self.discriminator_start)
             if self.discriminator_start > self.start_step:

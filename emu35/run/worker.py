@@ -66,9 +66,9 @@ def _dida_eval(config: RunConfig, run_dir: Path) -> object:
 
 
 def _ibq(config: RunConfig, run_dir: Path) -> object:
-    from emu35.stages import ibq
+    from emu35.stages.ibq import stage
 
-    return ibq.run(config, run_dir=run_dir)
+    return stage.run(config, run_dir=run_dir)
 
 
 def _tokenizer_eval(config: RunConfig, run_dir: Path) -> object:

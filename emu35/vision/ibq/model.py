@@ -59,7 +59,7 @@ class IBQ(nn.Module):
         keep: Collection[int] = (),
     ) -> Reconstruction:
         """The round trip; ``keep`` numbers decoder stages (``blocks.decoder_channels``) whose
-        features are returned."""
+        features are returned, and with ``entropy`` the quantization has its entropies."""
         z_BDHW = self.latents(pixels_B3HW)
         quantized = self.quantize(z_BDHW, entropy=entropy) if through is Through.codebook else None
         chosen_BDHW = z_BDHW if quantized is None else quantized.z_q_BDHW

@@ -1,5 +1,6 @@
 """The tokenizer stage end to end, on pictures small enough for seconds."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,86 +11,36 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizer_runs import (
+    STEPS,
+    assert_equal,
+    copy_checkpoint,
+    draw_pictures,
+    make_config,
+    rows_of,
+    run_in,
+    state_of,
+)
 
 from emu35.checkpoint.manager import CheckpointManager
 from emu35.config import (
-    CheckpointConfig,
     IBQConfig,
-    IBQStageConfig,
     ImageDataConfig,
     LaunchConfig,
-    LogConfig,
-    OptimConfig,
-    RunConfig,
-    TokenizerConfig,
 )
 from emu35.config.io import write_config
 from emu35.config.rules import find_problems, validate
 from emu35.errors import ConfigError, DataError
-from emu35.stages import ibq
+from emu35.stages.ibq import stage as ibq
+from emu35.stages.ibq.engine import PlainEngine
+from emu35.stages.ibq.task import IBQTask
 from emu35.vision.codec import load_codec
 from emu35.vision.ibq.folder import read_folder
-
-STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for index in range(12):
-        values = rng.integers(0, 256, size=(2, 2, 3), dtype=np.uint8)
-        image = Image.fromarray(values).resize((32, 32), Image.Resampling.NEAREST)
-        image.save(folder / f"{index:02d}.png")
-    return folder
-
-
-def make_config(pictures: Path, **stage: object) -> RunConfig:
-    return RunConfig(
-        name="ibq_test",
-        model=IBQConfig(
-            ch=32,
-            ch_mult=[1, 1, 1],
-            num_res_blocks=1,
-            attn_resolutions=[],
-            resolution=32,
-            z_channels=16,
-            embed_dim=8,
-            n_embed=64,
-        ),
-        tokenizer=TokenizerConfig(codebook_size=64),
-        data=ImageDataConfig(
-            paths=[str(pictures)],
-            validation_paths=[str(pictures)],
-            resolution=32,
-            validation_images=5,
-        ),
-        stage=IBQStageConfig(
-            **{  # type: ignore[arg-type]
-                "steps": STEPS,
-                "global_batch_size": 4,
-                "micro_batch_size": 2,
-                "validate_every": 0,
-                "quantizer_warmup": 0.34,  # 2 of 6 steps
-                **stage,
-            }
-        ),
-        optim=OptimConfig(lr=1e-3, warmup_steps=1, weight_decay=0.01),
-        checkpoint=CheckpointConfig(every=3, keep_last=4),
-        log=LogConfig(every=1),
-    )
-
-
-def run_in(run_dir: Path, config: RunConfig):
-    run_dir.mkdir(exist_ok=True)
-    return ibq.run(config, run_dir=run_dir)
-
-
-def rows_of(run_dir: Path) -> dict[int, dict[str, float]]:
-    """Training rows of metrics.jsonl by step."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {row["step"]: row for row in rows if "loss" in row}
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -135,52 +86,30 @@ def test_resume_is_bitwise(finished, pictures, tmp_path):
     """3 steps, stop, 3 steps equal 6 steps: weights, average, optimizer and metrics."""
     config = make_config(pictures)
     run_dir = tmp_path / "resumed"
-    run_dir.mkdir()
-    source = finished / "checkpoints" / "step_00000003"
-    target = run_dir / "checkpoints" / source.name
-    target.mkdir(parents=True)
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
+    copy_checkpoint(finished, step=3, to=run_dir)
     run_in(run_dir, config)
     resumed, whole = rows_of(run_dir), rows_of(finished)
     for step in range(4, STEPS + 1):
         for name in ("loss", "loss_quantization", "grad_norm", "codebook_usage"):
             assert resumed[step][name] == whole[step][name], (step, name)
-    ours, theirs = (
-        torch.load(folder / "checkpoints/step_00000006/ibq.pt", weights_only=True)
-        for folder in (run_dir, finished)
-    )
-    assert ours["updates"] == theirs["updates"] == STEPS
-    for part in ("model", "average"):
-        for name, tensor in theirs[part].items():
-            assert torch.equal(ours[part][name], tensor), (part, name)
-    for index, state in theirs["optimizer"]["state"].items():
-        assert torch.equal(ours["optimizer"]["state"][index]["exp_avg_sq"], state["exp_avg_sq"])
+    assert state_of(run_dir, step=STEPS)["updates"] == STEPS
+    assert_equal(state_of(run_dir, step=STEPS), state_of(finished, step=STEPS))
 
 
 def test_steps_that_are_not_finite_change_neither_weights_nor_their_average(
     finished, pictures, tmp_path, monkeypatch
 ):
     """Steps 4 to 6 are bad: the run ends with what the good one held after step 3."""
-    update = ibq.IBQTask._update
+    reduce, steps = PlainEngine.reduce, itertools.count(1)
 
-    def spoiled(self, step, *, loss):
-        if step > 3:
-            next(self.model.parameters()).grad.fill_(float("nan"))
-        return update(self, step, loss=loss)
+    def spoiled(self):
+        if next(steps) > 3:
+            next(iter(self._weights.values())).grad.fill_(float("nan"))
+        return reduce(self)
 
-    monkeypatch.setattr(ibq.IBQTask, "_update", spoiled)
+    monkeypatch.setattr(PlainEngine, "reduce", spoiled)
     run_in(tmp_path / "bad", make_config(pictures))
-    ours, theirs = (
-        torch.load(folder / "ibq.pt", weights_only=True)
-        for folder in (
-            tmp_path / "bad" / "checkpoints" / "step_00000006",
-            finished / "checkpoints" / "step_00000003",
-        )
-    )
-    assert ours["updates"] == theirs["updates"] == 3
-    for part in ("model", "average"):
-        assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part])
+    assert_equal(state_of(tmp_path / "bad", step=STEPS), state_of(finished, step=3))
     assert [row["skipped_steps"] for row in rows_of(tmp_path / "bad").values()][-1] == 3
 
 
@@ -192,16 +121,18 @@ def test_micro_batches_do_not_change_the_run(finished, pictures, tmp_path):
 
 
 def test_average_is_what_is_released(finished):
-    state = torch.load(finished / "checkpoints/step_00000006/ibq.pt", weights_only=True)
+    state = state_of(finished, step=STEPS)
     released = read_folder(finished / "vision_tokenizer").state_dict()
     for name, tensor in state["average"].items():
         assert torch.equal(released[name], tensor)
-    assert any(not torch.equal(released[name], t) for name, t in state["model"].items())
+    assert any(
+        not torch.equal(released[name], t) for name, t in state["networks"]["tokenizer"].items()
+    )
 
 
 def test_other_pictures_cannot_continue_a_run(finished, pictures, tmp_path):
     config = make_config(pictures)
-    task = ibq.IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
+    task = IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
     task.pictures.files = task.pictures.files[:-1]
     with pytest.raises(DataError, match="not those that"):
         task.load(finished / "checkpoints/step_00000003")
@@ -210,7 +141,7 @@ def test_other_pictures_cannot_continue_a_run(finished, pictures, tmp_path):
 
 def test_init_from_starts_from_the_weights(finished, pictures, tmp_path):
     config = make_config(pictures, init_from=str(finished / "vision_tokenizer"))
-    task = ibq.IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
+    task = IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
     task.start()
     released = read_folder(finished / "vision_tokenizer").state_dict()
     for name, tensor in task.model.state_dict().items():
@@ -219,7 +150,7 @@ def test_init_from_starts_from_the_weights(finished, pictures, tmp_path):
     task.close()
     assert isinstance(config.model, IBQConfig)
     config.model.ch_mult = [1, 1, 2]
-    task = ibq.IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
+    task = IBQTask(config, run_dir=tmp_path, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="init_from"):
         task.start()
     task.close()
@@ -258,13 +189,11 @@ def test_file_names_that_are_no_utf8_end_no_run(pictures, tmp_path):
 
 def test_settings_that_cannot_work_are_refused(pictures):
     config = make_config(pictures, quantizer_warmup=1.0)
-    config.parallel.zero1 = True
     assert isinstance(config.data, ImageDataConfig)
     config.data.crop = 18
     text = "\n".join(find_problems(config))
     assert "stage.quantizer_warmup=1.0 must lie in [0, 1)" in text
     assert "data.crop=18 is not a multiple" in text
-    assert "zero1=false" in text
     validate(make_config(pictures))
 
 
@@ -275,7 +204,7 @@ import torch
 torch.set_num_threads(1)
 from emu35.config.io import read_config
 from emu35.parallel import mesh
-from emu35.stages import ibq
+from emu35.stages.ibq import stage as ibq
 ibq.run(read_config(Path(sys.argv[1])), run_dir=Path(sys.argv[2]))
 mesh.leave()
 """
@@ -292,7 +221,7 @@ def test_two_ranks_equal_one_process(finished, pictures, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(tmp_path / "worker.py")]
     command += [str(tmp_path / "config.yaml"), str(run_dir)]
-    root = Path(ibq.__file__).parents[2]
+    root = Path(ibq.__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False

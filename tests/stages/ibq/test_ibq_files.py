@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from emu35.errors import DataError
-from emu35.stages.ibq_files import write_grid, write_rejects
+from emu35.stages.ibq.files import write_grid, write_rejects
 
 
 def names_in(path: Path) -> list[str]:

@@ -30,7 +30,8 @@ from emu35.config.images import AestheticsScorerConfig, ClassifierScorerConfig, 
 from emu35.config.io import write_config
 from emu35.config.rules import validate
 from emu35.errors import ConfigError, DataError
-from emu35.stages import ibq, ibq_pictures
+from emu35.stages.ibq import pictures as ibq_pictures
+from emu35.stages.ibq import stage as ibq
 from emu35.vision.pictures import Rejects, readers, survey
 from emu35.vision.pictures.readers import PixelReader
 
@@ -416,7 +417,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 from emu35.config.io import read_config
 from emu35.errors import DataError
-from emu35.stages.ibq_pictures import open_training_pictures
+from emu35.stages.ibq.pictures import open_training_pictures
 from emu35.vision.pictures import Rejects
 from emu35.vision.pictures.readers import PixelReader
 read, looked = PixelReader.read, []
@@ -458,7 +459,7 @@ def test_ranks_share_the_work_and_know_the_same(corpus, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(tmp_path / "worker.py")]
     command += [str(tmp_path / "config.yaml"), str(run_dir)]
-    root = Path(ibq_pictures.__file__).parents[2]
+    root = Path(ibq_pictures.__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=240, check=False
