@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emu35.vision.ibq import nearest, propagation
+from emu35.vision.ibq import chunks, nearest
 from emu35.vision.ibq.entropy import EntropySettings
 from emu35.vision.ibq.nearest import nearest_codes
 from emu35.vision.ibq.propagation import quantize, quantize_plain
@@ -139,7 +139,7 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch):
 @pytest.mark.parametrize("rows", [2000, 8000])
 def test_no_more_logits_are_kept_for_a_larger_codebook(monkeypatch, rows):
     monkeypatch.setattr(nearest, "CPU_CHUNK_ELEMENTS", 1 << 12)
-    monkeypatch.setattr(propagation, "KEPT_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(chunks, "KEPT_ELEMENTS", 1 << 14)
     saved = {}
 
     def pack(tensor):
