@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from emu35.vision.ibq import nearest
+from emu35.vision.ibq import nearest, sharp
 from emu35.vision.ibq.entropy import EntropySettings
 from emu35.vision.ibq.propagation import quantize, quantize_plain
 
@@ -28,12 +28,13 @@ def main(inputs: str, result: str) -> None:
     dist.destroy_process_group()
 
 
-def measure(form, *, parts, codebook_KD, gradients, eps):
+def measure(form, *, parts, codebook_KD, gradients, share):
     """As a trainer does: backward on the rank's own loss, then the mean of the gradients."""
     rank = dist.get_rank()
+    sharp.CANDIDATE_SHARE = share
     z_ND = parts[rank].requires_grad_()
     codebook_KD = codebook_KD.requires_grad_()
-    settings = EntropySettings(temperature=0.1, eps=eps, group=dist.group.WORLD)
+    settings = EntropySettings(temperature=0.1, group=dist.group.WORLD)
     found = FORMS[form](z_ND, codebook_KD=codebook_KD, entropy=settings)
     terms = found.entropy
     loss = terms.loss(sample_weight=0.7, codebook_weight=1.3)

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emu35.vision.ibq import chunks as walk
+from emu35.vision.ibq import sharp
 from emu35.vision.ibq.entropy import EntropySettings, EntropyTerms
 from emu35.vision.ibq.propagation import quantize, quantize_plain
 from emu35.vision.ibq.quantizer import Quantizer
@@ -56,16 +58,22 @@ def drawn(*, vectors, rows, dim, scale, seed, dtype):
     temperature=st.sampled_from([0.01, 0.1, 1.0, 3.0]),
     eps=st.sampled_from([0.0, 1e-5]),
     weights=st.sampled_from([(1.0, 1.0), (0.3, 0.0), (0.0, 2.0)]),
+    kept=st.sampled_from([0, 500, 1 << 20]),
+    share=st.sampled_from([0.0, 0.1, 1.0]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
 def test_chunked_equals_the_definition(
-    dtype, vectors, rows, dim, chunk, scale, temperature, eps, weights, seed
+    dtype, vectors, rows, dim, chunk, scale, temperature, eps, weights, kept, share, seed
 ):
-    """Also with the gradient of z_q arriving at the same time."""
+    """The gradient of z_q arrives at the same time; none, some or all logits are kept; entropies
+    come from the list or from a second walk."""
     inputs = drawn(vectors=vectors, rows=rows, dim=dim, scale=scale, seed=seed, dtype=dtype)
     entropy = EntropySettings(temperature=temperature, eps=eps)
-    found = entropies(quantize, **inputs, entropy=entropy, weights=weights, chunk=chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk, "KEPT_ELEMENTS", kept)
+        patch.setattr(sharp, "CANDIDATE_SHARE", share)
+        found = entropies(quantize, **inputs, entropy=entropy, weights=weights, chunk=chunk)
     exact = {name: value.double() for name, value in inputs.items()}
     expected = entropies(quantize_plain, **exact, entropy=entropy, weights=weights)
     allowed = rounding(inputs, entropy=entropy)
@@ -153,8 +161,10 @@ def test_descending_on_the_term_spreads_sure_choices_over_the_codebook():
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e15])
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
 @pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_extreme_logits_yield_numbers(size, eps, chunk):
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_extreme_logits_yield_numbers(monkeypatch, size, eps, chunk, share):
     """Of logits up to 1e30, with a tie, a row of zeros and rows that nobody comes near."""
+    monkeypatch.setattr(sharp, "CANDIDATE_SHARE", share)
     codebook_KD = size * torch.tensor(
         [[5.0, 1.0], [-4.0, 9.0], [5.0, 1.0], [0.0, 0.0], [-1.0, -1.0]]
     )

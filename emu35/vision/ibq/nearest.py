@@ -54,12 +54,14 @@ class Nearest:
         self.best_N = torch.full_like(z_ND[:, 0], -torch.inf)
         self.codes_N = torch.zeros(z_ND.shape[0], dtype=torch.int64, device=z_ND.device)
 
-    def update(self, logits_NC: torch.Tensor, *, start: int) -> None:
-        """Fold in one chunk, whose first row is ``start``; an equal later logit does not win."""
+    def update(self, logits_NC: torch.Tensor, *, start: int) -> torch.Tensor:
+        """Fold in one chunk, whose first row is ``start``; an equal later logit does not win. The
+        chunk's own largest logits ``[N]``."""
         chunk_best_N = logits_NC.amax(dim=1)
         larger_M = (chunk_best_N > self.best_N).nonzero()[:, 0]
         self.codes_N[larger_M] = logits_NC[larger_M].argmax(dim=1) + start
         torch.maximum(self.best_N, chunk_best_N, out=self.best_N)
+        return chunk_best_N
 
 
 def chunk_rows(z_ND: torch.Tensor, *, vectors: int | None = None) -> int:
