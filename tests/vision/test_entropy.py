@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emu35.vision.ibq import propagation
 from emu35.vision.ibq.entropy import EntropySettings, EntropyTerms
 from emu35.vision.ibq.propagation import quantize, quantize_plain
 from emu35.vision.ibq.quantizer import Quantizer
@@ -56,16 +57,19 @@ def drawn(*, vectors, rows, dim, scale, seed, dtype):
     temperature=st.sampled_from([0.01, 0.1, 1.0, 3.0]),
     eps=st.sampled_from([0.0, 1e-5]),
     weights=st.sampled_from([(1.0, 1.0), (0.3, 0.0), (0.0, 2.0)]),
+    kept=st.sampled_from([0, 500, 1 << 20]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
 def test_chunked_equals_the_definition(
-    dtype, vectors, rows, dim, chunk, scale, temperature, eps, weights, seed
+    dtype, vectors, rows, dim, chunk, scale, temperature, eps, weights, kept, seed
 ):
-    """Also with the gradient of z_q arriving at the same time."""
+    """With the gradient of z_q arriving at the same time, and none, some or all logits kept."""
     inputs = drawn(vectors=vectors, rows=rows, dim=dim, scale=scale, seed=seed, dtype=dtype)
     entropy = EntropySettings(temperature=temperature, eps=eps)
-    found = entropies(quantize, **inputs, entropy=entropy, weights=weights, chunk=chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(propagation, "KEPT_ELEMENTS", kept)
+        found = entropies(quantize, **inputs, entropy=entropy, weights=weights, chunk=chunk)
     exact = {name: value.double() for name, value in inputs.items()}
     expected = entropies(quantize_plain, **exact, entropy=entropy, weights=weights)
     allowed = rounding(inputs, entropy=entropy)

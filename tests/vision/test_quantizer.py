@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emu35.vision.ibq import nearest
+from emu35.vision.ibq import nearest, propagation
 from emu35.vision.ibq.entropy import EntropySettings
 from emu35.vision.ibq.nearest import nearest_codes
 from emu35.vision.ibq.propagation import quantize, quantize_plain
@@ -134,6 +134,24 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch):
     with Largest() as seen:
         quantize_plain(z_ND, codebook_KD=codebook_KD)
     assert math.prod(seen.shape) == 32 * 5000
+
+
+@pytest.mark.parametrize("rows", [2000, 8000])
+def test_no_more_logits_are_kept_for_a_larger_codebook(monkeypatch, rows):
+    monkeypatch.setattr(nearest, "CPU_CHUNK_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(propagation, "KEPT_ELEMENTS", 1 << 14)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    z_ND = torch.randn(32, 4, requires_grad=True)
+    codebook_KD = torch.randn(rows, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        quantize(z_ND, codebook_KD=codebook_KD, entropy=EntropySettings())
+    # Inputs and codes are saved too.
+    assert sum(saved.values()) == (1 << 14) + z_ND.numel() + codebook_KD.numel() + 32
 
 
 def test_search_takes_no_more_memory_for_more_vectors(monkeypatch):

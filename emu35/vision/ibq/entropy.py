@@ -30,7 +30,6 @@ every micro-batch. Choose micro-batches such that vectors x ranks is a good mult
 in use.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -110,16 +109,6 @@ def most_over_ranks(number: int, *, like: torch.Tensor, group: dist.ProcessGroup
 
 def ranks_of(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
-
-
-def exponent_floor(dtype: torch.dtype) -> float:
-    """The least exponent worth taking: smaller ones are as good as nothing.
-
-    On a CPU exp takes 12 times as long where its result underflows and 36 times where it is
-    denormal, and at a temperature of 0.01 that is nearly everywhere. A fifth of the range is left,
-    so that products with what is found (4e-31 in fp32) are no denormal numbers either.
-    """
-    return 0.8 * math.log(torch.finfo(dtype).tiny)
 
 
 def _log(mean_K: torch.Tensor, *, eps: float) -> torch.Tensor:
