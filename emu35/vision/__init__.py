@@ -6,6 +6,8 @@ is a multiple of the downsampling factor, and turns it into pixels in [-1, 1]. A
 to pixels; the rest of emu35 knows tokenizers only through that protocol. ``ibq/`` is the one codec
 so far: the network, the quantizer that trains it, and the release folder it is kept in.
 :mod:`emu35.vision.pictures` serves pictures to the stage that trains a tokenizer.
+:mod:`emu35.vision.lpips` is the perceptual distance that training minimises and that rewards and
+metrics report; ``lpips_fetch`` gets its weights.
 
 Pixel tensors are ``[B, 3, H, W]`` float32 in [-1, 1] and codes are ``[B, H / factor, W / factor]``
 int64, everywhere.

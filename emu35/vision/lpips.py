@@ -169,8 +169,7 @@ def read_lpips(backbone: Backbone, *, weights: Path, heads: Path | None, owner: 
 
 
 def _unit(features_BCHW: torch.Tensor) -> torch.Tensor:
-    """Every place's vector over its length. vector_norm, because the root of a sum of squares has
-    no gradient at 0, where a flat area may have all its channels."""
+    """Every place's vector over its length."""
     length_B1HW = torch.linalg.vector_norm(features_BCHW, dim=1, keepdim=True)
     return features_BCHW / (length_B1HW + EPSILON)
 

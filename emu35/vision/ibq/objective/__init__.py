@@ -9,5 +9,5 @@ Each term is a mean over pictures, so that a global batch may be cut into micro-
 equal size; frozen networks run in fp32 whatever the precision of the tokenizer. Nothing here knows
 of optimizers or steps except the schedule of the adversarial term.
 
-Legend of shape suffixes: B pictures, C channels, H and W rows and columns, S positions of a grid.
+Legend of shape suffixes: B pictures, C channels, H and W rows and columns.
 """
