@@ -63,7 +63,7 @@ class Objective:
     def generator(self, tokenizer: IBQ) -> nn.ModuleDict:
         """What the generator's optimizer trains: ``tokenizer``, and the projector if there is
         one."""
-        parts = {"tokenizer": tokenizer}
+        parts: dict[str, nn.Module] = {"tokenizer": tokenizer}
         if self.distillation is not None:
             parts["projector"] = self.distillation.projector
         return nn.ModuleDict(parts)

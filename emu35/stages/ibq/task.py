@@ -277,7 +277,7 @@ class IBQTask:
     # -------------------------------------------------------------------- parts
 
     def _engines(self) -> dict[str, Engine]:
-        networks = {GENERATOR: self.objective.generator(self.model)}
+        networks: dict[str, torch.nn.Module] = {GENERATOR: self.objective.generator(self.model)}
         if self.objective.adversary is not None:
             networks[DISCRIMINATOR] = self.objective.adversary.discriminator
         return {

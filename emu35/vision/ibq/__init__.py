@@ -6,10 +6,10 @@ chunked over the codebook, ``entropy`` the term that spreads codes over it, ``ne
 alone); ``model`` joins the three under the parameter names of the official release. ``losses``
 compares pixels and latent vectors; ``objective/`` has the terms that need a network of their own
 (perceptual, adversarial, semantic distillation), of which the tokenizer's knows nothing but to hand
-out decoder features. ``ema`` averages weights; ``folder`` writes and
-reads the release folder (``config.yaml``, ``model.ckpt``), ``hf_folder`` the same weights as
-``config.json`` and ``model.safetensors``, and ``identity`` tells that both are one tokenizer;
-``codec`` is it as the rest of emu35 uses it.
+out decoder features. ``ema`` averages weights; ``folder`` writes and reads the release folder
+(``config.yaml``, ``model.ckpt``), ``hf_folder`` the same weights as ``config.json`` and
+``model.safetensors``, and ``identity`` tells that both are one tokenizer; ``codec`` is the
+tokenizer as the rest of emu35 uses it.
 
 Legend of shape suffixes: B pictures, C channels, H and W rows and columns, D embedding dimension,
 K codebook entries, N = B * H * W latent vectors.
