@@ -176,7 +176,7 @@ def draw_pictures(names: Sequence[str], *, out: Path, corpus: Path) -> None:
         for place, picture in enumerate(pictures):
             large = picture.resize((SIDE, SIDE), Image.Resampling.NEAREST)
             sheet.paste(large, (LABEL + place * SIDE, at * SIDE))
-    sheet.save(out / "terms.png", optimize=True)
+    sheet.quantize(192).save(out / "terms.png", optimize=True)
 
 
 if __name__ == "__main__":
