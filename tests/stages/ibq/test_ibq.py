@@ -60,6 +60,12 @@ def test_a_run_leaves_a_tokenizer_and_a_picture_of_what_it_does(finished, pictur
         assert np.abs(first.astype(int) - np.asarray(original)).max() <= 1
 
 
+@pytest.mark.usefixtures("finished")
+def test_a_run_leaves_the_arithmetic_of_its_process_alone():
+    # Smaller than any normal fp32 number, which the stage takes for 0 while it trains.
+    assert torch.tensor(1e-39) * 0.5 > 0
+
+
 def test_metrics_say_what_is_learned(finished):
     rows = rows_of(finished)
     assert set(rows) == set(range(1, STEPS + 1))
