@@ -94,10 +94,10 @@ def _open_stores(
 ) -> Stores:
     if not is_main():
         return Stores()
-    key = key_of(files, fingerprint=fingerprint)
     return Stores(
-        columns=ColumnFolder(cache, key=key),
-        unread=None if memory is None else Unread(memory, key=key),
+        columns=ColumnFolder(cache, key=key_of(files, fingerprint=fingerprint)),
+        # Without the bytes that are in the other key: those of a mended picture are not the same.
+        unread=None if memory is None else Unread(memory, key=fingerprint[:16]),
     )
 
 
