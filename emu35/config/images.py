@@ -64,9 +64,9 @@ class PictureFilterConfig:
 class ScorerConfig:
     """A score in the pictures' metadata, and the base of those computed by a model.
 
-    ``field`` names a number in the JSON beside a picture (``key.json`` in a tar, ``NAME.json`` in a
-    folder; dots reach into sections). Where it is there, it is the score and nothing is decoded; a
-    model, where the kind has one, scores the others.
+    ``field`` names a number in the JSON beside a picture (``NAME.json``, in a tar else
+    ``KEY.json``; dots reach into sections). Where it is there, it is the score and nothing is
+    decoded; a model, where the kind has one, scores the others.
     """
 
     kind: str = "metadata"

@@ -30,7 +30,8 @@ FILTERED = "filtered.jsonl"
 """Pictures that a filter left out, with the reason; broken ones are in rejects.jsonl."""
 
 SCORES = "picture_scores"
-"""Folder of the scores within the run folder."""
+"""Folder within the run folder: the scores, unless data.score_cache names another, and what could
+not be read."""
 
 
 def open_training_pictures(
@@ -58,6 +59,7 @@ def open_training_pictures(
             cache=Path(data.score_cache) if data.score_cache else run_dir / SCORES,
             make_scorer=_make_scorer,
             message=_say,
+            memory=run_dir / SCORES,
         )
         if is_main():
             # Ranks count their rejects together, so one of them names what all know.

@@ -1,7 +1,8 @@
 """Pictures in nearly their own shape, every micro-batch of one size."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,17 +86,18 @@ class AspectPictures:
 
     def sample(self, sample: int) -> NDArray[np.uint8]:
         """``[3, H, W]``, sample number ``sample`` of the run. One that cannot be used is replaced
-        by the next good one of its bucket.
+        by the next good one of its bucket, or, where there is none, by one of the bucket that is
+        nearest in shape, cut to this one's; such a bucket is named among ``rejects``.
 
         Raises:
-            DataError: too many pictures were rejected, or all of a bucket.
+            DataError: too many pictures were rejected, or all.
         """
         place = self._plan.place(sample)
-        bucket, members = self.buckets[place.bucket], self._members[place.bucket]
-        count = len(members)
-        picture = self._store.first_good(
-            int(members[(place.member + step) % count]) for step in range(count)
-        )
+        bucket = self.buckets[place.bucket]
+        own = self._from(place.bucket, first=place.member)
+        picture = next((found for found in map(self._store.get, own) if found is not None), None)
+        if picture is None:
+            picture = self._stand_in(place.bucket, sample=sample)
         whole = cut.window(
             picture,
             width=bucket.width,
@@ -119,6 +121,36 @@ class AspectPictures:
             DataError: too many pictures were rejected.
         """
         return self._squares.square(sample)
+
+    def _from(self, bucket: int, *, first: int) -> Iterator[int]:
+        """The pictures of a bucket, once around."""
+        members = self._members[bucket]
+        for step in range(len(members)):
+            yield int(members[(first + step) % len(members)])
+
+    def _stand_in(self, bucket: int, *, sample: int) -> NDArray[np.uint8]:
+        """A picture of another bucket that covers this one, of which all pictures are broken. The
+        sample number chooses it, so that epochs differ and a resumed run sees the same."""
+        shape = self.buckets[bucket]
+
+        def distance(other: int) -> float:
+            found = self.buckets[other]
+            return float(abs(np.log(found.width / found.height * shape.height / shape.width)))
+
+        def cover(image: Image.Image, index: int) -> NDArray[np.uint8]:
+            del index
+            return cut.covering(image, width=shape.width, height=shape.height)
+
+        # The nearest is this bucket itself, whose first picture is the one that an error names.
+        nearest = sorted(range(len(self.buckets)), key=distance)
+        picture = self._store.first_good(
+            chain.from_iterable(self._from(other, first=sample) for other in nearest), resize=cover
+        )
+        count = len(self._members[bucket])
+        self.rejects.reasons[f"bucket {shape.width}x{shape.height}"] = (
+            f"none of its {count} pictures can be used; others stand in, cut to its shape"
+        )
+        return picture
 
     def _cover(self, image: Image.Image, index: int) -> NDArray[np.uint8]:
         bucket = self.buckets[self._bucket_N[index]]

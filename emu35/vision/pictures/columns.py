@@ -2,7 +2,9 @@
 
 A column is known by :func:`key_of` of the whole listing and by what its numbers depend on, so
 neither other pictures nor another model find it. Parts are written whole or not at all; a run that
-was ended while it scored goes on at the first part that lacks something.
+was ended while it scored goes on at the first part that lacks something. Pictures that could not be
+read are not kept: whoever comes next looks at them again, as they may have been mended. Only the
+run itself must go on with what it began with, and remembers them (:mod:`.unread`).
 """
 
 import zipfile
@@ -20,6 +22,9 @@ from emu35.vision.pictures.files import PictureFile
 
 PROBES = 32
 
+_LAYOUT = 2
+"""Of the files; columns of another one are not found."""
+
 PART = 4096
 """Pictures of a part: what is lost at most when scoring is interrupted."""
 
@@ -34,8 +39,8 @@ class Column:
 
 @dataclass(kw_only=True, slots=True)
 class Part:
-    """Up to PART numbers of a column. ``value`` is NaN where ``known`` but there is none; then
-    ``reasons`` may say why, by place."""
+    """Up to PART numbers of a column. ``value`` is NaN where ``known`` but there is none; where
+    that is because something could not be read, ``reasons`` says what, by place."""
 
     value: NDArray[np.float64]
     known: NDArray[np.bool_]
@@ -51,7 +56,7 @@ def key_of(files: Sequence[PictureFile], *, fingerprint: str) -> str:
     """What tells a listing from others that share a folder of columns: its ``fingerprint``, and the
     bytes of PROBES of its pictures. Names and sizes alone may be those of another listing, where
     pictures are numbered and their format compresses nothing."""
-    digest = sha256(fingerprint.encode())
+    digest = sha256(f"{_LAYOUT} {fingerprint}".encode())
     for index in np.linspace(0, len(files) - 1, num=min(PROBES, len(files))).astype(int).tolist():
         try:
             digest.update(sha256(files[index].read()).digest())
@@ -78,8 +83,7 @@ class ColumnFolder:
         try:
             with np.load(path, allow_pickle=False) as found:
                 whose = found["whose"].tolist()
-                reasons = zip(found["places"].tolist(), found["reasons"].tolist(), strict=True)
-                read = Part(value=found["value"], known=found["known"], reasons=dict(reasons))
+                read = Part(value=found["value"], known=found["known"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(
                 f"{path} cannot be read ({error}); delete it and its pictures are scored again"
@@ -92,11 +96,13 @@ class ColumnFolder:
         return read
 
     def write(self, column: Column, found: Part, *, part: int) -> None:
-        """Keep part number ``part``.
+        """Keep part number ``part``, without the places that have ``reasons``.
 
         Raises:
             DataError: it cannot be written.
         """
+        known = found.known.copy()
+        known[np.array(list(found.reasons), dtype=np.int64)] = False
         path = self._path(column, part)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,9 +111,7 @@ class ColumnFolder:
                     file,
                     whose=np.array(column.identity),
                     value=found.value,
-                    known=found.known,
-                    places=np.array(list(found.reasons), dtype=np.int64),
-                    reasons=np.array(list(found.reasons.values()), dtype=np.str_),
+                    known=known,
                 )
         except OSError as error:
             raise DataError(

@@ -8,23 +8,24 @@ is read here.
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
 from hashlib import sha256
 from pathlib import Path
+from stat import S_ISREG
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emu35.errors import DataError
-from emu35.vision.pictures.tars import Entry, read_entries
+from emu35.vision.pictures.places import expand, refuse_repeats
+from emu35.vision.pictures.tars import METADATA, NO_METADATA, Entry, read_entries
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
 
-METADATA = ".json"
-"""Suffix of the file that tells about the picture of the same name."""
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+"""How compressed tars are called: no picture can be found in them by its offset."""
 
 NO_TAR = -1
 """Offset of what is a file of its own."""
@@ -32,7 +33,8 @@ NO_TAR = -1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PictureFile:
-    """Where the bytes of one picture lie, and those of its metadata (``metadata_size`` 0: none).
+    """Where the bytes of one picture lie, and those of its metadata, if ``metadata_size`` is not
+    NO_METADATA.
 
     ``member`` is empty for a file of its own, whose metadata are in the file beside it.
     """
@@ -42,7 +44,7 @@ class PictureFile:
     offset: int = 0
     size: int = 0
     metadata_offset: int = 0
-    metadata_size: int = 0
+    metadata_size: int = NO_METADATA
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class PictureFile:
             OSError: the file cannot be read.
             ValueError: it holds something else.
         """
-        if not self.metadata_size:
+        if self.metadata_size == NO_METADATA:
             return {}
         if self.member:
             with self.path.open("rb") as file:
@@ -107,6 +109,7 @@ class _Columns:
     size: NDArray[np.int64]
     metadata_offset: NDArray[np.int64]
     metadata_size: NDArray[np.int32]
+    metadata_digest: str
 
 
 class PictureFiles(Sequence[PictureFile]):
@@ -152,6 +155,12 @@ class PictureFiles(Sequence[PictureFile]):
         return PictureFiles(self._columns, rows=self._rows[indices])
 
     @property
+    def metadata_digest(self) -> str:
+        """Another one where metadata changed: a hash of where they lie, how long they are and when
+        they were written. Of a choice it is still that of the whole listing."""
+        return self._columns.metadata_digest
+
+    @property
     def nbytes(self) -> int:
         """Memory that the listing takes, in bytes."""
         columns = self._columns
@@ -172,12 +181,16 @@ class _Listing:
         self._size = array("q")
         self._metadata_offset = array("q")
         self._metadata_size = array("i")
+        self._metadata = sha256()
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def add(self, entry: Entry) -> None:
-        """A picture in the last of ``places``."""
+    def add(self, entry: Entry, *, metadata_written: int) -> None:
+        """A picture in the last of ``places``; its metadata were written at that time, in ns."""
+        if entry.metadata_size != NO_METADATA:
+            whose = (len(self), entry.metadata_offset, entry.metadata_size, metadata_written)
+            self._metadata.update(f"{whose}\n".encode())
         # Names are bytes; those that are no UTF-8 reach Python as lone surrogates.
         self._names += os.fsencode(entry.name)
         self._ends.append(len(self._names))
@@ -197,6 +210,7 @@ class _Listing:
             size=np.array(self._size, dtype=np.int64),
             metadata_offset=np.array(self._metadata_offset, dtype=np.int64),
             metadata_size=np.array(self._metadata_size, dtype=np.int32),
+            metadata_digest=self._metadata.hexdigest(),
         )
         return PictureFiles(columns, rows=np.arange(len(self), dtype=np.int64))
 
@@ -205,45 +219,49 @@ def find_pictures(paths: Sequence[str | Path], *, rejects: Rejects) -> PictureFi
     """Every picture under ``paths`` (folders, tars, picture files, patterns of these), by suffix,
     in a fixed order.
 
-    Folders are searched to the bottom for pictures and tars alike. A tar that ends early gives
-    what it holds and is named among ``rejects``.
+    Folders are searched to the bottom for pictures and tars alike; what is hidden there (its name
+    begins with a dot) is left out. A tar that ends early gives what it holds. That tar, compressed
+    ones and links that lead nowhere are named among ``rejects``.
 
     Raises:
-        DataError: a path does not exist, a tar cannot be read, or there is no picture at all.
+        DataError: a path does not exist, has no picture, or lies within another; or a tar cannot
+            be read.
     """
     listing = _Listing()
-    for path in _expanded(paths):
-        if path.is_dir():
-            _add_folder(path, listing=listing, rejects=rejects)
-        else:
-            _add_file(path, beside=_names_of(path.parent), listing=listing, rejects=rejects)
+    entries = expand(paths)
+    refuse_repeats([path for entry in entries for path in entry.matches])
+    for entry in entries:
+        before, found = len(listing), Rejects()
+        for path in entry.matches:
+            if path.is_dir():
+                _add_folder(path, listing=listing, rejects=found)
+            else:
+                _add_file(path, beside=_names_of(path.parent), listing=listing, rejects=found)
+        if len(listing) == before:
+            raise _no_picture(entry.text, rejects=found)
+        rejects.reasons.update(found.reasons)
     if not len(listing):
-        places = ", ".join(str(path) for path in paths) or "an empty list of paths"
-        raise DataError(
-            f"no picture in {places}; expected files ending in {', '.join(sorted(SUFFIXES))}, "
-            "or tars of them"
-        )
+        raise _no_picture("an empty list of paths", rejects=Rejects())
     return listing.done()
 
 
-def _expanded(paths: Sequence[str | Path]) -> Iterator[Path]:
-    for text in paths:
-        path = Path(text)
-        if path.exists():
-            yield path
-            continue
-        # glob takes a text without a pattern for a file's name, which does not exist.
-        matches = sorted(glob(str(text), recursive=True))
-        if not matches:
-            raise DataError(f"data path {path} does not exist; correct data.paths")
-        yield from map(Path, matches)
+def _no_picture(where: str, *, rejects: Rejects) -> DataError:
+    found = "".join(f" ({name}: {why})" for name, why in list(rejects.reasons.items())[:1])
+    return DataError(
+        f"no picture in {where}{found}; expected files ending in {', '.join(sorted(SUFFIXES))}, "
+        "or tars or folders of them: correct or remove it"
+    )
 
 
 def _add_folder(folder: Path, *, listing: _Listing, rejects: Rejects) -> None:
     """In the order of paths compared part by part. Links to folders are not followed, which could
     lead in circles; links to files are."""
     with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+        found = sorted(
+            (entry.name, entry.is_dir(follow_symlinks=False))
+            for entry in entries
+            if not entry.name.startswith(".")
+        )
     beside = frozenset(name for name, is_folder in found if not is_folder)
     for name, is_folder in found:
         if is_folder:
@@ -254,18 +272,41 @@ def _add_folder(folder: Path, *, listing: _Listing, rejects: Rejects) -> None:
 
 def _add_file(path: Path, *, beside: frozenset[str], listing: _Listing, rejects: Rejects) -> None:
     suffix = path.suffix.lower()
-    if suffix == ".tar" and path.is_file():
+    if path.name.lower().endswith(PACKED):
+        rejects.reasons[str(path)] = "a compressed tar is not read; unpack it to a .tar"
+    if suffix != ".tar" and suffix not in SUFFIXES:
+        return
+    try:
+        status = path.stat()
+    except OSError as error:
+        rejects.reasons[str(path)] = f"cannot be found ({error.strerror or error})"
+        return
+    if not S_ISREG(status.st_mode):
+        return
+    if suffix == ".tar":
         listing.places.append(path)
         for entry in read_entries(path, suffixes=SUFFIXES, rejects=rejects.reasons):
-            listing.add(entry)
-    elif suffix in SUFFIXES and path.is_file():
-        if not listing.places or listing.places[-1] != path.parent:
-            listing.places.append(path.parent)
-        metadata = path.with_suffix(METADATA)
-        size = metadata.stat().st_size if metadata.name in beside else 0
-        listing.add(
-            Entry(name=path.name, offset=NO_TAR, size=path.stat().st_size, metadata_size=size)
-        )
+            listing.add(entry, metadata_written=status.st_mtime_ns)
+        return
+    if not listing.places or listing.places[-1] != path.parent:
+        listing.places.append(path.parent)
+    size, written = _metadata_of(path, beside=beside)
+    listing.add(
+        Entry(name=path.name, offset=NO_TAR, size=status.st_size, metadata_size=size),
+        metadata_written=written,
+    )
+
+
+def _metadata_of(path: Path, *, beside: frozenset[str]) -> tuple[int, int]:
+    """Size in bytes and time of writing in ns of the metadata of the picture at ``path``."""
+    metadata = path.with_suffix(METADATA)
+    if metadata.name not in beside:
+        return NO_METADATA, 0
+    try:
+        status = metadata.stat()
+    except OSError:
+        return 0, 0  # a link that leads nowhere; whoever wants to read it is told so
+    return status.st_size, status.st_mtime_ns
 
 
 def _names_of(folder: Path) -> frozenset[str]:

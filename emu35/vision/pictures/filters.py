@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from emu35.config.images import SIZE_SCORERS, MissingScore, PictureFilterConfig, ScorerConfig
 from emu35.errors import DataError
-from emu35.vision.pictures.files import PictureFile, PictureFiles, Rejects
+from emu35.vision.pictures.files import PictureFiles, Rejects
 
 KEPT, BROKEN = -1, -2
 """Verdicts; 0 and above is the filter that left a picture out."""
@@ -62,13 +62,14 @@ class Filters:
         limits = ", ".join(f"{name} {value:g}" for name, value in given if value is not None)
         return f"{bounds.scorer} ({limits})"
 
-    def reason(self, number: int, score: float) -> str:
-        """Why a picture of that score is left out."""
+    def reason(self, number: int, score: float, *, damage: str | None = None) -> str:
+        """Why a picture of that score is left out; ``damage`` is what is wrong with its metadata,
+        if anything is."""
         bounds = self.all[number]
         if math.isnan(score):
             field = self.field(bounds.scorer)
-            lacks = f", its metadata have no number {field!r}" if field else ""
-            return f"{bounds.scorer}: no score{lacks}"
+            lacks = damage or f"its metadata have no number {field!r}"
+            return f"{bounds.scorer}: no score" + (f", {lacks}" if field else "")
         if bounds.min is not None and score < bounds.min:
             return f"{bounds.scorer}={score:.6g} is below {bounds.min:g}"
         return f"{bounds.scorer}={score:.6g} is above {bounds.max:g}"
@@ -119,6 +120,7 @@ class Selection:
         score_N: the score that decided.
         sizes_N2: (width, height), 0 where unknown; None if nobody asked.
         broken: index -> reason.
+        damaged: index -> what is wrong with the metadata, of all whose metadata cannot be read.
         seen: for each filter the scores it was shown, fp32.
     """
 
@@ -128,6 +130,7 @@ class Selection:
     score_N: NDArray[np.float64]
     sizes_N2: NDArray[np.int64] | None
     broken: dict[int, str]
+    damaged: dict[int, str]
     seen: list[list[NDArray[np.float32]]]
 
     @property
@@ -138,19 +141,29 @@ class Selection:
     def left_out(self) -> Iterator[LeftOut]:
         """Those that a filter left out, in the order of the listing."""
         for index in np.flatnonzero(self.verdict_N >= 0).tolist():
-            reason = self.filters.reason(int(self.verdict_N[index]), float(self.score_N[index]))
+            reason = self.filters.reason(
+                int(self.verdict_N[index]),
+                float(self.score_N[index]),
+                damage=self.damaged.get(index),
+            )
             yield LeftOut(picture=self.files[index].name, reason=reason)
 
     def reject_broken(self, rejects: Rejects) -> None:
-        """Name the broken ones among ``rejects``."""
+        """Name the broken ones among ``rejects``, and metadata that cannot be read, as something
+        of their own: the picture may be used all the same."""
         for index, reason in self.broken.items():
             rejects.reasons[self.files[index].name] = reason
+        for index, reason in self.damaged.items():
+            used = "; the picture is used" if self.verdict_N[index] == KEPT else ""
+            rejects.reasons[f"metadata of {self.files[index].name}"] = reason + used
 
     def summary(self) -> str:
         """How many are used, and how many each filter left out of those it was shown."""
         lines = [f"{len(self.kept)} of {len(self.files)} pictures are used"]
         if self.broken:
             lines.append(f"{len(self.broken)} broken")
+        if self.damaged:
+            lines.append(f"{len(self.damaged)} with metadata that cannot be read")
         for number in range(len(self.filters.all)):
             count = int((self.verdict_N == number).sum())
             lines.append(
@@ -183,17 +196,19 @@ class Selection:
 
 
 def refuse_missing(
-    filters: Filters, number: int, *, scores: NDArray[np.float64], files: Sequence[PictureFile]
+    found: Selection, number: int, *, scores: NDArray[np.float64], indices: NDArray[np.int64]
 ) -> None:
-    """
+    """``scores`` are those of ``indices`` in the listing.
+
     Raises:
         DataError: a score is missing and the filter says to refuse.
     """
-    bounds = filters.all[number]
+    bounds = found.filters.all[number]
     missing = np.flatnonzero(np.isnan(scores))
     if bounds.missing is MissingScore.refuse and len(missing):
-        name = files[int(missing[0])].name
+        index = int(indices[missing[0]])
+        why = found.filters.reason(number, math.nan, damage=found.damaged.get(index))
         raise DataError(
-            f"{name}: {filters.reason(number, math.nan)}, and data.filters[{number}]"
-            ".missing=refuse; add the score, or use missing=drop or keep"
+            f"{found.files[index].name}: {why}, and data.filters[{number}].missing=refuse; add the "
+            "score, or use missing=drop or keep"
         )

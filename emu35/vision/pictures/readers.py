@@ -25,8 +25,8 @@ HEADER_BYTES = 1 << 16
 
 @dataclass(kw_only=True, slots=True)
 class Readings:
-    """Of N pictures: column name -> [N], NaN where there is no number; place -> why there is none,
-    which for sizes and pixels means that the picture is broken."""
+    """Of N pictures: column name -> [N], NaN where there is no number; place -> what could not be
+    read, which is the picture for sizes and pixels, and its metadata for numbers in these."""
 
     values: dict[str, NDArray[np.float64]]
     reasons: dict[int, str] = field(default_factory=dict[int, str])
@@ -54,13 +54,16 @@ class Reader(Protocol):
 
 class SizeReader:
     """``width`` and ``height`` in pixels, upright, from the fields of the metadata that are named
-    (if they are there) or the header."""
+    (if they are there) or the header. ``metadata`` is the
+    :attr:`~emu35.vision.pictures.files.PictureFiles.metadata_digest` of the listing."""
 
     batch = 256
 
-    def __init__(self, *, fields: tuple[str, str] | None = None) -> None:
+    def __init__(self, *, metadata: str, fields: tuple[str, str] | None = None) -> None:
         self._fields = fields
-        source = f"sizes, {fields[0]} x {fields[1]} or header" if fields else "sizes, header"
+        source = "sizes, header"
+        if fields:
+            source = f"sizes, {fields[0]} x {fields[1]} of {metadata} or header"
         self.columns = [Column(name=name, identity=source) for name in ("width", "height")]
 
     def read(
@@ -94,12 +97,15 @@ class SizeReader:
 
 
 class MetadataReader:
-    """Numbers in the JSON beside pictures, columns called as their fields are."""
+    """Numbers in the JSON beside pictures, columns called as their fields are; ``metadata`` as
+    above."""
 
     batch = 256
 
-    def __init__(self, fields: Sequence[str]) -> None:
-        self.columns = [Column(name=field, identity=f"metadata {field}") for field in fields]
+    def __init__(self, fields: Sequence[str], *, metadata: str) -> None:
+        self.columns = [
+            Column(name=field, identity=f"metadata {field} of {metadata}") for field in fields
+        ]
 
     def read(
         self, files: Sequence[PictureFile], *, wanted: Sequence[str], pool: Executor

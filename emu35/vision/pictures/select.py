@@ -11,7 +11,7 @@ from emu35.config.images import (
     ImageDataConfig,
     ScorerConfig,
 )
-from emu35.parallel.collectives import is_main
+from emu35.parallel.collectives import is_main, rank
 from emu35.vision.pictures.columns import ColumnFolder, key_of
 from emu35.vision.pictures.files import PictureFiles
 from emu35.vision.pictures.filters import Filters, Selection
@@ -19,7 +19,15 @@ from emu35.vision.pictures.readers import MetadataReader, PixelReader, SizeReade
 from emu35.vision.pictures.scorers import PictureScorer
 from emu35.vision.pictures.scorers.classifier import Classifier
 from emu35.vision.pictures.scorers.proxies import make_proxy
-from emu35.vision.pictures.survey import Message, Readers, Survey, agreed_fingerprint
+from emu35.vision.pictures.survey import (
+    Message,
+    Readers,
+    Stores,
+    Survey,
+    agreed_fingerprint,
+    on_every_rank,
+)
+from emu35.vision.pictures.unread import Unread
 
 MakeScorer = Callable[[str, ScorerConfig], PictureScorer]
 """Name and configuration of an entry of ``data.scorers`` -> its scorer."""
@@ -37,8 +45,11 @@ def select_pictures(
     cache: Path,
     make_scorer: MakeScorer,
     message: Message,
+    memory: Path | None = None,
 ) -> Selection:
-    """Look at ``files`` as ``data`` asks; scores are kept in ``cache``. Collective.
+    """Look at ``files`` as ``data`` asks; scores are kept in ``cache``, which runs may share, and
+    what could not be read in the folder ``memory`` of this run, so that it sees the same when it is
+    resumed (None: nowhere). Collective.
 
     ``make_scorer`` makes the scorers that are neither proxies nor classifiers from files.
 
@@ -52,21 +63,42 @@ def select_pictures(
     sizes = data.buckets is Buckets.aspect or filters.need_sizes
     scorers = _make_scorers(filters.computed, data=data, make_scorer=make_scorer)
     readers = Readers(
-        sizes=SizeReader(fields=_size_fields(data)) if sizes else None,
-        metadata=MetadataReader(fields) if fields else None,
+        sizes=(
+            SizeReader(metadata=files.metadata_digest, fields=_size_fields(data)) if sizes else None
+        ),
+        metadata=MetadataReader(fields, metadata=files.metadata_digest) if fields else None,
         pixels=PixelReader(scorers) if scorers else None,
     )
     fingerprint = agreed_fingerprint(files)
-    columns = None
-    if is_main():
-        columns = ColumnFolder(cache, key=key_of(files, fingerprint=fingerprint))
+    stores = on_every_rank(
+        lambda: _open_stores(files, fingerprint=fingerprint, cache=cache, memory=memory)
+    )[rank()]
+    if stores.unread:
+        message(
+            f"{len(stores.unread)} pictures could not be read when this run began, and are not "
+            f"looked at again; delete {stores.unread.path} and they are"
+        )
     with ThreadPoolExecutor(data.decode_threads, thread_name_prefix="survey") as pool:
         survey = Survey(
-            files, filters=filters, readers=readers, kept_in=columns, pool=pool, message=message
+            files, filters=filters, readers=readers, stores=stores, pool=pool, message=message
         )
         selection = survey.run()
     selection.check(min_kept=data.min_kept)
+    # Not before: who is told to mend pictures must find them looked at again.
+    survey.remember()
     return selection
+
+
+def _open_stores(
+    files: PictureFiles, *, fingerprint: str, cache: Path, memory: Path | None
+) -> Stores:
+    if not is_main():
+        return Stores()
+    return Stores(
+        columns=ColumnFolder(cache, key=key_of(files, fingerprint=fingerprint)),
+        # Without the bytes that are in the other key: those of a mended picture are not the same.
+        unread=None if memory is None else Unread(memory, key=fingerprint[:16]),
+    )
 
 
 def _make_scorers(

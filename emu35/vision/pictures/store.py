@@ -47,38 +47,44 @@ class PictureStore:
         self._bad: set[int] = set()
         self._tried: set[int] = set()
 
-    def get(self, index: int) -> NDArray[np.uint8] | None:
-        """uint8 [3, H, W]; None once rejected.
+    def get(self, index: int, *, resize: Resize | None = None) -> NDArray[np.uint8] | None:
+        """uint8 [3, H, W]; None once rejected. What another ``resize`` than the store's gives is
+        not kept in memory.
 
         Raises:
             DataError: too many pictures were rejected.
         """
         with self._lock:
-            if index in self._cache:
+            if resize is None and index in self._cache:
                 return self._cache[index]
             if index in self._bad:
                 return None
             self._tried.add(index)
         try:
-            picture = self._resize(open_image(self._files[index].read()), index)
+            picture = (resize or self._resize)(open_image(self._files[index].read()), index)
         except (RejectedImage, OSError) as error:
             self._reject(index, reason=str(error))
             return None
+        if resize is not None:
+            return picture
         with self._lock:
             if index not in self._cache and picture.nbytes <= self._room:
                 self._room -= picture.nbytes
                 self._cache[index] = picture
         return picture
 
-    def first_good(self, indices: Iterable[int]) -> NDArray[np.uint8]:
+    def first_good(
+        self, indices: Iterable[int], *, resize: Resize | None = None
+    ) -> NDArray[np.uint8]:
         """The first of ``indices`` that can be used: the next one stands in for a broken one.
+        ``resize`` as in :meth:`get`.
 
         Raises:
             DataError: none can be used, or too many were rejected.
         """
         tried = list[int]()
         for index in indices:
-            picture = self.get(index)
+            picture = self.get(index, resize=resize)
             if picture is not None:
                 return picture
             tried.append(index)

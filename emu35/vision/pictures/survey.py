@@ -3,8 +3,9 @@
 Part by part of the listing, the cheap filters (sizes from headers, numbers from metadata) go first,
 and only what they leave is decoded for the others. The ranks share the work of each part out and
 tell each other, so each picture is read by one rank and all ranks know the same numbers, to the
-bit; the main rank keeps them (:mod:`.columns`), and a run that is resumed reads them there. Memory:
-a few numbers for each picture, and one batch of decoded ones.
+bit; the main rank keeps them (:mod:`.columns`) and what could not be read (:mod:`.unread`), and a
+run that is resumed reads them there. Memory: a few numbers for each picture, and one batch of
+decoded ones.
 """
 
 import time
@@ -37,6 +38,7 @@ from emu35.vision.pictures.readers import (
     SizeReader,
 )
 from emu35.vision.pictures.store import too_many
+from emu35.vision.pictures.unread import Unread
 
 SAY_EVERY = 15.0
 """Seconds between messages of progress."""
@@ -53,6 +55,14 @@ class Readers:
     pixels: PixelReader | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stores:
+    """What is known from before, on the main rank; None where nothing is kept."""
+
+    columns: ColumnFolder | None = None
+    unread: Unread | None = None
+
+
 class Survey:
     """Goes through ``files`` once."""
 
@@ -62,14 +72,16 @@ class Survey:
         *,
         filters: Filters,
         readers: Readers,
-        kept_in: ColumnFolder | None,
+        stores: Stores,
         pool: ThreadPoolExecutor,
         message: Message,
     ) -> None:
         self._files = files
         self._filters = filters
         self._readers = readers
-        self._columns = kept_in
+        self._columns = stores.columns
+        self._remembered = stores.unread
+        self._unread = dict[str, dict[int, str]]()
         self._pool = pool
         self._message = message
         self._said = time.monotonic()
@@ -81,6 +93,7 @@ class Survey:
             score_N=np.full(count, np.nan),
             sizes_N2=np.zeros((count, 2), dtype=np.int64) if readers.sizes else None,
             broken={},
+            damaged={},
             seen=[[] for _ in filters.all],
         )
 
@@ -92,6 +105,15 @@ class Survey:
         for part, first in enumerate(range(0, len(self._files), PART)):
             self._look_at(part, slice(first, min(first + PART, len(self._files))))
         return self._found
+
+    def remember(self) -> None:
+        """Keep what could not be read, for this run when it is resumed. Collective.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        memory = self._remembered
+        on_every_rank(lambda: None if memory is None else memory.write(self._unread))
 
     def _look_at(self, part: int, span: slice) -> None:
         """One part: cheap filters, then pixels of what they leave."""
@@ -109,6 +131,8 @@ class Survey:
         fields = dict[str, Part]()
         if readers.metadata is not None:
             fields = self._complete(readers.metadata, part=part, span=span, wanted=everyone)
+            for found in fields.values():
+                self._found.damaged.update(_in_listing(found.reasons, span=span))
         for bounds in self._filters.all:
             field = self._filters.field(bounds.scorer)
             if field is not None:
@@ -153,7 +177,7 @@ class Survey:
         verdict = self._found.verdict_N[span]  # a view
         alive = np.flatnonzero(verdict == KEPT)
         shown = scores[self._filters.all[number].scorer][alive]
-        refuse_missing(self._filters, number, scores=shown, files=self._files[span].choose(alive))
+        refuse_missing(self._found, number, scores=shown, indices=span.start + alive)
         fails = self._filters.failing(number, shown)
         verdict[alive[fails]] = number
         self._found.score_N[span][alive[fails]] = shown[fails]
@@ -175,9 +199,8 @@ class Survey:
         wanted: NDArray[np.bool_] | Mapping[str, NDArray[np.bool_]],
     ) -> dict[str, Part]:
         """The columns of ``reader`` for a part, known wherever ``wanted``: by name, or for all."""
-        count = span.stop - span.start
-        kept = _on_every_rank(
-            lambda: self._kept(reader, part=part, count=count) if is_main() else None
+        kept = on_every_rank(
+            lambda: self._kept(reader, part=part, span=span) if is_main() else None
         )[0]
         assert kept is not None
         unknown = {
@@ -185,11 +208,28 @@ class Survey:
             for name, found in kept.items()
         }
         names = [name for name, places in unknown.items() if places.any()]
-        if not names:
-            return kept
+        if names:
+            self._add_readings(reader, part=part, span=span, kept=kept, unknown=unknown)
+        if is_main():
+            for column in reader.columns:
+                unread = _in_listing(kept[column.name].reasons, span=span)
+                self._unread.setdefault(column.identity, {}).update(unread)
+        return kept
+
+    def _add_readings(
+        self,
+        reader: Reader,
+        *,
+        part: int,
+        span: slice,
+        kept: dict[str, Part],
+        unknown: Mapping[str, NDArray[np.bool_]],
+    ) -> None:
+        """Read what is ``unknown``, on all ranks, into ``kept``."""
+        names = [name for name, places in unknown.items() if places.any()]
         places = np.flatnonzero(np.any([unknown[name] for name in names], axis=0))
         shares = [places[first :: world_size()] for first in range(world_size())]
-        readings = _on_every_rank(
+        readings = on_every_rank(
             lambda: self._read(reader, span=span, places=shares[rank()], names=names)
         )
         for share, found in zip(shares, readings, strict=True):
@@ -198,8 +238,7 @@ class Survey:
                 kept[name].known[share] = True
                 for place, reason in found.reasons.items():
                     kept[name].reasons[int(share[place])] = reason
-        _on_every_rank(lambda: self._keep(reader, part=part, found=kept, names=names))
-        return kept
+        on_every_rank(lambda: self._keep(reader, part=part, found=kept, names=names))
 
     def _keep(
         self, reader: Reader, *, part: int, found: Mapping[str, Part], names: list[str]
@@ -210,14 +249,18 @@ class Survey:
             if column.name in names:
                 self._columns.write(column, found[column.name], part=part)
 
-    def _kept(self, reader: Reader, *, part: int, count: int) -> dict[str, Part]:
-        """What is kept of a part."""
-        columns = self._columns
-        if columns is None:
-            return {column.name: empty_part(count) for column in reader.columns}
-        return {
-            column.name: columns.read(column, part=part, count=count) for column in reader.columns
-        }
+    def _kept(self, reader: Reader, *, part: int, span: slice) -> dict[str, Part]:
+        """What is kept of a part, and what this run could not read when it began."""
+        columns, memory, count = self._columns, self._remembered, span.stop - span.start
+        kept = dict[str, Part]()
+        for column in reader.columns:
+            found = columns.read(column, part=part, count=count) if columns else empty_part(count)
+            if memory is not None:
+                found.reasons = memory.of(column, span=span)
+                places = np.array(list(found.reasons), dtype=np.int64)
+                found.known[places], found.value[places] = True, np.nan
+            kept[column.name] = found
+        return kept
 
     def _read(
         self, reader: Reader, *, span: slice, places: NDArray[np.int64], names: list[str]
@@ -240,10 +283,15 @@ class Survey:
             self._said = time.monotonic()
 
 
+def _in_listing(reasons: Mapping[int, str], *, span: slice) -> dict[int, str]:
+    """By index instead of place in ``span``."""
+    return {span.start + place: why for place, why in reasons.items()}
+
+
 T = TypeVar("T")
 
 
-def _on_every_rank(action: Callable[[], T]) -> list[T]:
+def on_every_rank(action: Callable[[], T]) -> list[T]:
     """What ``action`` gives on every rank, in rank order; where it fails on one it fails on all,
     which would otherwise wait for that one.
 

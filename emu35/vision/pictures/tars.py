@@ -1,7 +1,10 @@
 """What a tar of pictures holds, from its headers: names, offsets and sizes.
 
 Webdataset's layout: members that share a key (the name up to the first dot of its last part) and
-follow each other belong together, the picture and the JSON that tells about it.
+follow each other belong together, pictures and the JSON that tells about them. Names with more dots
+(``1.5.png``, ``1.7.png``) share a key and are still pictures of their own, so the JSON of a picture
+is that of its own name, and only without one that of the key. Members whose last part begins with a
+dot are left out.
 """
 
 import tarfile
@@ -12,16 +15,22 @@ from typing import IO, Any, cast
 
 from emu35.errors import DataError
 
+METADATA = ".json"
+"""Suffix of what tells about the picture of the same name."""
+
+NO_METADATA = -1
+"""Size of the metadata of a picture that has none."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Entry:
-    """A picture, and where its metadata lie (``metadata_size`` 0: there are none)."""
+    """A picture, and where its metadata lie, if ``metadata_size`` is not NO_METADATA."""
 
     name: str
     offset: int
     size: int
     metadata_offset: int = 0
-    metadata_size: int = 0
+    metadata_size: int = NO_METADATA
 
 
 def read_entries(
@@ -80,16 +89,24 @@ def key_of(name: str) -> str:
 
 
 def _pictures_of(record: list[tarfile.TarInfo], *, suffixes: Set[str]) -> Iterator[Entry]:
-    metadata = next((member for member in record if member.name.lower().endswith(".json")), None)
+    json = {
+        member.name[: -len(METADATA)]: member
+        for member in record
+        if member.name.lower().endswith(METADATA)
+    }
     for member in record:
-        if PurePosixPath(member.name).suffix.lower() in suffixes:
-            yield Entry(
-                name=member.name,
-                offset=member.offset_data,
-                size=member.size,
-                metadata_offset=metadata.offset_data if metadata else 0,
-                metadata_size=metadata.size if metadata else 0,
-            )
+        path = PurePosixPath(member.name)
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
+        stem = member.name[: -len(path.suffix)]
+        metadata = json.get(stem) or json.get(key_of(member.name))
+        yield Entry(
+            name=member.name,
+            offset=member.offset_data,
+            size=member.size,
+            metadata_offset=metadata.offset_data if metadata else 0,
+            metadata_size=metadata.size if metadata else NO_METADATA,
+        )
 
 
 def _check_end(file: IO[bytes]) -> None:

@@ -269,6 +269,24 @@ def test_broken_pictures_are_told_apart_from_filtered_ones(corpus, tmp_path):
     assert again.reasons == rejects.reasons
 
 
+@pytest.mark.parametrize("name", ["00.png", "04.png"])  # 00 is one that tells listings apart
+def test_a_run_is_resumed_with_its_pictures_though_others_were_mended(tmp_path, name):
+    folder, shared = tmp_path / "pictures", {"score_cache": str(tmp_path / "scores")}
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number:02d}.png").write_bytes(encoded(texture(number)))
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(bytes(len(whole)))
+    data = make_data(folder, {"scorer": "contrast_proxy", "min": 1}, **shared)
+    first = open_in(tmp_path / "run", data)
+    (folder / name).write_bytes(whole)
+    rejects = Rejects()
+    resumed = open_in(tmp_path / "run", data, rejects=rejects)
+    assert resumed.identity == first.identity
+    assert list(rejects.reasons) == [str(folder / name)]
+    assert numbers(open_in(tmp_path / "next", data)) == list(range(40))
+
+
 def test_a_survey_of_mostly_broken_pictures_stops(tmp_path):
     for number in range(12):
         (tmp_path / f"{number}.png").write_bytes(b"no picture")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from emu35.errors import DataError
-from emu35.vision.pictures import AspectPictures, PictureBatches, Rejects, find_pictures
+from emu35.vision.pictures import AspectPictures, PictureBatches, Rejects, find_pictures, store
 from emu35.vision.pictures.buckets import RATIOS, BucketPlan, assign, make_buckets
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any)
@@ -206,7 +206,53 @@ def test_broken_pictures_are_replaced_within_their_bucket(shapes, tmp_path):
     assert list(rejects.reasons) == [str(tmp_path / "01.png")]
 
 
-def test_a_bucket_of_nothing_usable_is_an_error(tmp_path):
+@pytest.fixture
+def lonely(tmp_path):
+    """Eight wide pictures, plain ones of levels 0, 20, .. 140, two upright ones of 200, and one
+    panorama whose header is all that is left."""
+    sizes = [(80, 60)] * 8 + [(60, 80)] * 2 + [(300, 60)]
+    for number, (width, height) in enumerate(sizes):
+        level = 20 * number if number < 8 else 200
+        (tmp_path / f"{number:02d}.png").write_bytes(plain(level, width=width, height=height))
+    panorama = encoded(texture(0, width=300, height=60))
+    (tmp_path / "10.png").write_bytes(panorama[: len(panorama) // 2])
+    return tmp_path, np.array(sizes)
+
+
+def test_the_nearest_shape_stands_in_for_a_bucket_of_broken_pictures(lonely):
+    folder, _ = lonely
+    rejects = Rejects()
+    pictures = open_aspect(lonely, rejects=rejects)
+    found = [pictures.sample(sample) for sample in range(20 * len(pictures))]
+    for first in range(0, len(found), 2):
+        assert found[first].shape == found[first + 1].shape
+    (panorama,) = [(w, h) for (w, h), count in pictures.counts.items() if count == 1]
+    at = [place for place, picture in enumerate(found) if picture.shape[:0:-1] == panorama]
+    levels = {int(found[place][0, 0, 0]) for place in at}
+    assert len(at) == 20
+    assert len(levels) > 4  # not one picture again and again
+    assert levels <= set(range(0, 160, 20))  # wide, not upright
+    assert set(rejects.reasons) == {
+        str(folder / "10.png"),
+        f"bucket {panorama[0]}x{panorama[1]}",
+    }
+    assert "none of its 1 pictures" in rejects.reasons[f"bucket {panorama[0]}x{panorama[1]}"]
+    resumed = open_aspect(lonely)
+    for place in reversed(at):
+        assert np.array_equal(resumed.sample(place), found[place])
+
+
+def test_too_many_broken_pictures_end_a_run_that_others_could_stand_in_for(lonely, monkeypatch):
+    folder, sizes = lonely
+    monkeypatch.setattr(store, "TOLERATED_REJECTS", 3)
+    for number in (0, 1, 2, 8, 9):
+        (folder / f"{number:02d}.png").write_bytes(plain(3)[:60])
+    pictures = open_aspect((folder, sizes))
+    with pytest.raises(DataError, match=r"4 of \d+ pictures cannot be used"):
+        list(map(pictures.sample, range(40)))
+
+
+def test_nothing_usable_in_any_bucket_is_an_error(tmp_path):
     (tmp_path / "bad.png").write_bytes(plain(3)[:60])
     with pytest.raises(DataError, match="none of the 1 pictures"):
         open_aspect((tmp_path, np.array([[40, 40]])), group=1).sample(0)

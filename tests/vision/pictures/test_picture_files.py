@@ -59,11 +59,46 @@ def test_metadata_lie_beside_their_pictures(tmp_path):
 
 def test_metadata_that_are_none_are_told(tmp_path):
     (tmp_path / "one.png").write_bytes(plain(1))
-    for junk in (b"{", b"[1]", b"\xff\xfe"):
+    for junk in (b"{", b"[1]", b"\xff\xfe", b""):
         (tmp_path / "one.json").write_bytes(junk)
         (file,) = find_pictures([tmp_path], rejects=Rejects())
         with pytest.raises(ValueError):  # noqa: PT011 - JSON, UTF-8 and shape have one class
             file.read_metadata()
+
+
+def test_metadata_that_are_a_link_to_nothing_are_told_to_who_asks(tmp_path):
+    (tmp_path / "one.png").write_bytes(plain(1))
+    (tmp_path / "one.json").symlink_to(tmp_path / "nowhere.json")
+    (file,) = find_pictures([tmp_path], rejects=Rejects())
+    assert file.read() == plain(1)
+    with pytest.raises(FileNotFoundError):
+        file.read_metadata()
+
+
+def test_pictures_of_one_key_have_metadata_of_their_own(tmp_path):
+    members = {
+        "1.5.png": plain(1),
+        "1.5.json": words(score=5),
+        "1.6.png": plain(2),  # has none
+        "1.7.png": plain(3),
+        "1.7.json": words(score=7),
+        "2.left.png": plain(4),  # share those of the key
+        "2.json": words(score=2),
+        "2.right.png": plain(5),
+        "2.own.JSON": words(score=3),
+        "2.own.png": plain(6),
+    }
+    write_tar(tmp_path / "dots.tar", members)
+    found = find_pictures([tmp_path], rejects=Rejects())
+    scores = {file.member: file.read_metadata().get("score") for file in found}
+    assert scores == {
+        "1.5.png": 5,
+        "1.6.png": None,
+        "1.7.png": 7,
+        "2.left.png": 2,
+        "2.right.png": 2,
+        "2.own.png": 3,
+    }
 
 
 @pytest.mark.parametrize(
