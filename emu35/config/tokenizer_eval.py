@@ -12,6 +12,13 @@ from emu35.config.stage import Precision, StageConfig
 ORIGINALS = "originals"
 """Column of what is measured of the originals themselves."""
 
+LOWEST, HIGHEST = 0.015, 0.64
+"""Bounds of heights of text: lines are drawn at 0.7 of the first and 1.25 of the last, and
+:mod:`emu35.data.scenes.lines` draws them from 0.01 to 0.8 of the picture."""
+
+SHORTEST = 0.7
+"""Height of the lowest line as a share of the first bound."""
+
 SMALLEST = 32
 """Pixels a side that every measure can work on (LPIPS over AlexNet needs 31)."""
 
@@ -80,6 +87,26 @@ class TextEvalConfig:
             yield (
                 f"stage.text.heights={self.heights} must rise between 0 and 1 (shares of the "
                 "picture's height), as in [0.05, 0.1, 0.2]"
+            )
+        elif self._drawn and not LOWEST <= self.heights[0] <= self.heights[-1] <= HIGHEST:
+            yield (
+                f"stage.text.heights={self.heights} must lie in [{LOWEST}, {HIGHEST}], or no line "
+                "can be drawn below the first and above the last; or use stage.text.generated=0"
+            )
+
+    @property
+    def _drawn(self) -> bool:
+        """Whether lines are drawn at heights that depend on the bounds."""
+        return bool(self.generated and self.heights)
+
+    def problems_with(self, *, side: int) -> Iterator[str]:
+        """What does not fit pictures of ``side`` pixels."""
+        pixels = SHORTEST * self.heights[0] * side if self._drawn else 1
+        if pixels < 1:
+            yield (
+                f"stage.text.heights[0]={self.heights[0]} and stage.resolutions={side} leave "
+                f"{pixels:.2g} pixels for a line of text; use larger pictures or heights, or "
+                "stage.text.generated=0"
             )
 
 
@@ -169,3 +196,5 @@ class TokenizerEvalConfig(StageConfig):
         for side in self.resolutions:
             if side < SMALLEST:
                 yield f"stage.resolutions={self.resolutions}: use at least {SMALLEST} pixels"
+        if self.resolutions:
+            yield from self.text.problems_with(side=min(self.resolutions))

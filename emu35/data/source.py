@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from emu35.config.data import CacheConfig, Damaged
 from emu35.data.cache import Unreachable
-from emu35.data.index import checksum_range, read_indices
+from emu35.data.index import checksum_of, checksum_range, read_indices
 from emu35.data.index_file import ShardIndex, packed_length
 from emu35.data.pieces import Piece, read_pieces
 from emu35.data.place import Place
@@ -201,7 +201,6 @@ class Source:
         With ``damaged=skip``, a document that cannot be read has no words and no runs. One that
         comes several times in a row is checked once, and gives the same pair.
         """
-        reduce = np.bitwise_xor.reduce
         before, pair = -1, (_NO_WORDS, _NO_WORDS)
         for document, shard, word, length, run_word, runs, checksum in zip(
             documents.tolist(),
@@ -222,9 +221,9 @@ class Source:
                 yield _NO_WORDS, _NO_WORDS
                 continue
             start, stop = checksum_range(token_word=word, run_word=run_word, runs=runs)
-            if reduce(file.wide[start:stop]) != checksum:
+            if checksum_of(file.wide[start:stop]) != checksum:
                 file = self._renewed(shard)
-                if file is None or reduce(file.wide[start:stop]) != checksum:
+                if file is None or checksum_of(file.wide[start:stop]) != checksum:
                     self.leave_out(document)
                     yield _NO_WORDS, _NO_WORDS
                     continue

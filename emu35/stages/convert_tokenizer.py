@@ -48,6 +48,7 @@ def convert_tokenizer(
             f"{source} is a tokenizer of another package; only IBQ has these layouts: copy it"
         )
     model, digest = read_folder(source), weights_digest(source)
+    _refuse_diverged(model, source=source)
     write = write_hf_folder if options.layout is Layout.hf else write_folder
     with appearing(options.out) as folder:
         write(model, folder=folder, digest=digest)
@@ -60,6 +61,15 @@ def convert_tokenizer(
         f"same codes; shards know it as {digest[:12]}"
     )
     return options.out
+
+
+def _refuse_diverged(model: IBQ, *, source: Path) -> None:
+    for name, weight in model.state_dict().items():
+        if not bool(weight.isfinite().all()):
+            raise ReleaseError(
+                f"{source}: {name} holds NaN or infinity: the tokenizer diverged; train it again "
+                "with a lower optim.lr, or convert another one"
+            )
 
 
 def _check_same(model: IBQ, *, folder: Path, out: Path) -> None:

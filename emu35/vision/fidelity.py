@@ -70,5 +70,5 @@ def _blurred(x_N1HW: torch.Tensor) -> torch.Tensor:
 
 
 def is_capped(decibels: float) -> bool:
-    """Whether a PSNR is that of a picture without any error."""
+    """Whether a PSNR is that of a picture with no error, or with next to none."""
     return math.isclose(decibels, PSNR_CAP)

@@ -37,6 +37,7 @@ TRUST_VARIABLE = "EMU35_TRUST_CODEC"
 
 _FIELDS = {"codec": str, "factor": int, "codebook_size": int, "dtype": str, "arguments": dict}
 _NEEDED = ("codec", "factor", "codebook_size")
+_BYTECODE = "__pycache__"
 _PROBE_GRID = (2, 3)
 """Rows and columns of the picture that a codec is tried with; unequal, so that a swap shows."""
 
@@ -108,7 +109,8 @@ def read_plug(folder: Path) -> Plug:
 
 
 def plugged_digest(folder: Path) -> str:
-    """SHA-256 over the names and the bytes of all files below ``folder``, hidden ones left out.
+    """SHA-256 over the names and the bytes of all files below ``folder``. Hidden ones are left out,
+    and what Python writes beside code that it imports.
 
     Raises:
         OSError: one cannot be read.
@@ -116,7 +118,9 @@ def plugged_digest(folder: Path) -> str:
     sha = hashlib.sha256()
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
     for name, path in sorted(paths.items()):
-        if path.is_file() and not any(part.startswith(".") for part in Path(name).parts):
+        parts = Path(name).parts
+        left_out = _BYTECODE in parts or any(part.startswith(".") for part in parts)
+        if path.is_file() and not left_out:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             sha.update(f"{name}\0{content}\n".encode(errors="surrogateescape"))
@@ -152,6 +156,11 @@ def load_plugged(folder: Path, *, device: torch.device, trust: CodecTrust) -> "P
         plugged.decode(plugged.encode(pixels_B3HW))
     except DataError as error:
         raise ReleaseError(f"{error}; mend the codec") from error
+    except Exception as error:
+        raise ReleaseError(
+            f"{folder} ({plug.codec}) fails on a picture of {pixels_B3HW.shape[2]} x {pixels_B3HW.shape[3]} "
+            f"pixels: {type(error).__name__}: {error}; any multiple of its factor must do"
+        ) from error
     return plugged
 
 

@@ -106,6 +106,10 @@ CHANGES: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
         lambda s: s.update({"quant_conv.bias": torch.zeros(9)}),
         r"quant_conv.bias is \[9\], not \[8\]",
     ),
+    (
+        lambda s: s.update({"quant_conv.bias": torch.zeros(8, dtype=torch.int8)}),
+        "quant_conv.bias is of type torch.int8, no floating-point one",
+    ),
 ]
 
 
@@ -127,6 +131,8 @@ def test_weights_that_do_not_fit_are_named(
         ("[]", "has model_type None, not 'ibq'"),
         ('{"model_type": "Emu3"}', "has model_type 'Emu3', not 'ibq'"),
         ('{"model_type": "ibq", "ch": 32}', "lacks ch_mult"),
+        ('{"model_type": "ibq", "l2_normalize": true}', "l2_normalize is True, but an IBQ"),
+        ('{"model_type": "ibq", "resamp_with_conv": false}', "resamp_with_conv is False, but an"),
         ("\xff", "is not JSON"),
     ],
 )

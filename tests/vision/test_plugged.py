@@ -65,6 +65,11 @@ class Full(Grey):
         return torch.nn.functional.avg_pool2d(pixels_B3HW.mean(1, keepdim=True), self.factor)
 
 
+class Dies(Grey):
+    def encode(self, pixels_B3HW):
+        raise RuntimeError("squares alone")
+
+
 class Small(Grey):
     codebook_size = 16
 
@@ -82,7 +87,7 @@ def _opens(kind):
     return open_it
 
 
-grey, full, small = _opens(Grey), _opens(Full), _opens(Small)
+grey, full, small, dies = (_opens(kind) for kind in (Grey, Full, Small, Dies))
 constant = 3
 
 
@@ -155,6 +160,9 @@ def test_its_digest_is_that_of_all_its_files(package: str, tmp_path: Path) -> No
     assert codes_dtype(folder) == "bfloat16"
     digests = [weights_digest(folder)]
     (folder / ".cache").touch()
+    # Code in the folder itself leaves this when it is imported.
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "codec.cpython-311.pyc").write_bytes(b"compiled")
     assert weights_digest(folder) == digests[0]
     (folder / "levels.txt").write_text("16")
     digests.append(weights_digest(folder))
@@ -192,6 +200,10 @@ def test_a_codec_that_breaks_the_protocol_is_refused_when_it_is_opened(
         ({"factor": 8}, "factor is 4, but codec.yaml says 8"),
         ({"codec": "their_codec:nothing"}, "encode is no method; decode is no method"),
         ({"codec": "their_codec:broken"}, "cannot open .*: KeyError: 'weights'"),
+        (
+            {"codec": "their_codec:dies"},
+            "fails on a picture of 8 x 12 pixels: RuntimeError: squares alone",
+        ),
         ({"codec": "their_codec:constant"}, "has no callable 'constant'"),
         ({"codec": "no_such_codec:grey"}, "no_such_codec cannot be imported .*install its package"),
         ({"codec": "their_codec"}, "codec='their_codec' must be module:factory"),

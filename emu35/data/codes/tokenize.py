@@ -85,7 +85,10 @@ def tokenize(
 
     def report(manifest: Manifest) -> None:
         nonlocal usage
-        notes = [manifest.notes(_USAGE, path=Path(entry.path)) for entry in manifest.done]
+        notes = [
+            _usage_note(manifest, path=Path(entry.path), fingerprint=entry.fingerprint)
+            for entry in manifest.done
+        ]
         usage = usage_of(notes, codebook_size=meta.codebook_size)
         write_report(usage, folder=options.out)
 
@@ -202,7 +205,12 @@ class CodesShards:
         usage = Usage.none(self.meta.codebook_size)
         with writer:
             yield _Sink(writer=writer, usage=usage)
-        usage.write_note(manifest.notes(_USAGE, path=source.path))
+        usage.write_note(_usage_note(manifest, path=source.path, fingerprint=source.fingerprint))
+
+
+def _usage_note(manifest: Manifest, *, path: Path, fingerprint: str) -> Path:
+    """Of one content of an input: another may fail, and what was counted before still holds."""
+    return manifest.notes(_USAGE, path=path / fingerprint)
 
 
 def _refuse_codes(record: RawRecord | Reject) -> RawRecord | Reject:

@@ -87,4 +87,5 @@ def _identity(options: IngestOptions, *, encoder: PictureEncoder | None) -> dict
         "sequence_length": options.sequence_length,
         "dedup": options.dedup.value,
         "clips": ", ".join(options.clips.names) if options.clips is not None else None,
+        "pictures": str(options.pictures.resolve()) if options.pictures is not None else None,
     }

@@ -63,7 +63,7 @@ def run_job(
     finish: Callable[[Manifest], None] | None = None,
 ) -> IngestSummary:
     """Make ``product`` of the inputs that are not done yet; ``finish`` sees the books at the end,
-    while no other run can write to them.
+    while no other run can write to them, unless the earlier shards were to be replaced and stay.
 
     Raises:
         DataError: the output folder cannot be used, an input changed or has too many rejects, or
@@ -91,7 +91,8 @@ def run_job(
             job.run(todo, skipped_bytes=sum(s.size for s in inputs if s not in todo))
         failures = job.failures
         _join_rejects(manifest, failed=[source for source, _ in failures])
-        if finish is not None:
+        # Where nothing came in the place of earlier shards, their report stays as well.
+        if finish is not None and not manifest.retired:
             finish(manifest)
     summary = _summary(manifest, inputs=len(inputs), todo=todo, begin=begin)
     rejects = options.out / REJECTS

@@ -33,7 +33,7 @@ from emu35.files import sync_folder
 
 _BOOKS = ".ingest"
 _FORMAT = 1
-_UNNAMED = {"dedup": "none", "clips": None}
+_UNNAMED = {"dedup": "none", "clips": None, "pictures": None}
 _LATER_OPTIONS = {"starts": "random", "layout": None, **_UNNAMED}
 """Options that books of an earlier version do not name, with what they come to. Those that are
 unnamed are no part of the names of notes either, so that notes of earlier versions are found."""

@@ -105,6 +105,7 @@ class Reason(StrEnum):
     bad_codes = "not codes as emu35 data tokenize writes them"
     are_codes = "codes already, no picture"
     missing_file = "missing or unreadable file"
+    is_link = "link in a tar"
     not_downloaded = "picture is an address, not a file"
     too_large = "file too large"
     picture_too_long = "picture longer than the sequence length"

@@ -5,6 +5,10 @@ Members that share a key (the name up to the first dot of its last part) are one
 ``emu35 data tokenize`` wrote has the codes of a picture in its place (``codes.npy``), and in the
 field :data:`TOKENIZED` of its ``json`` whose codes they are.
 
+What a record does not need, such as masks and embeddings beside the picture, is left alone. What
+may be a record that cannot be read is named: keys of which no member is known, pictures whose names
+hide their ending behind further dots, links.
+
 A gap in the middle of a damaged tar cannot be told from its end: everything before it is kept, and
 the reject names the byte where the tar breaks off.
 """
@@ -13,7 +17,7 @@ import gzip
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -57,18 +61,24 @@ def _read_members(file: IO[bytes], *, captions: Captions) -> Iterator[RawRecord 
     key: str | None = None
     skipped: str | None = None
     members: Members = {}
+    unused: list[str] = []
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             # The list of members would otherwise grow with the tar.
             cast(Any, tar).members = []
             name, extension = split_key(member.name)
+            if member.islnk() or member.issym():
+                yield _link(member)
             if not member.isreg() or name is None or name == skipped:
                 continue
-            if name != key:
+            if name != key or extension in members:
                 if key is not None:
-                    yield from _finish(key, members, offset=member.offset, captions=captions)
-                key, members = name, {}
+                    yield from _finish(
+                        key, members, unused=unused, offset=member.offset, captions=captions
+                    )
+                key, members, unused = name, {}, []
             if extension not in _KINDS:
+                unused.append(member.name)
                 continue
             if member.size > LARGEST_MEMBER:
                 yield Reject(
@@ -83,7 +93,7 @@ def _read_members(file: IO[bytes], *, captions: Captions) -> Iterator[RawRecord 
             assert data is not None
             members[extension] = data.read()
         if key is not None:
-            yield from _finish(key, members, offset=tar.offset, captions=captions)
+            yield from _finish(key, members, unused=unused, offset=tar.offset, captions=captions)
         # tarfile takes a damaged header for the end of the archive and says nothing.
         file.seek(tar.offset)
         block = file.read(tarfile.BLOCKSIZE)
@@ -105,11 +115,30 @@ def split_key(name: str) -> tuple[str | None, str]:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
+def _link(member: tarfile.TarInfo) -> Reject:
+    return Reject(
+        id=member.name,
+        reason=Reason.is_link,
+        detail=f"a link to {member.linkname}; write the tar with --dereference --hard-dereference",
+        offset=member.offset,
+    )
+
+
+def _why_no_picture(unused: Sequence[str]) -> str:
+    """What to say of a record without one, given its members that are of no known kind."""
+    if not unused:
+        return ""
+    if hidden := [name for name in unused if name.lower().rpartition(".")[2] in PICTURES]:
+        return (
+            f"{hidden[0]} is none, because the key of a member ends at its first dot; let no other "
+            "dot stand before the ending"
+        )
+    return f"{unused[0]} is of no kind that is read ({', '.join(_KINDS)})"
+
+
 def _finish(
-    key: str, members: Members, *, offset: int, captions: Captions
+    key: str, members: Members, *, unused: Sequence[str], offset: int, captions: Captions
 ) -> Iterator[RawRecord | Reject]:
-    if not members:
-        return
     picture: bytes | RawCodes | None = next(
         (members[kind] for kind in PICTURES if kind in members), None
     )
@@ -132,6 +161,7 @@ def _finish(
             offset=offset,
             fields=fields,
             captions=captions,
+            why_none=_why_no_picture(unused),
         )
 
 

@@ -120,14 +120,14 @@ def notes(evaluation: Evaluation) -> list[str]:
     """What the reader of the table should know."""
     found: list[str] = []
     exact = [
-        f"{name} at {each.side} pixels: {summary.counts['without_error']}"
+        f"{name} at {each.side} pixels: {summary.counts['psnr_capped']}"
         for each in evaluation.resolutions
         for name, summary in each.tokenizers.items()
-        if summary.counts["without_error"]
+        if summary.counts["psnr_capped"]
     ]
     if exact:
         found.append(
-            f"Pictures without any error, whose PSNR is infinite and counts as {PSNR_CAP:g} dB: "
+            f"Pictures with no error or next to none, whose PSNR counts as {PSNR_CAP:g} dB: "
             f"{'; '.join(exact)}."
         )
     if any(each.originals.counts["lines"] for each in evaluation.resolutions):

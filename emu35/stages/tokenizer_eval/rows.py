@@ -60,8 +60,8 @@ def _pixel_rows() -> Iterator[Row]:
         better=Better.higher,
         form=".2f",
         label=(
-            "mean over pictures of 10 log10(255^2 / mean squared error) of 8-bit RGB; a picture "
-            f"without error counts as {PSNR_CAP:g}"
+            "mean over pictures of 10 log10(255^2 / mean squared error) of 8-bit RGB, "
+            f"{PSNR_CAP:g} at the most"
         ),
     )
     yield Row(

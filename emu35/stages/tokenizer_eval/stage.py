@@ -1,7 +1,7 @@
 """``stage=tokenizer_eval``: the assembly."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -206,35 +206,46 @@ def _versions() -> dict[str, str]:
 def _write(
     evaluation: Evaluation, *, subject: Subject, found: Sequence[Resolution], run_dir: Path
 ) -> None:
-    sections = [section for each in found for section in _sections(each, subject=subject)]
-    write_output(run_dir / PAGE_FILE, content=page(evaluation, sections=sections).encode("ascii"))
     write_output(run_dir / TABLE_FILE, content=table_markdown(evaluation).encode())
+    # Pictures are read once more for it: the numbers depend on nothing that may go wrong there.
+    sections = [section for each in found for section in sections_of(each, subject=subject)]
+    write_output(run_dir / PAGE_FILE, content=page(evaluation, sections=sections).encode("ascii"))
     # Last: who finds it finds the others.
     text = json.dumps(evaluation.to_json(), indent=1, allow_nan=False) + "\n"
     write_output(run_dir / RESULTS_FILE, content=text.encode("ascii"))
     print(table_text(evaluation), end="", flush=True)
 
 
-def _sections(found: Resolution, *, subject: Subject) -> list[Section]:
+def sections_of(found: Resolution, *, subject: Subject) -> list[Section]:
     shown = subject.stage.shown
     sections = [
         Section(
             title=f"{choice.title}, {found.side} pixels",
-            pictures=[_picture(number, found=found, subject=subject) for number in choice.numbers],
+            pictures=_still_there(
+                _picture(number, found=found, subject=subject) for number in choice.numbers
+            ),
         )
         for choice in choose(found, shown=shown)
     ]
-    texts = [
+    texts = _still_there(
         _text(number, found=found, subject=subject) for number in choose_texts(found, shown=shown)
-    ]
+    )
     return [*sections, Section(title=f"Text read worst, {found.side} pixels", pictures=texts)]
 
 
-def _picture(number: int, *, found: Resolution, subject: Subject) -> Shown:
-    """Decoded once more, alone: keeping every picture that might be shown would take more."""
+def _still_there(pictures: Iterable[Shown | None]) -> list[Shown]:
+    """Those that could be read again."""
+    return [picture for picture in pictures if picture is not None]
+
+
+def _picture(number: int, *, found: Resolution, subject: Subject) -> Shown | None:
+    """Decoded once more, alone: keeping every picture that might be shown would take more. None if
+    it cannot be read any more."""
     loaded = load(
         range(number, number + 1), files=subject.files, side=found.side, rejects=subject.rejects
     )
+    if not loaded.numbers:
+        return None
     return _shown(
         loaded.levels_B3HW,
         name=subject.files[number].name,
@@ -243,9 +254,10 @@ def _picture(number: int, *, found: Resolution, subject: Subject) -> Shown:
     )
 
 
-def _text(number: int, *, found: Resolution, subject: Subject) -> Shown:
+def _text(number: int, *, found: Resolution, subject: Subject) -> Shown | None:
     text = subject.texts.load(number, side=found.side, rejects=subject.rejects)
-    assert text is not None
+    if text is None:
+        return None
     levels_HW3 = torch.from_numpy(text.picture.copy())
     return _shown(
         levels_HW3.permute(2, 0, 1)[None],

@@ -134,7 +134,7 @@ def _summary(
     }
     counts = {
         "pictures": len(found.pictures),
-        "without_error": sum(is_capped(decibels) for decibels in pixels["psnr"]),
+        "psnr_capped": sum(is_capped(decibels) for decibels in pixels["psnr"]),
         "codes": usage.codes,
         "codes_used": usage.used,
         "lines": len(found.lines),

@@ -4,7 +4,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -64,13 +64,18 @@ class TextSet:
 def _truth(file: PictureFile) -> list[str] | None:
     if not file.member:
         return truth_beside(file.path)
-    place = _texts(file.path).get(str(Path(file.member).with_suffix("")))
+    place = _texts(file.path).get(_key(file.member))
     if place is None:
         return None
     offset, size = place
     with file.path.open("rb") as tar:
         tar.seek(offset)
         return tar.read(size).decode("utf-8").splitlines()
+
+
+def _key(member: str) -> str:
+    """A member's name without its ending, however the tar spells its folder ('./a.png')."""
+    return str(PurePosixPath(member).with_suffix(""))
 
 
 @lru_cache(maxsize=8)
@@ -81,7 +86,7 @@ def _texts(path: Path) -> dict[str, tuple[int, int]]:
         try:
             for member in tar:
                 if member.isfile() and member.name.endswith(".txt"):
-                    found[member.name.removesuffix(".txt")] = (member.offset_data, member.size)
+                    found[_key(member.name)] = (member.offset_data, member.size)
         except tarfile.TarError:
             return found  # it ends early, which whoever lists its pictures has named
     return found

@@ -53,6 +53,16 @@ DDCONFIG_FIELDS = (
 )
 FLAT_FIELDS = ("n_embed", "embed_dim")
 
+_FIXED = {
+    "double_z": False,
+    "resamp_with_conv": True,
+    "tanh_out": False,
+    "give_pre_end": False,
+    "cosine_similarity": False,
+    "l2_normalize": False,
+}
+"""Switches of the official code that IBQ has in one position alone; configs need not name them."""
+
 RELEASED_GROUPS = 32
 """Groups of every normalisation in released tokenizers, a constant of the official code."""
 
@@ -220,19 +230,19 @@ def config_from_yaml(values: object, *, path: Path) -> IBQConfig:
     if not isinstance(values, dict) or not isinstance(values.get("ddconfig"), dict):
         raise ReleaseError(f"{path} has no section 'ddconfig'; it is not an IBQ tokenizer")
     ddconfig = values["ddconfig"]
-    if ddconfig.get("double_z", False):
-        raise ReleaseError(f"{path}: ddconfig.double_z is true; IBQ needs double_z: false")
-    if values.get("cosine_similarity") or values.get("l2_normalize"):
-        raise ReleaseError(
-            f"{path}: normalised codebooks are not supported; codes are plain dot products"
-        )
-    flat = {name: values[name] for name in (*FLAT_FIELDS, "norm_groups") if name in values}
+    flat = {name: values[name] for name in (*FLAT_FIELDS, "norm_groups", *_FIXED) if name in values}
     return _config_of({**ddconfig, **flat}, path=path)
 
 
 def _config_of(values: Mapping[str, Any], *, path: Path) -> IBQConfig:
     """The config whose fields are in ``values``; whatever else is there concerns training or other
     readers. Raises: ReleaseError if a field is missing or of another type."""
+    for name, expected in _FIXED.items():
+        if name in values and bool(values[name]) is not expected:
+            raise ReleaseError(
+                f"{path}: {name} is {values[name]!r}, but an IBQ tokenizer has {expected!r}: with "
+                "these weights it would compute something else"
+            )
     wanted = (*DDCONFIG_FIELDS, *FLAT_FIELDS)
     found = {name: values[name] for name in (*wanted, "norm_groups") if name in values}
     # Dropout alone does not shape the network, so an absent one means none.

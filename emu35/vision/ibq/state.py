@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -24,8 +25,11 @@ def check_state(
     the file ``config`` beside it describes.
 
     Raises:
-        ReleaseError: naming what is missing, unknown or of another shape.
+        ReleaseError: naming what is missing, unknown or of another shape or kind of number.
     """
+    strange = [key for key in state if not isinstance(cast(object, key), str)]
+    if strange:
+        raise ReleaseError(f"{path} has the key {strange[0]!r}, which is no name; copy it again")
     problems = [
         f"{title} {_some(sorted(names))}"
         for title, names in (
@@ -38,6 +42,11 @@ def check_state(
         f"{name} is {list(state[name].shape)}, not {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
+    ][:_NAMED]
+    problems += [
+        f"{name} is of type {tensor.dtype}, no floating-point one"
+        for name, tensor in state.items()
+        if name in expected and not tensor.is_floating_point()
     ][:_NAMED]
     if problems:
         raise ReleaseError(f"{path} does not fit the {config} beside it: " + "; ".join(problems))

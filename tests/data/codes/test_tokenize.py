@@ -227,6 +227,20 @@ def test_other_options_are_refused_and_replaced_when_asked(tmp_path: Path) -> No
         tokenized([], out, workers=0, max_rejects=2.0)
 
 
+def test_a_replacement_that_fails_leaves_the_earlier_report(tmp_path: Path) -> None:
+    path, out = write_pairs(tmp_path / "a.tar", count=3), tmp_path / "out"
+    tokenized([path], out)
+    report = (out / "usage.json").read_bytes()
+    write_pairs(path, count=3, bad=3)
+    with pytest.raises(DataError, match="The earlier shards were kept"):
+        tokenized([path], out, existing=Existing.replace)
+    assert (out / "usage.json").read_bytes() == report
+    assert len(records_of(out)) == 3
+    write_pairs(path, count=3)
+    more = write_pairs(tmp_path / "b.tar", count=2, first=3)
+    assert tokenized([path, more], out).usage.pictures == 5
+
+
 def test_inputs_without_pictures_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{}")
     (tmp_path / "empty").mkdir()

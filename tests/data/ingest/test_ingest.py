@@ -187,6 +187,19 @@ def test_other_options_and_changed_inputs_are_refused(tmp_path: Path) -> None:
     assert len(documents_of(out)) == 5
 
 
+def test_pictures_of_two_folders_do_not_mix(tmp_path: Path) -> None:
+    inputs: list[Path] = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png(width=32, height=32, grey=9))
+        inputs.append(tmp_path / f"{name}.jsonl")
+        inputs[-1].write_text(json.dumps({"image": "0.png", "caption": name}) + "\n")
+    out = tmp_path / "out"
+    ingest(options_of(inputs[:1], out, pictures=tmp_path / "one"), encoder=GreyLevels())
+    with pytest.raises(DataError, match=r"other options: pictures was .*one and is .*two"):
+        ingest(options_of(inputs, out, pictures=tmp_path / "two"), encoder=GreyLevels())
+
+
 def test_shards_of_unknown_origin_are_left_alone(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "x.tar", count=4)
     out = tmp_path / "out"

@@ -223,6 +223,9 @@ def test_two_ranks_find_what_one_finds(done: Path, tmp_path: Path) -> None:
         (["parallel.tp=2", "launch.nproc=2"], "data-parallel only"),
         (["stage.tokenizers.originals=x"], "has the name of another column"),
         (["stage.text.heights=[0.2,0.1]"], "must rise between 0 and 1"),
+        (["stage.text.heights=[0.001,0.1]"], "must lie in [0.015, 0.64]"),
+        (["stage.text.heights=[0.1,0.9]"], "must lie in [0.015, 0.64]"),
+        (["stage.text.heights=[0.02]"], "leave 0.45 pixels for a line of text"),
     ],
 )
 def test_bad_input_is_refused(

@@ -32,6 +32,7 @@ from emu35.stages.tokenizer_eval.measure import Resolution, Subject, measure, re
 from emu35.stages.tokenizer_eval.page import choose, choose_texts
 from emu35.stages.tokenizer_eval.records import Findings, PictureFigures
 from emu35.stages.tokenizer_eval.report import Evaluation, notes, table_text
+from emu35.stages.tokenizer_eval.stage import sections_of
 from emu35.stages.tokenizer_eval.summary import Summaries, summarise
 from emu35.stages.tokenizer_eval.writing import TextSet
 from emu35.vision.lpips import Backbone
@@ -111,8 +112,8 @@ def test_an_exact_tokenizer_loses_nothing_and_that_is_said(tmp_path: Path) -> No
     assert exact.figures["ssim"] == pytest.approx(1)
     assert exact.figures["lpips"] == pytest.approx(0, abs=1e-6)
     assert exact.figures["frechet_wavelets"] == pytest.approx(0, abs=1e-6)
-    assert exact.counts["without_error"] == 50
-    assert coarse.counts["without_error"] == 0
+    assert exact.counts["psnr_capped"] == 50
+    assert coarse.counts["psnr_capped"] == 0
     assert coarse.counts["codes_used"] == 8
     for key in ("psnr", "ssim"):
         assert (coarse.figures[key] or 0) < (exact.figures[key] or 0)
@@ -127,10 +128,7 @@ def test_an_exact_tokenizer_loses_nothing_and_that_is_said(tmp_path: Path) -> No
         settings={"lpips_backbone": "alexnet", "face_embedder": "dlib"},
         bounds=stage.text.heights,
     )
-    assert (
-        "whose PSNR is infinite and counts as 100 dB: exact at 40 pixels: 50."
-        in notes(evaluation)[0]
-    )
+    assert "whose PSNR counts as 100 dB: exact at 40 pixels: 50." in notes(evaluation)[0]
     assert "100.00" in table_text(evaluation)
     assert [len(choice.numbers) for choice in choose(found, shown=20)] == [20, 20, 10]
 
@@ -304,3 +302,35 @@ def test_the_worst_and_the_best_pictures_are_shown_once() -> None:
     assert [choice.numbers for choice in choose(found, shown=1)] == [[1], [2], [0]]
     assert [choice.numbers for choice in choose(found, shown=3)] == [[1, 3, 0], [2], []]
     assert [choice.numbers for choice in choose(found, shown=0)] == [[], [], []]
+
+
+def test_text_in_a_tar_is_found_however_its_folder_is_spelled(tmp_path: Path) -> None:
+    path = tmp_path / "texts.tar"
+    picture = (write_greys(tmp_path / "greys", count=1) / "00.png").read_bytes()
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("./a.png", picture), ("./a.txt", b"HELLO")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (file,) = find_pictures([str(path)], rejects=Rejects())
+    texts = TextSet(config=TextEvalConfig(generated=0), files=[file], seed=0)
+    found = texts.load(0, side=32, rejects=Rejects())
+    assert found is not None
+    assert found.truth == ["HELLO"]
+
+
+def test_a_picture_that_went_away_is_left_out_of_the_page(tmp_path: Path) -> None:
+    folder = write_greys(tmp_path / "greys", count=3)
+    stage = TokenizerEvalConfig(pictures=[str(folder)], text=TextEvalConfig(generated=0))
+    subject = subject_of(stage, exact=GreyCodec())
+    found, _ = measured(subject, side=32)
+    gone = min(folder.iterdir())
+    gone.unlink()
+    names = [
+        picture.name
+        for section in sections_of(found, subject=subject)
+        for picture in section.pictures
+    ]
+    assert len(names) == 2
+    assert gone.name not in " ".join(names)
+    assert any(gone.name in name for name in subject.rejects.reasons)
