@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from emu35.config.check import divisors
+from emu35.config.check import divisors, seeds
 from emu35.config.data import Overlong, TokenDataConfig
 from emu35.config.dida import DiDAConfig, row_length
 from emu35.config.dida_eval import DiDAEvalConfig
@@ -42,8 +42,7 @@ def validate(config: RunConfig) -> None:
 
 def find_problems(config: RunConfig) -> Iterator[str]:
     """All problems of ``config``, first within sections, then across them."""
-    if not 0 <= config.seed < 2**32:
-        yield f"seed={config.seed} must lie in 0..{2**32 - 1}, what every generator accepts"
+    yield from seeds("", seed=config.seed)
     for section in (
         config.model,
         config.tokenizer,
@@ -105,6 +104,11 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
             yield (
                 f"model.n_embed={config.model.n_embed} differs from "
                 f"tokenizer.codebook_size={config.tokenizer.codebook_size}; make them equal"
+            )
+        elif (config.model.in_channels, config.model.out_ch) != (3, 3):
+            yield (
+                f"model.in_channels={config.model.in_channels} and model.out_ch="
+                f"{config.model.out_ch}, but pictures have 3 channels; use 3 for both"
             )
         if not isinstance(config.data, ImageDataConfig):
             yield f"stage=ibq reads pictures, but data.kind={config.data.kind}"

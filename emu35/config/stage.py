@@ -220,6 +220,11 @@ class IBQStageConfig(StageConfig):
             quantization_weight=self.quantization_weight,
             commitment=self.commitment,
         )
+        if not self.reconstruction_weight + self.mse_weight + self.perceptual.weight > 0:
+            yield (
+                "stage.reconstruction_weight, mse_weight and perceptual.weight are 0, so that "
+                "nothing compares reconstructions with pictures; give one a weight"
+            )
         yield from fraction("stage", quantizer_warmup=self.quantizer_warmup)
         if not 0 <= self.ema_decay < 1:
             yield f"stage.ema_decay={self.ema_decay} must lie in [0, 1)"

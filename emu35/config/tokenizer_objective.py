@@ -4,11 +4,12 @@ Every term has a ``weight`` in the generator's loss. At 0 the term is off: nothi
 disk for it and nothing is computed. Steps count from 1, as everywhere in training.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from emu35.config.check import at_least
+from emu35.config.check import at_least, seeds
 from emu35.config.model import IBQConfig
 
 VGG_SIDE = 16
@@ -40,7 +41,8 @@ class PerceptualConfig:
 
     def problems(self) -> Iterator[str]:
         where = "stage.perceptual"
-        yield from at_least(where, 0, weight=self.weight, seed=self.seed)
+        yield from at_least(where, 0, weight=self.weight)
+        yield from seeds(where, seed=self.seed)
         reads = self.kind is PerceptualKind.lpips
         if self.weight > 0 and reads and not self.weights:
             yield (
@@ -160,7 +162,8 @@ class DistillationConfig:
 
     def problems(self) -> Iterator[str]:
         where = "stage.distillation"
-        yield from at_least(where, 0, weight=self.weight, layer=self.layer, seed=self.seed)
+        yield from at_least(where, 0, weight=self.weight, layer=self.layer)
+        yield from seeds(where, seed=self.seed)
         yield from at_least(where, 1, hidden=self.hidden)
         reads = self.kind is TeacherKind.vision_tower
         if self.weight > 0 and reads and not self.teacher:
@@ -205,8 +208,11 @@ class EntropyConfig:
             sample_weight=self.sample_weight,
             codebook_weight=self.codebook_weight,
         )
-        if not self.temperature > 0:
-            yield f"{where}.temperature={self.temperature} must be positive"
+        if not 1e-6 <= self.temperature < math.inf:
+            yield (
+                f"{where}.temperature={self.temperature} must be finite and at least 1e-6, or "
+                "logits divided by it leave the range of fp32"
+            )
         if self.weight > 0 and not (self.sample_weight > 0 or self.codebook_weight > 0):
             yield (
                 f"{where}.sample_weight=0 and codebook_weight=0 leave nothing of the term; raise "

@@ -158,8 +158,9 @@ def load_plugged(folder: Path, *, device: torch.device, trust: CodecTrust) -> "P
         raise ReleaseError(f"{error}; mend the codec") from error
     except Exception as error:
         raise ReleaseError(
-            f"{folder} ({plug.codec}) fails on a picture of {pixels_B3HW.shape[2]} x {pixels_B3HW.shape[3]} "
-            f"pixels: {type(error).__name__}: {error}; any multiple of its factor must do"
+            f"{folder} ({plug.codec}) fails on a picture of {rows * plug.factor} x "
+            f"{columns * plug.factor} pixels: {type(error).__name__}: {error}; any multiple of its "
+            "factor must do"
         ) from error
     return plugged
 

@@ -58,7 +58,10 @@ def test_every_term_is_off_unless_it_is_asked_for(name: str) -> None:
             DistillationConfig(kind=TeacherKind.random_features, teacher="siglip"),
             "stage.distillation.teacher=siglip is not read with",
         ),
-        (EntropyConfig(temperature=0.0), "stage.entropy.temperature=0.0 must be positive"),
+        (
+            EntropyConfig(temperature=0.0),
+            "stage.entropy.temperature=0.0 must be finite and at least 1e-6",
+        ),
         (
             EntropyConfig(weight=0.1, sample_weight=0.0, codebook_weight=0.0),
             "leave nothing of the term",
@@ -81,7 +84,7 @@ def test_entropy_is_refused_exactly_where_it_is_undefined(
     config = EntropyConfig(
         weight=weight, sample_weight=sample, codebook_weight=codebook, temperature=temperature
     )
-    sound = min(weight, sample, codebook) >= 0 and temperature > 0
+    sound = min(weight, sample, codebook) >= 0 and temperature >= 1e-6
     sound = sound and (weight == 0 or max(sample, codebook) > 0)
     assert (not list(config.problems())) == sound
 

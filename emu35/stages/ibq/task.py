@@ -54,6 +54,8 @@ class IBQTask:
         self.run_dir, self.device = run_dir, device
         self.guard, self.clock = Guard(config.guard), StepClock(device=device)
         self.continuous_steps = int(self.stage.quantizer_warmup * self.stage.steps)
+        # Steps from which on the loss has another meaning.
+        self._turns = {self.continuous_steps + 1, self.stage.adversarial.start_step}
         self.rejects = Rejects()
         self.pictures = open_training_pictures(
             config.data,
@@ -115,6 +117,8 @@ class IBQTask:
         counts codes."""
         if step == self.continuous_steps + 1 and self.continuous_steps:
             self._start_codebook()
+        if step in self._turns:
+            self.guard.forget()
         with self.clock.marked(Phase.data):
             micro_batches = self.batches.micro_batches(step)
         means = Means(micro_batches=len(micro_batches))

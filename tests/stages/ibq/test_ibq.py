@@ -203,6 +203,24 @@ def test_settings_that_cannot_work_are_refused(pictures):
     validate(make_config(pictures))
 
 
+def test_a_network_that_makes_no_pictures_is_refused(pictures):
+    config = make_config(pictures, reconstruction_weight=0.0, mse_weight=0.0)
+    assert isinstance(config.model, IBQConfig)
+    config.model.out_ch = 1
+    text = "\n".join(find_problems(config))
+    assert "model.in_channels=3 and model.out_ch=1, but pictures have 3 channels" in text
+    assert "nothing compares reconstructions with pictures" in text
+
+
+def test_the_guard_begins_anew_where_the_objective_does(pictures, tmp_path):
+    config = make_config(pictures, steps=16, quantizer_warmup=0.5, quantization_weight=20.0)
+    config.guard.loss_factor, config.guard.window, config.guard.max_skipped = 2.0, 4, 16
+    run_in(tmp_path, config)
+    rows = rows_of(tmp_path)
+    assert rows[9]["loss"] > 2 * rows[8]["loss"], "the quantizer's own loss is new, and large"
+    assert rows[16]["skipped_steps"] == 0
+
+
 WORKER = """
 import sys
 from pathlib import Path

@@ -267,8 +267,12 @@ def test_terms_that_do_not_fit_the_pictures_are_refused(pictures):
     stage.distillation.layer = 9
     stage.entropy.temperature = 0.0
     stage.perceptual.kind = PerceptualKind.lpips
+    stage.distillation.seed = 2**70
+    stage.adversarial.weight = float("inf")
     text = "\n".join(find_problems(config))
     assert "stage.adversarial.layers=4 needs pictures of 48 pixels" in text
     assert "stage.distillation.layer=9 is beyond" in text
-    assert "stage.entropy.temperature=0.0 must be positive" in text
+    assert "stage.entropy.temperature=0.0 must be finite and at least 1e-6" in text
+    assert "stage.distillation.seed=1180591620717411303424 must lie in 0..4294967295" in text
+    assert "stage.adversarial.weight=inf must be finite" in text
     assert "stage.perceptual.weights is empty" in text
