@@ -3,7 +3,9 @@
 Damage (:class:`~emu35.config.data.Damaged`) is found at two moments. Opening finds shards that are
 not what their index says; left out, they are no part of the fingerprint, so that all ranks and a
 resumed run must find the same ones. Reading finds documents with altered bytes; in their place
-stand no tokens, which changes nothing for any other document.
+stand no tokens, which changes nothing for any other document. Local tars are mapped: one that is
+cut short in place, under a running job, ends it with SIGBUS, which no code can answer. Replace
+shards by renaming, as everything here does.
 """
 
 import hashlib
