@@ -83,7 +83,7 @@ def checksum_of(wide: npt.NDArray[np.uint64]) -> int:
     """Of the words of :func:`checksum_range`: their order counts, unlike in an exclusive-or, which
     misses exchanged blocks, zeros in the place of equal words, and one in 64 pairs of flipped bits.
     It is faster than that, too."""
-    return xxhash.xxh3_64_intdigest(wide)
+    return xxhash.xxh3_64_intdigest(wide.data)
 
 
 def build_index(shard: Path) -> ShardIndex:

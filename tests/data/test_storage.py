@@ -375,12 +375,15 @@ def test_a_copy_is_open_before_others_may_remove_it(
         replace(source, target)
         Path(target).unlink()  # another process makes room, at once
 
+    def fetch(to: Path) -> None:
+        shutil.copyfile(shard, to)
+
     monkeypatch.setattr(os, "replace", replace_and_lose)
     with ShardCache(cache).open(
         url="http://far/x.tar",
         digest=index.digest,
         size=index.tar_bytes,
-        fetch=lambda to: shutil.copyfile(shard, to),
+        fetch=fetch,
     ) as file:
         file.seek(0)
         assert file.read() == shard.read_bytes()
