@@ -5,7 +5,7 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-bash "$root/scripts/setup.sh" demo dev quantize rewards serve verify
+bash "$root/scripts/setup.sh" demo dev quantize rewards serve tokenizer verify
 if [ "${1:-}" = "--setup-only" ]; then
   exit 0
 fi

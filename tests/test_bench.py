@@ -131,3 +131,14 @@ def test_a_training_step_beside_its_rivals(bench: Path) -> None:
     assert found["packed_vs_hf"] <= 0.5
     assert found["packed_documents"] == 16
     assert {"plain_vs_hf", "plain_vs_torch"} <= found.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_quantizer_beside_its_formulas_as_written(bench: Path) -> None:
+    found = figures(bench / "ibq.py", "--quick")
+    # At this size times say nothing; memory and exactness do.
+    assert found["fused_mem_ratio"] < 0.8
+    assert found["gradient_error"] < 1e-4
+    assert found["encode_codes_different"] == 0
+    assert {"fused_speedup", "fused_cpu_speedup", "encode_speedup"} <= found.keys()

@@ -14,6 +14,6 @@ def test_everything_that_builds_emu35_is_installed_before_isolation_is_off(
     needed = {*build, "editables"}
     text = (repository / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
     (run,) = [line for line in text.splitlines() if "--no-build-isolation" in line]
-    assert '--editable ".[gpu]"' in run
+    assert '--editable ".[gpu,tokenizer]"' in run
     before, _ = run.split("--no-build-isolation")
     assert needed <= set(before.split())

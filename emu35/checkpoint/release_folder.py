@@ -32,6 +32,15 @@ from emu35.config import PathConfig, PathKind, TokenizerConfig, TokenizerKind
 from emu35.errors import ReleaseError
 from emu35.files import sync_folder
 from emu35.tokens.template import PromptTemplate
+from emu35.vision.ibq.folder import (
+    ORIGIN,
+    Layout,
+    ibq_digest,
+    layout_of,
+    read_folder,
+    write_folder,
+)
+from emu35.vision.plugged import is_plugged
 
 FACTS = "emu35.json"
 TEXT_FOLDER = "text_tokenizer"
@@ -147,18 +156,26 @@ def damaged_files(folder: Path, *, facts: ReleaseFacts) -> list[str]:
 
 
 def copy_vision_tokenizer(source: Path, *, folder: Path) -> None:
-    """Copy the two files of an image tokenizer into ``folder``/vision_tokenizer.
+    """The image tokenizer in ``source`` as ``folder``/vision_tokenizer, in the official layout; one
+    of another package as it is.
 
     Raises:
         ReleaseError: ``source`` is not the folder of an image tokenizer.
     """
+    target = folder / VISION_FOLDER
+    if is_plugged(source):
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
+        return
+    if layout_of(source) is Layout.hf:
+        write_folder(read_folder(source), folder=target, digest=ibq_digest(source))
+        return
     for name in VISION_FILES:
         if not (source / name).is_file():
             raise ReleaseError(
                 f"{source} is no image tokenizer: {name} is missing; "
                 "point tokenizer.vision at a folder with config.yaml and model.ckpt"
             )
-    target = folder / VISION_FOLDER
     target.mkdir()
-    for name in VISION_FILES:
+    noted = (ORIGIN,) if (source / ORIGIN).is_file() else ()
+    for name in (*VISION_FILES, *noted):
         shutil.copyfile(source / name, target / name)

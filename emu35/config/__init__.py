@@ -15,7 +15,6 @@ from emu35.config.checkpoint import CheckpointConfig
 from emu35.config.data import (
     DataConfig,
     FilterConfig,
-    ImageDataConfig,
     Interpolation,
     Overlong,
     Packing,
@@ -35,6 +34,12 @@ from emu35.config.engine import (
 )
 from emu35.config.grpo import GRPOConfig
 from emu35.config.guard import GuardConfig
+from emu35.config.images import (
+    Buckets,
+    ImageDataConfig,
+    PictureFilterConfig,
+    ScorerConfig,
+)
 from emu35.config.launch import LaunchConfig, LaunchKind
 from emu35.config.log import LogConfig, WandbMode
 from emu35.config.model import AttentionBackend, IBQConfig, LMConfig, ModelConfig
@@ -58,19 +63,41 @@ from emu35.config.stage import (
     StageConfig,
 )
 from emu35.config.tokenizer import TokenizerConfig, TokenizerKind
+from emu35.config.tokenizer_eval import (
+    FaceEvalConfig,
+    Fid,
+    LpipsBackbone,
+    LpipsConfig,
+    TextEvalConfig,
+    TokenizerEvalConfig,
+)
+from emu35.config.tokenizer_objective import (
+    AdversarialConfig,
+    DistillationConfig,
+    EntropyConfig,
+    PerceptualConfig,
+    PerceptualKind,
+    TeacherKind,
+)
 
 __all__ = [
     "FP8",
     "KINDS",
     "Adapter",
+    "AdversarialConfig",
     "AttentionBackend",
+    "Buckets",
     "CheckpointConfig",
     "DataConfig",
     "DiDAConfig",
     "DiDAEvalConfig",
+    "DistillationConfig",
     "EngineConfig",
+    "EntropyConfig",
     "FP8Recipe",
+    "FaceEvalConfig",
     "Features",
+    "Fid",
     "FilterConfig",
     "GRPOConfig",
     "GuardConfig",
@@ -87,6 +114,8 @@ __all__ = [
     "LoRATarget",
     "LogConfig",
     "LossWeights",
+    "LpipsBackbone",
+    "LpipsConfig",
     "ModelConfig",
     "NewRows",
     "NewRowsConfig",
@@ -96,6 +125,9 @@ __all__ = [
     "ParallelConfig",
     "PathConfig",
     "PathKind",
+    "PerceptualConfig",
+    "PerceptualKind",
+    "PictureFilterConfig",
     "Precision",
     "PretrainConfig",
     "PromptDataConfig",
@@ -107,10 +139,14 @@ __all__ = [
     "SFTConfig",
     "Sampler",
     "Schedule",
+    "ScorerConfig",
     "SourceConfig",
     "StageConfig",
+    "TeacherKind",
+    "TextEvalConfig",
     "TokenDataConfig",
     "TokenizerConfig",
+    "TokenizerEvalConfig",
     "TokenizerKind",
     "ValidationConfig",
     "WandbMode",

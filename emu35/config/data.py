@@ -1,4 +1,4 @@
-"""What a stage reads: token shards for the language model, pictures for the image tokenizer."""
+"""What a language model reads: token shards. The base of every data section is here too."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -267,28 +267,3 @@ def _areas(data: TokenDataConfig) -> Iterator[str]:
                     parse_area(section.area)
                 except ConfigError as error:
                     yield f"data.{kind}.{name}.area: {error}"
-
-
-@dataclass(kw_only=True, slots=True)
-class ImageDataConfig(DataConfig):
-    """Pictures for training the image tokenizer: webdataset tars or folders of image files.
-
-    With ``crop`` > 0, training sees random squares of that side, cut from the pictures after
-    they were resized to ``resolution``; validation always sees whole pictures.
-    """
-
-    kind: str = "images"
-    paths: list[str] = field(default_factory=list[str])
-    validation_paths: list[str] = field(default_factory=list[str])
-    resolution: int = 256
-    crop: int = 0
-    validation_images: int = 64
-
-    def problems(self) -> Iterator[str]:
-        yield from at_least("data", 1, resolution=self.resolution)
-        yield from at_least("data", 0, crop=self.crop)
-        if self.crop > self.resolution:
-            yield (
-                f"data.crop={self.crop} exceeds data.resolution={self.resolution}; "
-                "crops are cut from resized pictures (0: none)"
-            )

@@ -6,10 +6,8 @@ from enum import StrEnum
 
 from emu35.config.check import at_least
 from emu35.config.dida import Sampler
+from emu35.config.evaluation import TRAINING, training_problems
 from emu35.config.stage import StageConfig
-
-TRAINING = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "validate_every": 0}
-"""Fields that every stage has and an evaluation does not read, with the values they rest at."""
 
 
 class Features(StrEnum):
@@ -71,13 +69,8 @@ class DiDAEvalConfig(StageConfig):
     def problems(self) -> Iterator[str]:
         # Zero-argument super() fails in slotted dataclasses (the class is rebuilt).
         yield from StageConfig.problems(self)
-        for name, rest in TRAINING.items():
-            if (value := getattr(self, name)) != rest:
-                remedy = " (steps of decoding are stage.denoise_steps)" if name == "steps" else ""
-                yield (
-                    f"stage.{name}={value} is about training, and stage=dida_eval trains nothing; "
-                    f"leave it out{remedy}"
-                )
+        remedies = {"steps": "steps of decoding are stage.denoise_steps"}
+        yield from training_problems(self, remedies=remedies)
         if self.init_from is None:
             yield "stage.init_from names no model; give the run of stage=dida, or its release"
         if not self.prompts:

@@ -39,6 +39,11 @@ MAY_CHANGE = (
     "data.prefetch_steps",
     "data.damaged",
     "data.cache.*",
+    # Where it changes the order of pictures, the checkpoint refuses it.
+    "data.bucket_group",
+    "data.score_cache",
+    "data.decode_threads",
+    "data.scorers.*.device",
     "data.sources.*.area",
     "data.validation.*.area",
     "stage.micro_batch_size",

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from emu35.config.checkpoint import CheckpointConfig
-from emu35.config.data import DataConfig, ImageDataConfig, TokenDataConfig
+from emu35.config.data import DataConfig, TokenDataConfig
 from emu35.config.dida import DiDAConfig
 from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.engine import EngineConfig
 from emu35.config.grpo import GRPOConfig
 from emu35.config.guard import GuardConfig
+from emu35.config.images import SCORER_KINDS, ImageDataConfig, ScorerConfig
 from emu35.config.launch import LaunchConfig
 from emu35.config.log import LogConfig
 from emu35.config.model import IBQConfig, LMConfig, ModelConfig
@@ -21,6 +22,7 @@ from emu35.config.reward import RewardConfig
 from emu35.config.reward_kinds import REWARD_KINDS
 from emu35.config.stage import IBQStageConfig, PretrainConfig, SFTConfig, StageConfig
 from emu35.config.tokenizer import TokenizerConfig
+from emu35.config.tokenizer_eval import TokenizerEvalConfig
 
 KINDS: Mapping[str, Mapping[str, type]] = MappingProxyType(
     {
@@ -36,14 +38,18 @@ KINDS: Mapping[str, Mapping[str, type]] = MappingProxyType(
                 "dida_eval": DiDAEvalConfig,
                 "grpo": GRPOConfig,
                 "ibq": IBQStageConfig,
+                "tokenizer_eval": TokenizerEvalConfig,
             }
         ),
     }
 )
 """Sections with several kinds: section name -> kind -> class."""
 
-ENTRY_KINDS: Mapping[type, Mapping[str, type]] = MappingProxyType({RewardConfig: REWARD_KINDS})
-"""The same for entries of named sections (``stage.rewards.NAME``), by their base class."""
+ENTRY_KINDS: Mapping[type, Mapping[str, type]] = MappingProxyType(
+    {RewardConfig: REWARD_KINDS, ScorerConfig: SCORER_KINDS}
+)
+"""The same for entries of named sections (``stage.rewards.NAME``, ``data.scorers.NAME``), by their
+base class."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 
-from emu35.config.check import divisors
-from emu35.config.data import ImageDataConfig, Overlong, TokenDataConfig
+from emu35.config.check import divisors, seeds
+from emu35.config.data import Overlong, TokenDataConfig
 from emu35.config.dida import DiDAConfig, row_length
 from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.engine import FP8, FP8Recipe, LayerSpec, Recompute, RecomputeModule
 from emu35.config.grpo import GRPOConfig
 from emu35.config.grpo_rules import grpo_problems
+from emu35.config.images import Buckets, ImageDataConfig
 from emu35.config.model import IBQConfig, LMConfig
 from emu35.config.parallel import CPCommType, ParallelConfig
 from emu35.config.prompts import PromptDataConfig
@@ -21,7 +22,11 @@ from emu35.config.stage import (
     adapters_of,
     adapts_noisy_only,
 )
+from emu35.config.tokenizer_eval import TokenizerEvalConfig
 from emu35.errors import ConfigError
+
+NARROWEST = 0.6
+"""Shorter side of the longest bucket (21 to 9) in those of a square of its area, rounded down."""
 
 
 def validate(config: RunConfig) -> None:
@@ -37,8 +42,7 @@ def validate(config: RunConfig) -> None:
 
 def find_problems(config: RunConfig) -> Iterator[str]:
     """All problems of ``config``, first within sections, then across them."""
-    if not 0 <= config.seed < 2**32:
-        yield f"seed={config.seed} must lie in 0..{2**32 - 1}, what every generator accepts"
+    yield from seeds("", seed=config.seed)
     for section in (
         config.model,
         config.tokenizer,
@@ -54,6 +58,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     ):
         yield from section.problems()
     yield from _stage_parts(config)
+    yield from _tokenizer_terms(config)
     yield from _evaluation(config)
     yield from _adapters(config)
     yield from _layout(config)
@@ -100,6 +105,11 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
                 f"model.n_embed={config.model.n_embed} differs from "
                 f"tokenizer.codebook_size={config.tokenizer.codebook_size}; make them equal"
             )
+        elif (config.model.in_channels, config.model.out_ch) != (3, 3):
+            yield (
+                f"model.in_channels={config.model.in_channels} and model.out_ch="
+                f"{config.model.out_ch}, but pictures have 3 channels; use 3 for both"
+            )
         if not isinstance(config.data, ImageDataConfig):
             yield f"stage=ibq reads pictures, but data.kind={config.data.kind}"
         elif isinstance(config.model, IBQConfig) and config.data.resolution % config.model.factor:
@@ -112,10 +122,31 @@ def _stage_parts(config: RunConfig) -> Iterator[str]:
                 f"data.crop={config.data.crop} is not a multiple of the "
                 f"tokenizer's factor {config.model.factor}"
             )
+        elif config.data.bucket_group % max(stage.micro_batch_size, 1):
+            yield (
+                f"data.bucket_group={config.data.bucket_group} is not a multiple of "
+                f"stage.micro_batch_size={stage.micro_batch_size}, so a micro-batch would hold two "
+                "shapes; make it one (0: the micro-batch size itself)"
+            )
+
+
+def _tokenizer_terms(config: RunConfig) -> Iterator[str]:
+    stage, model, data = config.stage, config.model, config.data
+    if not isinstance(stage, IBQStageConfig) or not isinstance(data, ImageDataConfig):
+        return
+    side = data.crop or data.resolution
+    if data.buckets is Buckets.aspect:
+        side = int(NARROWEST * side)
+    yield from stage.perceptual.problems_with(side=side)
+    yield from stage.adversarial.problems_with(side=side)
+    if isinstance(model, IBQConfig):
+        yield from stage.distillation.problems_with(model)
 
 
 def _evaluation(config: RunConfig) -> Iterator[str]:
     stage = config.stage
+    if isinstance(stage, TokenizerEvalConfig) and config.parallel.model_ranks > 1:
+        yield f"stage={stage.kind} is data-parallel only; set parallel.tp, pp and cp to 1"
     if not isinstance(stage, DiDAEvalConfig):
         return
     if config.parallel.model_ranks > 1 or config.launch.world_size > 1:
@@ -161,8 +192,8 @@ def _layout(config: RunConfig) -> Iterator[str]:
     if isinstance(config.stage, IBQStageConfig):
         if parallel.model_ranks > 1:
             yield "stage=ibq is data-parallel only; set parallel.tp, pp and cp to 1"
-        if parallel.zero1:
-            yield "stage=ibq keeps its optimizer whole on every rank; set parallel.zero1=false"
+        return
+    if isinstance(config.stage, TokenizerEvalConfig):
         return
     sizes = (parallel.tp, parallel.pp, parallel.vpp, parallel.cp)
     if not isinstance(model, LMConfig) or min(sizes) < 1:
@@ -291,6 +322,8 @@ def _batch(config: RunConfig) -> Iterator[str]:
             f"launch.nproc={launch.nproc}; use a multiple of {ranks} ranks"
         )
         return
+    if isinstance(stage, TokenizerEvalConfig):
+        return  # batches of pictures need not come out even
     if isinstance(stage, GRPOConfig):
         return  # as many rows as the answers fill, made up to what the layout needs
     dp = launch.world_size // ranks

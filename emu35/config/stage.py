@@ -5,6 +5,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from emu35.config.check import at_least, fraction
+from emu35.config.tokenizer_objective import (
+    AdversarialConfig,
+    DistillationConfig,
+    EntropyConfig,
+    PerceptualConfig,
+)
 
 
 class Precision(StrEnum):
@@ -181,12 +187,13 @@ class SFTConfig(LMStageConfig):
 
 @dataclass(kw_only=True, slots=True)
 class IBQStageConfig(StageConfig):
-    """Image tokenizer training: reconstruction and quantization (paper section 2.3).
+    """Image tokenizer training (paper sections 2.3 and 5.2), a weight for each term of its loss.
 
     The first ``quantizer_warmup`` of the steps (a share, below 1) train encoder and decoder without
     the quantizer; the codebook then starts from the latent vectors. 0 quantizes from the first
     step, with a random codebook, and suits long runs only. ``mse_weight`` adds the squared error
-    to the absolute one.
+    to the absolute one. Terms that have a section of their own are off until it gives them a
+    weight. ``ema_decay`` is that of the averaged weights, which are validated and released.
     """
 
     kind: str = "ibq"
@@ -196,9 +203,15 @@ class IBQStageConfig(StageConfig):
     quantization_weight: float = 1.0
     commitment: float = 0.25
     ema_decay: float = 0.999
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
 
     def problems(self) -> Iterator[str]:
         yield from StageConfig.problems(self)
+        for term in (self.perceptual, self.adversarial, self.distillation, self.entropy):
+            yield from term.problems()
         yield from at_least(
             "stage",
             0,
@@ -207,6 +220,11 @@ class IBQStageConfig(StageConfig):
             quantization_weight=self.quantization_weight,
             commitment=self.commitment,
         )
+        if not self.reconstruction_weight + self.mse_weight + self.perceptual.weight > 0:
+            yield (
+                "stage.reconstruction_weight, mse_weight and perceptual.weight are 0, so that "
+                "nothing compares reconstructions with pictures; give one a weight"
+            )
         yield from fraction("stage", quantizer_warmup=self.quantizer_warmup)
         if not 0 <= self.ema_decay < 1:
             yield f"stage.ema_decay={self.ema_decay} must lie in [0, 1)"

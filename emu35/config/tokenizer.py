@@ -19,7 +19,8 @@ class TokenizerConfig:
     """Text table and codebook size; together they fix every id (see emu35.tokens.vocabulary).
 
     ``table`` is the path of the Qwen tiktoken file; left empty, the cache folder is searched.
-    ``vision`` is the folder of the image tokenizer (config.yaml, model.ckpt) that made the codes;
+    ``vision`` is the folder of the image tokenizer that made the codes (config.yaml and model.ckpt,
+    config.json and model.safetensors, or the codec.yaml of another package);
     generation decodes with it, a release contains a copy of it, and language models are trained
     only on shards that it encoded.
     """

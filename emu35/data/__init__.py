@@ -7,6 +7,8 @@ folders, text) into raw records or named rejects; :mod:`~emu35.data.ingest` resi
 pictures, serializes each document into one token sequence and appends it to a shard
 (:mod:`~emu35.data.shards`). A record is one document; some tasks of fine-tuning make several of it,
 and the clips of one video can be joined into one.
+Pictures can also be encoded once and kept as codes (:mod:`~emu35.data.codes`), which are read as
+pictures are, without a GPU.
 A shard is a plain webdataset tar: a document is three members, ``KEY.tok`` (token ids, uint32),
 ``KEY.mod`` (modality, run-length coded) and ``KEY.json`` (where it came from, picture grids and
 spans). Beside it lies ``.idx`` (:mod:`~emu35.data.index`), which holds every offset and length, so
@@ -22,7 +24,8 @@ ratio is next (:mod:`~emu35.data.mix`), its documents come in a shuffled order
 lays them out as a :class:`~emu35.data.batch.Batch`. Since no random generator, worker or rank
 number takes part in planning, the stream is the same for every data-parallel size, and the state
 of a run is a cursor per source plus the bins that are open: a few KB of JSON, restored without
-replay.
+replay. (Bins hold document numbers: where documents are of a few dozen tokens and rows of 32,768,
+it becomes a few hundred KB.)
 
 What a source gives may be narrowed. ``filter`` leaves documents out by what the index tells of
 them (:mod:`~emu35.data.filter`), and says how many. ``schedule`` changes its ratio with the steps;

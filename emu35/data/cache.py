@@ -73,10 +73,9 @@ class ShardCache:
                     return file
                 path.unlink(missing_ok=True)
                 for _ in range(2):
-                    self._bring(path, size=size, url=url, fetch=fetch)
-                    if (file := _open_checked(path, size=size, digest=digest)) is not None:
+                    file = self._bring(path, size=size, url=url, digest=digest, fetch=fetch)
+                    if file is not None:
                         return file
-                    path.unlink(missing_ok=True)
         raise DataError(
             f"shard {url} is not the one its index was made for (its size or closing digest "
             "differ); restore it, or build its index again"
@@ -94,7 +93,10 @@ class ShardCache:
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.path(url=url, digest=digest))
 
-    def _bring(self, path: Path, *, size: int, url: str, fetch: Fetch) -> None:
+    def _bring(
+        self, path: Path, *, size: int, url: str, digest: str, fetch: Fetch
+    ) -> BinaryIO | None:
+        """The copy, opened; None, and no copy is left, if it is another shard."""
         temporary = path.with_name(f".{path.name}.{size}.tmp")
         if size > self.bytes:
             raise Unreachable(
@@ -104,7 +106,10 @@ class ShardCache:
         try:
             self._reserve(temporary, size=size)
             fetch(temporary)
-            os.replace(temporary, path)
+            # Opened before it has its name: from then on others may remove it to make room.
+            if (file := _open_checked(temporary, size=size, digest=digest)) is not None:
+                os.replace(temporary, path)
+            return file
         finally:
             temporary.unlink(missing_ok=True)
 

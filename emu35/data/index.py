@@ -4,7 +4,8 @@ Three checks tie an index to its tar, each as cheap as its moment allows:
 
 - at open: the tar has the size the index says and ends in the digest the index names. That finds a
   tar that was replaced, truncated, or written again, whatever its modification time;
-- at every read of a document: the exclusive-or of its bytes, which finds an edit in place;
+- at every read of a document: xxh3 of its tokens and runs, which finds an edit in place (but not
+  one that is made to match: it is no cryptographic hash);
 - ``emu35 data index --verify``: sha256 of the whole tar.
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
+import xxhash
 
 from emu35.data.cache import Unreachable
 from emu35.data.index_file import (
@@ -70,10 +73,17 @@ def _sidecar(name: str) -> str:
 def checksum_range(*, token_word: int, run_word: int, runs: int) -> tuple[int, int]:
     """The uint64 words of a mapped tar that a document's checksum covers, as [start, stop).
 
-    Tokens, the header between and the runs are neighbours in the tar, so one reduction does.
+    Tokens, the header between and the runs are neighbours in the tar, so one call does.
     """
     stop_byte = -(-4 * (run_word + runs) // BLOCK) * BLOCK
     return token_word // 2, stop_byte // 8
+
+
+def checksum_of(wide: npt.NDArray[np.uint64]) -> int:
+    """Of the words of :func:`checksum_range`: their order counts, unlike in an exclusive-or, which
+    misses exchanged blocks, zeros in the place of equal words, and one in 64 pairs of flipped bits.
+    It is faster than that, too."""
+    return xxhash.xxh3_64_intdigest(wide.data)
 
 
 def build_index(shard: Path) -> ShardIndex:
@@ -153,7 +163,7 @@ def _scan_members(shard: Place, *, file: BinaryIO, digest: str) -> ShardIndex:
         rows.append((word, length, run_word, runs, json_byte, json_size))
         modality.append(count_modalities(mapped.words[run_word : run_word + runs]))
         start, stop = checksum_range(token_word=word, run_word=run_word, runs=runs)
-        checksum.append(int(np.bitwise_xor.reduce(mapped.wide[start:stop])))
+        checksum.append(checksum_of(mapped.wide[start:stop]))
         max_token = max(max_token, int(mapped.words[word : word + length].max()))
         spans.extend([image[0], image[1]] for image in facts["images"])
         span_row.append(len(spans))

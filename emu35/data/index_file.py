@@ -2,8 +2,9 @@
 
 Layout: magic, format version and header length (two uint32), a JSON header, the arrays one
 after the other at multiples of 8 bytes, and the sha256 of all that. It is read whole; a changed
-byte anywhere in it is noticed. The index of a packed shard has format version 2 and two more
-arrays, so that an emu35 that takes every member for one document refuses it.
+byte anywhere in it is noticed. The index of a packed shard has a format version of its own and two
+more arrays, so that an emu35 that takes every member for one document refuses it. Versions 1 and 2
+had another checksum; indices of them are made anew, which changes nothing in the shards.
 """
 
 import hashlib
@@ -24,8 +25,8 @@ from emu35.errors import DataError
 from emu35.tokens.serialize import Modality
 
 _MAGIC = b"EMU35IDX"
-_VERSION = 1
-_PACKED_VERSION = 2
+_VERSION = 3
+_PACKED_VERSION = 4
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 ARRAYS = {
@@ -55,7 +56,7 @@ class ShardIndex:
         run_word, runs: [N] first modality run as a uint32 offset, and run count.
         json_byte, json_size: [N] the JSON member.
         modality: [N, 4] tokens of each :class:`Modality`.
-        checksum: [N] exclusive-or of the bytes from the first token block to the last run block.
+        checksum: [N] xxh3 of the bytes from the first token block to the last run block.
         span_row: [N + 1] rows of ``spans`` that belong to each document.
         spans: [M, 2] first and past-the-last token of each picture.
         piece_row: [N + 1] rows of ``pieces`` that belong to each row; empty if not packed.

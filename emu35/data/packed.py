@@ -19,7 +19,7 @@ import numpy.typing as npt
 from emu35.config.check import at_least
 from emu35.config.data import Overlong
 from emu35.data.batch import SourceItems
-from emu35.data.index import read_index_in, shard_names
+from emu35.data.index import read_index_in, shard_names, verify_index_in
 from emu35.data.ingest.progress import Progress
 from emu35.data.opening import Message, open_source
 from emu35.data.pack import PackedRows, rows_key
@@ -132,6 +132,8 @@ def pack_sources(options: PackOptions) -> PackSummary:
     earlier = _packed_before(options.out, identity=identity)
     if earlier is not None:
         return earlier
+    for path in options.inputs:
+        _verify(path, message=notes.append)
     job = _Job(entries, meta=meta, options=options)
     with whole_folder(options.out) as folder:
         summary = job.write(folder, notes=notes)
@@ -158,6 +160,14 @@ def _open(path: Place, *, options: PackOptions, message: Message) -> SourceItems
         message=message,
         settings=OPTIONS,
     )
+
+
+def _verify(path: Place, *, message: Message) -> None:
+    """Hash whole shards: what is packed gets a digest of its own, behind which damage that no
+    checksum of a document covers, in ids, would never be seen again."""
+    folder = open_folder(path, message=message)
+    for name in shard_names(folder):
+        verify_index_in(folder, name=name)
 
 
 def _common_meta(entries: Sequence[SourceItems], *, options: PackOptions) -> ShardMeta:
@@ -280,9 +290,10 @@ class _Job:
             words, runs = entry.source.words(document)
             tokens.append(words[first : first + length])
             modality.append(decode_runs(runs)[first : first + length])
-            facts: dict[str, Any] = json.loads(entry.source.facts(document))
+            facts = entry.source.record(document)
             # Pictures are those of the row, counted in its tokens.
-            of, _ = facts.pop("tokens"), facts.pop("images")
+            of = int(entry.source.length[document])
+            facts = {key: facts[key] for key in facts if key not in ("tokens", "images")}
             pieces.append({**facts, "start": start, "tokens": length, "first": first, "of": of})
             start += length
         sequence = TokenSequence(tokens=np.concatenate(tokens), modality=np.concatenate(modality))

@@ -3,7 +3,9 @@
 Damage (:class:`~emu35.config.data.Damaged`) is found at two moments. Opening finds shards that are
 not what their index says; left out, they are no part of the fingerprint, so that all ranks and a
 resumed run must find the same ones. Reading finds documents with altered bytes; in their place
-stand no tokens, which changes nothing for any other document.
+stand no tokens, which changes nothing for any other document. Local tars are mapped: one that is
+cut short in place, under a running job, ends it with SIGBUS, which no code can answer. Replace
+shards by renaming, as everything here does.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ import numpy.typing as npt
 
 from emu35.config.data import CacheConfig, Damaged
 from emu35.data.cache import Unreachable
-from emu35.data.index import checksum_range, read_indices
+from emu35.data.index import checksum_of, checksum_range, read_indices
 from emu35.data.index_file import ShardIndex, packed_length
 from emu35.data.pieces import Piece, read_pieces
 from emu35.data.place import Place
@@ -201,7 +203,6 @@ class Source:
         With ``damaged=skip``, a document that cannot be read has no words and no runs. One that
         comes several times in a row is checked once, and gives the same pair.
         """
-        reduce = np.bitwise_xor.reduce
         before, pair = -1, (_NO_WORDS, _NO_WORDS)
         for document, shard, word, length, run_word, runs, checksum in zip(
             documents.tolist(),
@@ -222,9 +223,9 @@ class Source:
                 yield _NO_WORDS, _NO_WORDS
                 continue
             start, stop = checksum_range(token_word=word, run_word=run_word, runs=runs)
-            if reduce(file.wide[start:stop]) != checksum:
+            if checksum_of(file.wide[start:stop]) != checksum:
                 file = self._renewed(shard)
-                if file is None or reduce(file.wide[start:stop]) != checksum:
+                if file is None or checksum_of(file.wide[start:stop]) != checksum:
                     self.leave_out(document)
                     yield _NO_WORDS, _NO_WORDS
                     continue

@@ -44,6 +44,7 @@ _EXTRAS = {
     "abfs": "azure",
     "abfss": "azure",
 }
+_HTTP = ("http", "https")
 _SILENCE_SECONDS = 60
 _LATER = (408, 425, 429)
 """HTTP answers below 500 that ask to come again."""
@@ -173,6 +174,7 @@ class RemoteFolder:
     def __init__(self, place: Url, *, cache: ShardCache, message: Message | None = None) -> None:
         """Raises: DataError if nothing that is installed opens such a URL."""
         self.place: Place = place
+        self._scheme = place.scheme
         self.rebuild = (
             "rebuild it with `emu35 data index` where the shards were written, and upload it"
         )
@@ -279,7 +281,7 @@ class RemoteFolder:
                 return action()
             # File systems raise what their libraries raise; nothing is swallowed here.
             except Exception as error:
-                cause = _cause(error)
+                cause = _cause(error, scheme=self._scheme)
                 if _is_missing(cause):
                     return None
                 if _is_full(cause):
@@ -311,7 +313,7 @@ def _file_system(place: Url) -> tuple[Any, str]:
     # A listing or a connection from before may be out of date.
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
-        if place.scheme in ("http", "https"):
+        if place.scheme in _HTTP:
             options["client_kwargs"] = _http_options()
         files, root = fsspec.url_to_fs(str(place), **options)
     except ImportError as error:
@@ -335,9 +337,14 @@ def _http_options() -> dict[str, Any]:
     }
 
 
-def _cause(error: Exception) -> BaseException:
-    """fsspec's http says FileNotFoundError for all that goes wrong when it asks for a size."""
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+def _cause(error: Exception, *, scheme: str) -> BaseException:
+    """fsspec's http says FileNotFoundError for all that goes wrong when it asks for a size. Object
+    stores say it of what is not there, and name an error of their library as the cause."""
+    if (
+        scheme in _HTTP
+        and isinstance(error, FileNotFoundError)
+        and isinstance(error.__cause__, BaseException)
+    ):
         return error.__cause__
     return error
 

@@ -1,31 +1,17 @@
 """Writing documents into shards: complete and indexed, or not there at all."""
 
-import contextlib
-import hashlib
-import itertools
 import json
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from emu35.data.index import build_index
-from emu35.data.shards import (
-    BLOCK,
-    DIGEST_MEMBER,
-    META_MEMBER,
-    ShardMeta,
-    atomic_file,
-    encode_runs,
-    image_spans,
-    member_header,
-)
+from emu35.data.shards import META_MEMBER, ShardMeta, encode_runs, image_spans
+from emu35.data.tar_writer import TarWriter, check_source_name
 from emu35.errors import DataError
 from emu35.tokens.serialize import TokenSequence
-
-_SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class ShardWriter:
@@ -46,33 +32,28 @@ class ShardWriter:
         taken: Collection[int] = (),
         stem: str | None = None,
     ) -> None:
-        if not _SOURCE_NAME.fullmatch(meta.source):
-            raise DataError(
-                f"source name {meta.source!r} cannot name a shard; "
-                "use letters, digits, '_', '-' and '.'"
-            )
-        self.paths: list[Path] = []
-        self._folder = folder
+        check_source_name(meta.source)
         self._meta = meta
-        self._stem = stem or meta.source
         self._vocabulary = meta.vocabulary()
-        self._shard_bytes = shard_bytes
-        self._taken = taken
-        self._number = self._free(0)
-        self._documents = 0
-        self._open = contextlib.ExitStack()
-        self._file: BinaryIO | None = None
-        self._sha = hashlib.sha256()
-        self._size = 0
+        self._tar = TarWriter(
+            folder=folder,
+            stem=stem or meta.source,
+            opening=(META_MEMBER, meta.to_json().encode()),
+            shard_bytes=shard_bytes,
+            taken=taken,
+            finished=build_index,
+        )
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.abort()
+        self._tar.__exit__(kind, error, trace)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The complete shards."""
+        return self._tar.paths
 
     def append(
         self, sequence: TokenSequence, *, document_id: str, extra: Mapping[str, Any] | None = None
@@ -102,69 +83,19 @@ class ShardWriter:
             "images": [[span.start, span.end, span.rows, span.columns] for span in spans],
             **(extra or {}),
         }
-        if self._file is None:
-            self._begin()
-        key = f"{self._number:06d}-{self._documents:06d}"
         runs = encode_runs(np.asarray(sequence.modality, dtype=np.uint8))
-        self._member(f"{key}.tok", tokens.tobytes())
-        self._member(f"{key}.mod", runs.astype("<u4").tobytes())
-        self._member(f"{key}.json", json.dumps(facts, ensure_ascii=True).encode())
-        self._documents += 1
-        if self._size >= self._shard_bytes:
-            self._finish()
+        self._tar.append(
+            {
+                "tok": tokens.tobytes(),
+                "mod": runs.astype("<u4").tobytes(),
+                "json": json.dumps(facts, ensure_ascii=True).encode(),
+            }
+        )
 
     def close(self) -> list[Path]:
         """Complete the shard being written; return the paths of all shards written."""
-        if self._file is not None:
-            self._finish()
-        return self.paths
+        return self._tar.close()
 
     def abort(self) -> None:
         """Discard the shard being written."""
-        self._open.__exit__(_Discard, _Discard(), None)
-        self._file = None
-
-    def _free(self, number: int) -> int:
-        return next(n for n in itertools.count(number) if n not in self._taken)
-
-    def _path(self) -> Path:
-        return self._folder / f"{self._stem}-{self._number:06d}.tar"
-
-    def _begin(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._open.enter_context(atomic_file(self._path()))
-        self._sha = hashlib.sha256()
-        self._size = 0
-        self._documents = 0
-        self._member(META_MEMBER, self._meta.to_json().encode())
-
-    def _member(self, name: str, data: bytes) -> None:
-        assert self._file is not None
-        chunk = b"".join((member_header(name, len(data)), data, _padding(len(data))))
-        try:
-            self._file.write(chunk)
-        except OSError as error:
-            # Let the atomic file see it: it cleans up and names a full disk.
-            self._open.__exit__(type(error), error, error.__traceback__)
-            raise
-        self._sha.update(chunk)
-        self._size += len(chunk)
-
-    def _finish(self) -> None:
-        path = self._path()
-        self._member(DIGEST_MEMBER, self._sha.hexdigest().encode())
-        assert self._file is not None
-        self._file.write(bytes(2 * BLOCK))
-        self._file = None
-        self._open.close()
-        build_index(path)
-        self.paths.append(path)
-        self._number = self._free(self._number + 1)
-
-
-class _Discard(Exception):
-    """Tells the atomic file that the shard is not wanted."""
-
-
-def _padding(size: int) -> bytes:
-    return bytes(-size % BLOCK)
+        self._tar.abort()

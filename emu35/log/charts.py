@@ -1,7 +1,7 @@
 """Line charts as SVG text: no library, no script, nothing to load."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 
@@ -41,6 +41,52 @@ def line_chart(
     series = [item for item in series if item.points]
     if not series:
         return ""
+    drawn = _lines(series, x_label=x_label, lowest=lowest, highest=highest)
+    legend = "".join(
+        f'<span><i style="background:{COLOURS[index % len(COLOURS)]}"></i>'
+        f"{escape(item.name)} <b>{_newest(item)}</b></span>"
+        for index, item in enumerate(series)
+    )
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'{drawn}</svg><div class="legend">{legend}</div></figure>'
+    )
+
+
+def line_charts_svg(
+    charts: Mapping[str, list[Series]], *, x_label: str, lowest: float | None = 0.0
+) -> str:
+    """An SVG file for pages that load pictures only: charts (title -> series, each with points)
+    side by side, and below them one legend, for all have the same series in the same order."""
+    height = TOP + HEIGHT + TOP + 2 * _CHARACTER
+    parts: list[str] = []
+    for place, (title, series) in enumerate(charts.items()):
+        drawn = _lines(series, x_label=x_label, lowest=lowest, highest=None)
+        parts.append(
+            f'<g transform="translate({place * WIDTH} {TOP})">'
+            f'<text x="{LEFT}" y="4" class="title">{escape(title)}</text>{drawn}</g>'
+        )
+    names = [item.name for item in next(iter(charts.values()))]
+    wide = WIDTH * len(charts)
+    for index, name in enumerate(names):
+        x, y = LEFT + index * (wide - LEFT) // len(names), height - _CHARACTER
+        parts.append(
+            f'<rect x="{x}" y="{y - 10}" width="10" height="10" '
+            f'fill="{COLOURS[index % len(COLOURS)]}"/>'
+            f'<text x="{x + 16}" y="{y}">{escape(name)}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {height}" '
+        f'width="{wide}" height="{height}"><style>{_SVG_STYLE}</style>'
+        f'<rect width="{wide}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _lines(
+    series: list[Series], *, x_label: str, lowest: float | None, highest: float | None
+) -> str:
+    """Grid and lines, as the content of an SVG of ``WIDTH`` x ``HEIGHT``."""
     xs = [x for item in series for x, _ in item.points]
     ys = [y for item in series for _, y in item.points]
     floor = min(ys) if lowest is None else min(lowest, *ys)
@@ -70,17 +116,11 @@ def line_chart(
             parts += [
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed
             ]
-    legend = "".join(
-        f'<span><i style="background:{COLOURS[index % len(COLOURS)]}"></i>'
-        f"{escape(item.name)} <b>{item.points[-1][1] if item.newest is None else item.newest:.4g}"
-        "</b></span>"
-        for index, item in enumerate(series)
-    )
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f'{"".join(parts)}</svg><div class="legend">{legend}</div></figure>'
-    )
+    return "".join(parts)
+
+
+def _newest(item: Series) -> str:
+    return f"{item.points[-1][1] if item.newest is None else item.newest:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,4 +259,10 @@ svg .grid { stroke: var(--line); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; color: var(--soft); }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
   margin-right: 6px; }
+"""
+
+_SVG_STYLE = """
+text { font: 12px system-ui, sans-serif; fill: #5d6876; }
+.title { font-size: 14px; font-weight: 600; fill: #1c2430; }
+.grid { stroke: #e3e7ec; }
 """

@@ -6,9 +6,12 @@ world of one rank, so single-process tools and tests need no set-up.
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -66,6 +69,15 @@ def numbers_of_ranks(values: Sequence[float]) -> list[list[float]]:
     every = [torch.empty_like(own) for _ in range(world_size())]
     dist.all_gather(every, own)
     return [numbers.tolist() for numbers in every]
+
+
+def objects_of_ranks(value: T) -> list[T]:
+    """A picklable ``value`` from every rank, in rank order; the same everywhere."""
+    if world_size() == 1:
+        return [value]
+    every: list[T | None] = [None] * world_size()
+    dist.all_gather_object(every, value)
+    return cast(list[T], every)
 
 
 def sum_over(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -10,14 +10,22 @@ from emu35.config.grpo import GRPOConfig
 from emu35.config.model import LMConfig
 from emu35.config.prompts import PromptDataConfig
 from emu35.config.root import RunConfig
-from emu35.config.stage import LMStageConfig, StageConfig, adapters_of
+from emu35.config.stage import (
+    IBQStageConfig,
+    LMStageConfig,
+    Precision,
+    StageConfig,
+    adapters_of,
+)
+from emu35.config.tokenizer_eval import TokenizerEvalConfig
 from emu35.errors import ConfigError
 from emu35.model.shapes import adapter_count
 from emu35.planner.memory import (
     GRADIENT_BYTES,
+    MAIN_COPY_BYTES,
+    MOMENT_BYTES,
     Memory,
     language_model_memory,
-    optimizer_bytes,
     weight_bytes,
 )
 from emu35.planner.parameters import count_parameters, rank_parameters
@@ -32,7 +40,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: its stage trains nothing.
     """
-    if isinstance(config.stage, DiDAEvalConfig):
+    if isinstance(config.stage, DiDAEvalConfig | TokenizerEvalConfig):
         raise ConfigError(
             f"stage={config.stage.kind} trains nothing, so there is nothing to plan; plan the run "
             "that it evaluates"
@@ -89,6 +97,10 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         sizes = plan["memory_bytes_per_rank"]
         total = sizes.pop("total") + memory.weights
         sizes |= {"reference": memory.weights, "total": total}
+    if isinstance(stage, IBQStageConfig):
+        sizes = plan["memory_bytes_per_rank"]
+        total = sizes.pop("total") + memory.weights
+        sizes |= {"average": memory.weights, "total": total}
     return plan
 
 
@@ -123,10 +135,13 @@ def _memory(config: RunConfig, *, parameters: int, data_parallel: int) -> Memory
         )
     # A convolutional network's activations depend on the picture far more than on the weights;
     # no formula is given rather than a wrong one.
+    # Weights stay in fp32, whatever the activations are. DeepSpeed keeps a copy of a rank's share.
+    split = config.parallel.zero1 and data_parallel > 1
+    each = MOMENT_BYTES + (MAIN_COPY_BYTES if split else 0)
     return Memory(
-        weights=parameters * weight_bytes(stage.precision),
+        weights=parameters * weight_bytes(Precision.fp32),
         gradients=parameters * GRADIENT_BYTES,
-        optimizer=optimizer_bytes(parameters, precision=stage.precision, shards=1),
+        optimizer=-(-parameters * each // (data_parallel if split else 1)),
         activations=None,
         logits=0,
     )

@@ -12,7 +12,7 @@
     ocr.py, ocr_layout.py, faces.py, identity.py, aesthetics.py, aesthetics_model.py,
     similarity.py, preservation.py: judged on this machine, see the table below
     reader.py, text_fidelity.py, boxes.py, matching.py   what those of words share
-    face_detector.py, image_text.py, lpips.py, weights.py, lend.py, optional.py   models of theirs
+    face_detector.py, image_text.py, lend.py, optional.py   models of theirs
     judge.py       a vision language model gives one number, for pictures or whole narratives
     similarity_endpoint.py, similarity_server.py   image-text similarity, asked for and served
     http.py        JSON to a server and back, its failures told apart

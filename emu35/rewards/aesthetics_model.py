@@ -10,8 +10,8 @@ from torch.nn.functional import linear
 from emu35.config.reward_local import AestheticsModelRewardConfig
 from emu35.errors import ConfigError
 from emu35.rewards.image_text import ImageText
-from emu35.rewards.sample import Range, Record, Sample, Score, Unscored
-from emu35.rewards.weights import read_weights
+from emu35.rewards.sample import Picture, Range, Record, Sample, Score, Unscored
+from emu35.vision.weights import read_weights
 
 
 class AestheticsModelReward:
@@ -33,15 +33,16 @@ class AestheticsModelReward:
         self._model = ImageText(config)
         self.cost = self._model.cost
         path = Path(config.head)
-        weights = read_weights(path, reward=config.kind)
-        self._head = linear_layers(weights, where=f"reward kind {config.kind!r}: {path}")
+        owner = f"reward kind {config.kind!r}"
+        weights = read_weights(path, owner=owner)
+        self._head = linear_layers(weights, where=f"{owner}: {path}")
 
     def score(self, samples: Sequence[Sample]) -> Sequence[Score]:
         scores: list[Score] = [Unscored("the answer has no picture to look at") for _ in samples]
         pictures = [picture for sample in samples for picture in sample.pictures]
         if not pictures:
             return scores
-        judged_N = self._judge(self._model.images(pictures))
+        judged_N = self.judge(pictures)
         first = 0
         for number, sample in enumerate(samples):
             last = first + len(sample.pictures)
@@ -49,6 +50,10 @@ class AestheticsModelReward:
                 scores[number] = float(judged_N[first:last].mean())
             first = last
         return scores
+
+    def judge(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """fp32 [N], one number for each of N pictures (at least one)."""
+        return self._judge(self._model.images(pictures))
 
     def problems(self, record: Record) -> list[str]:
         """None: it looks at pictures only."""

@@ -12,9 +12,9 @@ from PIL import Image, UnidentifiedImageError
 from emu35.config.reward_local import PreservationRewardConfig
 from emu35.errors import DataError
 from emu35.rewards.boxes import Box, box_problem
-from emu35.rewards.lpips import SMALLEST, Lpips
 from emu35.rewards.optional import optional
 from emu35.rewards.sample import Cost, Picture, Range, Record, Sample, Score, Unscored
+from emu35.vision.lpips import SMALLEST, Backbone, read_lpips
 
 WINDOW = 7
 """Pixels a side of the windows that SSIM compares."""
@@ -44,8 +44,12 @@ class PreservationReward:
         self._masks = Path(config.masks)
         self._lpips = None
         if config.lpips_network is not None and config.lpips_heads is not None:
-            network, heads = Path(config.lpips_network), Path(config.lpips_heads)
-            self._lpips = Lpips(network=network, heads=heads, reward=config.kind)
+            self._lpips = read_lpips(
+                Backbone.alexnet,
+                weights=Path(config.lpips_network),
+                heads=Path(config.lpips_heads),
+                owner=f"reward kind {config.kind!r}",
+            )
 
     def score(self, samples: Sequence[Sample]) -> Sequence[Score]:
         return [self._score(sample) for sample in samples]
@@ -90,7 +94,7 @@ class PreservationReward:
         height, width = answer.shape[:2]
         before = _resized(sample.references[source], width=width, height=height)
         free_HW = self._free(sample.record, width=width, height=height)
-        smallest = WINDOW if self._lpips is None else SMALLEST
+        smallest = WINDOW if self._lpips is None else SMALLEST[Backbone.alexnet]
         if min(height, width) < smallest:
             return Unscored(f"a picture of {height} x {width} pixels is too small to compare")
         if free_HW.all():

@@ -1,16 +1,20 @@
 """What must exist on this host before ranks start: better one message now than one a rank later."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from emu35.checkpoint.published import start_problems
-from emu35.config.data import ImageDataConfig, TokenDataConfig, is_drawn
+from emu35.config.data import TokenDataConfig, is_drawn
 from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.config.grpo import GRPOConfig
+from emu35.config.images import ImageDataConfig
 from emu35.config.io import CONFIG_FILE
 from emu35.config.model import LMConfig
 from emu35.config.prompts import PromptDataConfig
 from emu35.config.root import RunConfig
+from emu35.config.stage import IBQStageConfig
+from emu35.config.tokenizer_eval import TokenizerEvalConfig
 from emu35.data.place import is_url
 from emu35.errors import ConfigError
 
@@ -21,7 +25,7 @@ def check_inputs(config: RunConfig) -> None:
     Raises:
         ConfigError: naming every missing input.
     """
-    problems = [*_unnamed(config), *_data(config), *_start(config)]
+    problems = [*_unnamed(config), *_data(config), *_start(config), *_tokenizer(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -39,7 +43,7 @@ def check_named(config: RunConfig) -> None:
 
 def _unnamed(config: RunConfig) -> Iterator[str]:
     data = config.data
-    if isinstance(config.stage, DiDAEvalConfig):
+    if isinstance(config.stage, DiDAEvalConfig | TokenizerEvalConfig):
         return  # it trains on none
     if isinstance(data, TokenDataConfig) and not data.sources:
         yield (
@@ -68,7 +72,7 @@ def _data(config: RunConfig) -> Iterator[str]:
         for key, paths in (("paths", data.paths), ("validation_paths", data.validation_paths)):
             for path in paths:
                 # A pattern is expanded by the reader, which reports one that matches nothing.
-                if not Path(path).exists() and not any(mark in path for mark in "*?[{"):
+                if not Path(path).exists() and not any(mark in path for mark in "*?["):
                     yield f"data.{key}: {path} does not exist"
 
 
@@ -77,6 +81,11 @@ def _start(config: RunConfig) -> Iterator[str]:
         from emu35.stages.dida_eval.inputs import input_problems
 
         yield from input_problems(config.stage)
+        return
+    if isinstance(config.stage, TokenizerEvalConfig):
+        from emu35.stages.tokenizer_eval.inputs import missing_inputs
+
+        yield from missing_inputs(config.stage)
         return
     if config.stage.init_from is None:
         return
@@ -92,6 +101,30 @@ def _start(config: RunConfig) -> Iterator[str]:
         if (origin / CONFIG_FILE).is_file() and not any((origin / "checkpoints").glob("step_*")):
             yield f"stage.init_from={origin} holds no checkpoint yet; train that run first"
         yield from start_problems(origin, run=config)
+
+
+def _tokenizer(config: RunConfig) -> Iterator[str]:
+    """What training an image tokenizer needs besides pictures."""
+    stage = config.stage
+    if not isinstance(stage, IBQStageConfig):
+        return
+    perceptual, distillation = stage.perceptual, stage.distillation
+    if perceptual.weight > 0:
+        for key, path in (("weights", perceptual.weights), ("heads", perceptual.heads)):
+            if path and not Path(path).is_file():
+                yield (
+                    f"stage.perceptual.{key}={path} does not exist; scripts/fetch_lpips.py --out "
+                    "writes one"
+                )
+    teacher = distillation.teacher
+    if distillation.weight > 0 and teacher and not Path(teacher).is_dir():
+        yield f"stage.distillation.teacher={teacher} is no folder; expected a SigLIP checkpoint"
+    several = config.launch.world_size > 1
+    if config.parallel.zero1 and several and find_spec("deepspeed") is None:
+        yield (
+            "parallel.zero1=true needs DeepSpeed, which is not installed; "
+            "pip install 'emu35[tokenizer]', or set parallel.zero1=false"
+        )
 
 
 def _folder(key: str, path: str) -> Iterator[str]:

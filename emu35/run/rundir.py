@@ -26,7 +26,7 @@ from emu35.errors import ConfigError, LaunchError
 LOCK_FILE = ".lock"
 LOGS = "logs"
 """Folder of the ranks' logs inside a run folder."""
-_TRACES = ("checkpoints", "metrics.jsonl", "vision_tokenizer", "rows")
+_TRACES = ("checkpoints", "metrics.jsonl", "vision_tokenizer", "rows", "results.json")
 _LOCK_PATIENCE_SECONDS = 5.0
 _CLOCK_SECONDS = 10.0
 """How much the start of one process may seem to move, for it is counted from the host's clock."""

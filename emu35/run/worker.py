@@ -66,9 +66,15 @@ def _dida_eval(config: RunConfig, run_dir: Path) -> object:
 
 
 def _ibq(config: RunConfig, run_dir: Path) -> object:
-    from emu35.stages import ibq
+    from emu35.stages.ibq import stage
 
-    return ibq.run(config, run_dir=run_dir)
+    return stage.run(config, run_dir=run_dir)
+
+
+def _tokenizer_eval(config: RunConfig, run_dir: Path) -> object:
+    from emu35.stages.tokenizer_eval import stage
+
+    return stage.run(config, run_dir=run_dir)
 
 
 def _grpo(config: RunConfig, run_dir: Path) -> object:
@@ -85,6 +91,7 @@ STAGES: Mapping[str, Callable[[RunConfig, Path], object]] = MappingProxyType(
         "dida_eval": _dida_eval,
         "grpo": _grpo,
         "ibq": _ibq,
+        "tokenizer_eval": _tokenizer_eval,
     }
 )
 """``stage.kind`` -> the function that runs it; each imports its stage only when called."""

@@ -34,7 +34,8 @@ from emu35.data.packed import PackOptions, PackSummary, pack_sources
 from emu35.data.place import Url, place_of
 from emu35.data.storage import open_folder
 from emu35.errors import ConfigError, DataError
-from emu35.vision.codec import CODES_DTYPE, ImageCodec, load_codec, weights_digest
+from emu35.vision.codec import ImageCodec, codes_dtype, load_codec, weights_digest
+from emu35.vision.plugged import CodecTrust
 from emu35.vision.resize import RejectedImage, open_image, smart_resize, to_pixels
 
 
@@ -44,11 +45,18 @@ class VisionPictures:
     The network is loaded when the first picture needs it, so that text alone never does.
     """
 
-    dtype = CODES_DTYPE
-
-    def __init__(self, *, folder: Path, area: Area, codebook_size: int) -> None:
-        """Raises: DataError if ``folder`` holds no image tokenizer."""
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        area: Area,
+        codebook_size: int,
+        trust: CodecTrust = CodecTrust.environment,
+    ) -> None:
+        """Raises: DataError or ReleaseError if ``folder`` holds no image tokenizer."""
         self.digest = weights_digest(folder)
+        self.dtype = codes_dtype(folder)
+        self._trust = trust
         self._folder = folder
         self._area = area
         self._codebook_size = codebook_size
@@ -63,6 +71,8 @@ class VisionPictures:
         """What another process needs to load the network itself; the digest is not taken again."""
         return {
             "digest": self.digest,
+            "dtype": self.dtype,
+            "_trust": self._trust,
             "_folder": self._folder,
             "_area": self._area,
             "_codebook_size": self._codebook_size,
@@ -103,7 +113,9 @@ class VisionPictures:
             size = smart_resize(width=width, height=height, area=area, factor=self.factor)
         except RejectedImage as error:
             raise UnusablePicture(reason=error.reason.value, detail=error.detail) from error
-        return image.resize(size, Resampling.BICUBIC)
+        resized = image.resize(size, Resampling.BICUBIC)
+        resized.info = {"source_size": image.size}
+        return resized
 
     def encode(self, pictures: Sequence[Image]) -> list[npt.NDArray[np.integer[Any]]]:
         """Codes [H, W] of pictures of one size."""
@@ -117,7 +129,7 @@ class VisionPictures:
                 device = torch.device("cpu")
                 if torch.cuda.is_available():
                     device = torch.device("cuda", self._worker % torch.cuda.device_count())
-                codec = load_codec(self._folder, device=device)
+                codec = load_codec(self._folder, device=device, trust=self._trust)
                 if codec.codebook_size != self._codebook_size:
                     raise ConfigError(
                         f"tokenizer.codebook_size={self._codebook_size}, but the image tokenizer "
@@ -142,8 +154,9 @@ def file_errors() -> Generator[None, None, None]:
 
 
 @file_errors()
-def ingest(options: IngestOptions) -> IngestSummary:
-    """Ingest as asked and print a summary; run again, it goes on where it was stopped.
+def ingest(options: IngestOptions, *, trust: CodecTrust = CodecTrust.environment) -> IngestSummary:
+    """Ingest as asked and print a summary; run again, it goes on where it was stopped. ``trust``
+    says whether an image tokenizer of another package may be run.
 
     Raises:
         Emu35Error: see :func:`emu35.data.ingest.ingest.ingest`.
@@ -153,7 +166,10 @@ def ingest(options: IngestOptions) -> IngestSummary:
     encoder = None
     if vision is not None:
         encoder = VisionPictures(
-            folder=Path(vision), area=options.area, codebook_size=options.tokenizer.codebook_size
+            folder=Path(vision),
+            area=options.area,
+            codebook_size=options.tokenizer.codebook_size,
+            trust=trust,
         )
     summary = ingest_files(options, encoder=encoder)
     print(f"{options.out}: " + "\n".join(summary.lines()))

@@ -65,6 +65,12 @@ class Guard:
         self.skipped += 1
         self.in_a_row += 1
 
+    def forget(self) -> None:
+        """The objective is another one from here on, so that losses and gradient norms so far say
+        nothing of what is usual; what was counted stays."""
+        self._losses.clear()
+        self._grad_norms.clear()
+
     @property
     def exhausted(self) -> bool:
         """Whether too many steps in a row were refused to go on."""

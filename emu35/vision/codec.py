@@ -1,8 +1,8 @@
 """The one face that image tokenizers show to the rest of emu35."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -10,12 +10,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from emu35.errors import DataError
+from emu35.errors import DataError, ReleaseError
 from emu35.vision.ibq.codec import PRECISION, IBQCodec
-from emu35.vision.ibq.folder import WEIGHTS, ibq_codebook, read_folder
+from emu35.vision.ibq.folder import (
+    WEIGHTS,
+    Layout,
+    ibq_codebook,
+    ibq_digest,
+    layout_of,
+    read_config,
+    read_folder,
+)
+from emu35.vision.ibq.hf_folder import HF_WEIGHTS
+from emu35.vision.plugged import (
+    CodecTrust,
+    is_plugged,
+    load_plugged,
+    plugged_digest,
+    read_plug,
+)
 
 CODES_DTYPE = str(PRECISION).removeprefix("torch.")
-"""What codes are computed in, as shards record it."""
+"""What IBQ computes codes in, as shards record it."""
 
 
 class ImageCodec(Protocol):
@@ -71,41 +87,93 @@ def decode_grids(
     return [found[at] for at in range(len(grids))]
 
 
-def load_codec(folder: Path, *, device: torch.device | None = None) -> ImageCodec:
-    """The tokenizer kept in a release's ``vision_tokenizer`` folder, on ``device`` (CPU if None).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecFacts:
+    """What the folder of a tokenizer says of it; ``dtype`` is what codes are computed in."""
+
+    factor: int
+    codebook_size: int
+    dtype: str
+
+
+def codec_facts(folder: Path) -> CodecFacts:
+    """What is known of the tokenizer in ``folder`` without its weights, and without running code.
 
     Raises:
-        ReleaseError: the folder is incomplete, damaged, or not an IBQ tokenizer.
+        ReleaseError: the folder is incomplete, damaged, or holds no tokenizer.
     """
-    return IBQCodec(read_folder(folder), device=device or torch.device("cpu"), name=str(folder))
+    if is_plugged(folder):
+        plug = read_plug(folder)
+        return CodecFacts(factor=plug.factor, codebook_size=plug.codebook_size, dtype=plug.dtype)
+    config = read_config(folder)
+    return CodecFacts(factor=config.factor, codebook_size=config.n_embed, dtype=CODES_DTYPE)
+
+
+def codes_dtype(folder: Path) -> str:
+    """What the tokenizer in ``folder`` computes codes in, as shards record it.
+
+    Raises:
+        ReleaseError: it is of another package, and its ``codec.yaml`` cannot be read.
+    """
+    return read_plug(folder).dtype if is_plugged(folder) else CODES_DTYPE
+
+
+def load_codec(
+    folder: Path,
+    *,
+    device: torch.device | None = None,
+    trust: CodecTrust = CodecTrust.environment,
+) -> ImageCodec:
+    """The tokenizer in ``folder``, on ``device`` (CPU if None): IBQ in either layout
+    (:mod:`emu35.vision.ibq.folder`), or one of another package (:mod:`emu35.vision.plugged`) if
+    ``trust`` permits its code to be run.
+
+    Raises:
+        ReleaseError: the folder is incomplete, damaged, or holds no tokenizer, or its code may not
+            be run.
+    """
+    device = device or torch.device("cpu")
+    if is_plugged(folder):
+        return load_plugged(folder, device=device, trust=trust)
+    return IBQCodec(read_folder(folder), device=device, name=str(folder))
 
 
 def read_codebook(folder: Path) -> torch.Tensor:
-    """The embeddings of the codes, fp32 [K, D], of the tokenizer in ``folder``; nothing else of its
-    weights is read.
+    """The embeddings of the codes, fp32 [K, D], of the tokenizer in ``folder``; of an IBQ's weights
+    nothing else is read.
 
     Raises:
-        ReleaseError: the folder is incomplete, damaged, or not an IBQ tokenizer.
+        ReleaseError: as :func:`load_codec`, or the tokenizer has no such embeddings.
     """
+    if is_plugged(folder):
+        device = torch.device("cpu")
+        return load_plugged(folder, device=device, trust=CodecTrust.environment).codebook_KD
     return ibq_codebook(folder)
 
 
 def weights_digest(folder: Path) -> str:
     """SHA-256 of the weights in ``folder``: how shards remember which tokenizer encoded them.
 
+    A folder that was converted from another layout has the digest of the one that it comes from; a
+    tokenizer of another package has one of all its files.
+
     Raises:
         DataError: there are none, or they cannot be read.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise DataError(
-            f"{folder} holds no image tokenizer ({WEIGHTS} is missing); give the "
-            "vision_tokenizer folder of a release or of a run of stage=ibq"
-        )
+    path = folder / (HF_WEIGHTS if layout_of(folder) is Layout.hf else WEIGHTS)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        if is_plugged(folder):
+            return plugged_digest(folder)
+        if not path.is_file():
+            raise DataError(
+                f"{folder} holds no image tokenizer ({path.name} is missing); give the "
+                "vision_tokenizer folder of a release or of a run of stage=ibq"
+            )
+        return ibq_digest(folder)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}); check its permissions, or copy it again"
+            f"{error.filename or path} cannot be read ({error.strerror}); check its permissions, "
+            "or copy it again"
         ) from error
+    except ReleaseError as error:
+        raise DataError(str(error)) from error

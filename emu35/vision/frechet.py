@@ -61,6 +61,39 @@ def fit_gaussian(features_ND: NDArray[np.floating]) -> Gaussian:
     )
 
 
+class Moments:
+    """Sums over feature vectors that come a few at a time, or on several ranks: what
+    :func:`fit_gaussian` makes of all of them, up to rounding in fp64."""
+
+    def __init__(self, dimensions: int) -> None:
+        self.count = 0
+        self.sum_D: NDArray[np.float64] = np.zeros(dimensions)
+        self.products_DD: NDArray[np.float64] = np.zeros((dimensions, dimensions))
+
+    def add(self, features_ND: NDArray[np.floating]) -> None:
+        """Count the rows of ``features_ND``."""
+        features_ND = np.asarray(features_ND, dtype=np.float64)
+        self.count += len(features_ND)
+        self.sum_D += features_ND.sum(0)
+        self.products_DD += features_ND.T @ features_ND
+
+    def gaussian(self) -> Gaussian | None:
+        """The Gaussian of all vectors, None if there are fewer than two.
+
+        Raises:
+            DataError: they are not finite.
+        """
+        if self.count < 2:
+            return None
+        if not np.isfinite(self.products_DD).all():
+            raise DataError(
+                "features of pictures are not finite; is the network that makes them sound?"
+            )
+        mean_D = self.sum_D / self.count
+        spread_DD = self.products_DD - self.count * np.outer(mean_D, mean_D)
+        return Gaussian(mean_D=mean_D, covariance_DD=spread_DD / (self.count - 1), count=self.count)
+
+
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """The squared distance, as papers report it.
 

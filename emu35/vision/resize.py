@@ -86,18 +86,27 @@ def open_image(
         RejectedImage: with the reason; sizes are checked before anything is decoded.
     """
 
-    def check(width: int, height: int) -> None:
-        if max(width, height) > max_side or width * height > max_pixels:
-            raise RejectedImage(reason=Reason.too_large, detail=f"{width}x{height}")
-
     with _stream(source) as stream, _rejecting():
-        prefix = stream.read(_PREFIX)
-        if prefix[:4] == b"RIFF" and prefix[8:12] == b"WEBP":
-            check(*_webp_size(prefix, length=stream.seek(0, io.SEEK_END)))
-        picture = _open_header(stream, prefix=prefix)
-        check(*picture.size)
+        picture = _open_checked(stream, max_pixels=max_pixels, max_side=max_side)
         picture.load()
         return _to_rgb(_upright(picture))
+
+
+def header_size(
+    source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SIDE
+) -> tuple[int, int]:
+    """(width, height) that :func:`open_image` would give, with no pixel decoded where the format
+    allows. The first bytes of a file are enough if they hold its header.
+
+    Raises:
+        RejectedImage: with the reason.
+    """
+    with _stream(source) as stream, _rejecting():
+        picture = _open_checked(stream, max_pixels=max_pixels, max_side=max_side)
+        width, height = picture.size
+        # Asked for what it has not met in a header, a PNG decodes all of itself.
+        turned = "exif" in picture.info and _orientation(picture) >= _FIRST_ON_ITS_SIDE
+        return (height, width) if turned else (width, height)
 
 
 def to_pixels(
@@ -146,6 +155,9 @@ _UPRIGHT = {
 }
 """EXIF orientation -> what undoes it."""
 
+_FIRST_ON_ITS_SIDE = 5
+"""This orientation and those above it exchange width and height."""
+
 _ORIENTATION_TAG = 0x0112
 
 # What Pillow raises on bytes that lie about themselves, found by mutating files of every format.
@@ -190,6 +202,21 @@ def _rejecting() -> Iterator[None]:
         raise RejectedImage(reason=Reason.truncated if cut else Reason.damaged) from error
 
 
+def _open_checked(stream: IO[bytes], *, max_pixels: int, max_side: int) -> ImageFile.ImageFile:
+    """The picture of ``stream``, not too large, with its header read."""
+
+    def check(width: int, height: int) -> None:
+        if max(width, height) > max_side or width * height > max_pixels:
+            raise RejectedImage(reason=Reason.too_large, detail=f"{width}x{height}")
+
+    prefix = stream.read(_PREFIX)
+    if prefix[:4] == b"RIFF" and prefix[8:12] == b"WEBP":
+        check(*_webp_size(prefix, length=stream.seek(0, io.SEEK_END)))
+    picture = _open_header(stream, prefix=prefix)
+    check(*picture.size)
+    return picture
+
+
 def _open_header(stream: IO[bytes], *, prefix: bytes) -> ImageFile.ImageFile:
     """The picture of ``stream`` with its header read and no pixel decoded.
 
@@ -230,12 +257,17 @@ def _webp_size(prefix: bytes, *, length: int) -> tuple[int, int]:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    try:
-        orientation = picture.getexif().get(_ORIENTATION_TAG, 1)
-    except _DECODER_ERRORS:
-        return picture  # damaged metadata; the pixels are whole
-    turn = _UPRIGHT.get(orientation)
+    turn = _UPRIGHT.get(_orientation(picture))
     return picture if turn is None else picture.transpose(turn)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where there is none."""
+    try:
+        found = picture.getexif().get(_ORIENTATION_TAG, 1)
+    except _DECODER_ERRORS:
+        return 1  # damaged metadata; the pixels are whole
+    return found if found in _UPRIGHT else 1
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -141,6 +141,11 @@ class Report:
                 x_label="step",
                 title="Image tokenizer: PSNR of held-out pictures, dB",
             ),
+            line_chart(
+                _series(self.tokenizer_run, prefix="val/codebook_usage", window=1),
+                x_label="step",
+                title="Image tokenizer: share of codes in use",
+            ),
         ]
         return (
             "<h2>Losses</h2><p>In nats a token for the language model: the mean of the last five "

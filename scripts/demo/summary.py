@@ -65,13 +65,13 @@ def reconstructions(
 
     codec = load_codec(codec_folder)
     shown: list[Reconstruction] = []
-    for name, image in (*_scenes(scenes), *_photos(photos)):
+    for name, image in (*named_scenes(scenes), *named_photos(photos)):
         original, decoded = through(codec, image, resolution=resolution)
         shown.append(Reconstruction(name=name, original=original, decoded=decoded))
     return shown
 
 
-def _scenes(path: Path) -> Iterator[tuple[str, Image.Image]]:
+def named_scenes(path: Path) -> Iterator[tuple[str, Image.Image]]:
     with tarfile.open(path) as tar:
         for number in range(SHOWN_SCENES):
             key = f"{number:09d}"
@@ -85,7 +85,7 @@ def _scenes(path: Path) -> Iterator[tuple[str, Image.Image]]:
             yield caption.read().decode(), image
 
 
-def _photos(folder: Path) -> Iterator[tuple[str, Image.Image]]:
+def named_photos(folder: Path) -> Iterator[tuple[str, Image.Image]]:
     for path in sorted(folder.glob("*-00.png"))[:SHOWN_PHOTOS]:
         with Image.open(path) as image:
             yield path.with_suffix(".txt").read_text(encoding="utf-8").strip(), image.convert("RGB")

@@ -131,13 +131,17 @@ def sealed(shard: Path, body: bytes) -> None:
     index_path(shard).write_bytes(body + hashlib.sha256(body).digest())
 
 
+VERSION = 3
+"""Of the index of a shard of documents."""
+
+
 def with_header(shard: Path, change: Callable[[dict], object]) -> None:
     body = index_path(shard).read_bytes()[:-32]
     size = struct.unpack_from("<8sII", body)[2]
     header = json.loads(body[16 : 16 + size])
     text = json.dumps(change(header) or header).encode()
     text += b" " * (-len(text) % 8)
-    sealed(shard, struct.pack("<8sII", body[:8], 1, len(text)) + text + body[16 + size :])
+    sealed(shard, struct.pack("<8sII", body[:8], VERSION, len(text)) + text + body[16 + size :])
 
 
 HEADERS: list[Callable[[dict], object]] = [
@@ -168,11 +172,11 @@ def absurd_header(shard: Path, rng: random.Random) -> None:
 
 def absurd_json(shard: Path, rng: random.Random) -> None:
     text = rng.choice([b"[" * 200_000, b"\xff\xfe" * 8, b"{" * 8, b"NaN     ", b"9" * 50_000])
-    sealed(shard, struct.pack("<8sII", b"EMU35IDX", 1, len(text)) + text)
+    sealed(shard, struct.pack("<8sII", b"EMU35IDX", VERSION, len(text)) + text)
 
 
 def header_past_the_end(shard: Path, rng: random.Random) -> None:
-    sealed(shard, struct.pack("<8sII", b"EMU35IDX", rng.choice([1, 2**31]), 2**32 - 1))
+    sealed(shard, struct.pack("<8sII", b"EMU35IDX", rng.choice([VERSION, 2**31]), 2**32 - 1))
 
 
 def absurd_array(shard: Path, rng: random.Random) -> None:

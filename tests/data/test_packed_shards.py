@@ -364,7 +364,7 @@ def test_plain_shards_are_written_as_before_there_were_packed_ones(
         struct.unpack_from("<8sI", index_path(shard).read_bytes())[1] for shard in (plain, packed)
     ]
     # An emu35 that knows nothing of rows refuses the second.
-    assert versions == [1, 2]
+    assert versions == [3, 4]
     for shard, told in ((plain, False), (packed, True)):
         assert (b'"packed"' in shard.read_bytes()) == told
         assert (b"pieces" in index_path(shard).read_bytes()) == told

@@ -107,7 +107,7 @@ def test_a_failure_leaves_nothing(plain: Path, tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[1536] ^= 1  # the first token
     shard.write_bytes(data)
-    with pytest.raises(DataError, match="changed after it was indexed"):
+    with pytest.raises(DataError, match=f"{shard.name} is not a complete, unaltered token shard"):
         pack(plain, out=tmp_path / "packed", shard_bytes=9000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]
 
@@ -206,3 +206,20 @@ def test_all_inputs_are_packed_together(tmp_path: Path, tokenizer: TextTokenizer
     assert apart == [2, 2]
     assert together.rows == 3
     assert together.fill == 1.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'{"id": "s/2"', b'\0"id": "s/2"'), (b'"s/2"', b'"s/9"'), (b'"images"', b'"imagez"')],
+)
+def test_an_altered_record_is_not_packed(
+    tmp_path: Path, tokenizer: TextTokenizer, old: bytes, new: bytes
+) -> None:
+    write_shards(tmp_path / "s", [[Text(f"hello {n}")] for n in range(5)], tokenizer=tokenizer)
+    (shard,) = (path for path in (tmp_path / "s").glob("*.tar") if b'"s/2"' in path.read_bytes())
+    data = shard.read_bytes()
+    assert old in data
+    shard.write_bytes(data.replace(old, new, 1))
+    with pytest.raises(DataError, match=f"{shard.name} is not a complete, unaltered token shard"):
+        pack(tmp_path / "s", out=tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()

@@ -2,12 +2,14 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -25,10 +27,12 @@ from emu35.config.data import (
     ValidationConfig,
 )
 from emu35.data import storage
-from emu35.data.cache import Unreachable
+from emu35.data.cache import ShardCache, Unreachable
+from emu35.data.index import read_index
 from emu35.data.loader import TokenLoader, ValidationSet
 from emu35.data.place import Url, name_of, place_of
 from emu35.data.source import Source
+from emu35.data.storage import RemoteFolder
 from emu35.errors import ConfigError, DataError
 from emu35.stages import data as commands
 from emu35.stages.data_inspect import InspectOptions, inspect
@@ -337,6 +341,52 @@ def test_folders_that_cannot_be_listed_or_are_not_there(served: Served, cache: C
     fsspec.filesystem("memory").makedirs("/empty", exist_ok=True)
     with pytest.raises(DataError, match=r"holds no \.tar shard"):
         Source(name="x", path=Url("memory://empty"), cache=cache)
+
+
+def test_an_object_that_is_gone_is_not_asked_for_again(
+    cache: CacheConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Store(fsspec.AbstractFileSystem):
+        """Says what is not there as s3fs does: with an error of its library as the cause."""
+
+        protocol = "gone"
+
+        def cat_file(self, path: str, start: Any = None, end: Any = None, **_: Any) -> bytes:
+            asked.append(path)
+            raise FileNotFoundError(path) from RuntimeError("NoSuchKey")
+
+    fsspec.register_implementation("gone", Store, clobber=True)
+    folder = RemoteFolder(Url("gone://bucket"), cache=ShardCache(cache))
+    with pytest.raises(DataError, match=r"x-000000\.idx is not there any more; restore it"):
+        folder.content("x-000000.idx")
+    assert len(asked) == 1
+
+
+def test_a_copy_is_open_before_others_may_remove_it(
+    folder: Path, cache: CacheConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = min(folder.glob("*.tar"))
+    index = read_index(shard)
+    replace = os.replace
+
+    def replace_and_lose(source: Path, target: Path) -> None:
+        replace(source, target)
+        Path(target).unlink()  # another process makes room, at once
+
+    def fetch(to: Path) -> None:
+        shutil.copyfile(shard, to)
+
+    monkeypatch.setattr(os, "replace", replace_and_lose)
+    with ShardCache(cache).open(
+        url="http://far/x.tar",
+        digest=index.digest,
+        size=index.tar_bytes,
+        fetch=fetch,
+    ) as file:
+        file.seek(0)
+        assert file.read() == shard.read_bytes()
 
 
 def test_a_server_without_ranges_will_do(folder: Path, served: Served, cache: CacheConfig) -> None:

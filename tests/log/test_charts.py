@@ -1,9 +1,10 @@
 """Bars are as high as what they stand for."""
 
 import re
+import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 
-from emu35.log.charts import Bar, bar_chart
+from emu35.log.charts import Bar, Series, bar_chart, line_charts_svg
 
 
 def heights(chart: str) -> list[float]:
@@ -33,3 +34,22 @@ def test_many_bars_leave_names_out_rather_than_overlapping_them() -> None:
 
 def test_without_bars_there_is_no_chart() -> None:
     assert bar_chart([], x_label="", title="") == ""
+
+
+def test_a_picture_of_charts_is_a_file_of_its_own() -> None:
+    def chart(*last: float) -> list[Series]:
+        return [
+            Series(name=f"<{place}>", points=[(0, 1.0), (10, y)]) for place, y in enumerate(last)
+        ]
+
+    svg = line_charts_svg({"PSNR & co": chart(20, 30), "usage": chart(1, 2)}, x_label="step")
+    found = ElementTree.fromstring(svg)
+    name = "{http://www.w3.org/2000/svg}"
+    texts = ["".join(text.itertext()) for text in found.iter(f"{name}text")]
+    assert texts.count("<0>") == texts.count("<1>") == 1, "one legend for both"
+    assert {"PSNR & co", "usage"} <= set(texts)
+    lines = list(found.iter(f"{name}polyline"))
+    assert len(lines) == 4
+    _, low = (float(point.split(",")[1]) for point in lines[0].attrib["points"].split())
+    _, high = (float(point.split(",")[1]) for point in lines[1].attrib["points"].split())
+    assert high < low, "30 is drawn above 20"

@@ -192,6 +192,18 @@ def test_images_are_planned_without_a_guess_at_activations():
     assert "not estimated" in describe(plan)
 
 
+def test_the_tokenizer_keeps_fp32_weights_and_their_average_and_splits_moments_alone():
+    split = make_plan(compose(["experiment=ibq/455m"]))
+    whole = make_plan(compose(["experiment=ibq/455m", "parallel.zero1=false"]))
+    count = 455_336_963
+    assert split["parameters"] == count
+    for plan, optimizer in ((split, -(-count * 12 // 32)), (whole, count * 8)):
+        found = plan["memory_bytes_per_rank"]
+        assert [found[name] for name in ("weights", "gradients", "average")] == [4 * count] * 3
+        assert found["optimizer"] == optimizer
+        assert found["total"] == 12 * count + optimizer
+
+
 def test_adapters_are_all_that_has_gradients_and_optimizer_state():
     base = ["model=tiny", "stage.precision=bf16", "stage.init_from=runs/base"]
     lora = ["stage.adapter=lora", "stage.lora.rank=8"]

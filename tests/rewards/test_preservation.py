@@ -12,9 +12,9 @@ from skimage.metrics import structural_similarity
 
 from emu35.config.reward_local import PreservationRewardConfig
 from emu35.errors import ConfigError
-from emu35.rewards.lpips import CONVOLUTIONS, SCALE, SHIFT, Lpips
 from emu35.rewards.preservation import PreservationReward
 from emu35.rewards.sample import Picture, Unscored
+from emu35.vision.lpips import CONVOLUTIONS, Backbone
 
 BEFORE = words("TAXI", "BUS", side=96, colour="blue")
 LEFT = [0, 0, 0.5, 1]
@@ -37,7 +37,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("lpips")
     network: dict[str, torch.Tensor] = {"classifier.1.weight": torch.ones(2, 2)}
     heads: dict[str, torch.Tensor] = {}
-    for index, (number, out, into, kernel, *_) in enumerate(CONVOLUTIONS):
+    for index, layer in enumerate(CONVOLUTIONS[Backbone.alexnet]):
+        number, out, into, kernel = layer.number, layer.outputs, layer.inputs, layer.kernel
         weight = torch.randn(out, into, kernel, kernel) * (2 / (into * kernel * kernel)) ** 0.5
         network[f"features.{number}.weight"] = weight
         network[f"features.{number}.bias"] = torch.randn(out) * 0.1
@@ -153,45 +154,8 @@ def test_records_that_say_nothing_to_compare_are_told_beforehand(
     assert reward.problems({"images": ["a"], "region": LEFT}) == []
 
 
-def plain_lpips(a: torch.Tensor, b: torch.Tensor, files: dict[str, str]) -> float:
-    """LPIPS as its paper has it: AlexNet of torch's own modules, place by place."""
-    network = torch.load(files["lpips_network"])
-    heads = torch.load(files["lpips_heads"])
-    conv, pool, relu = torch.nn.Conv2d, torch.nn.MaxPool2d, torch.nn.ReLU
-    features = torch.nn.Sequential(
-        *(conv(3, 64, 11, 4, 2), relu(), pool(3, 2)),
-        *(conv(64, 192, 5, padding=2), relu(), pool(3, 2)),
-        *(conv(192, 384, 3, padding=1), relu(), conv(384, 256, 3, padding=1), relu()),
-        *(conv(256, 256, 3, padding=1), relu()),
-    )
-    names = {k.removeprefix("features."): v for k, v in network.items() if k[0] == "f"}
-    features.load_state_dict(names)
-    shift, scale = (torch.tensor(x)[None, :, None, None] for x in (SHIFT, SCALE))
-    x, y = (a - shift) / scale, (b - shift) / scale
-    total, tapped = 0.0, 0
-    with torch.no_grad():
-        for module in features:
-            x, y = module(x), module(y)
-            if not isinstance(module, torch.nn.ReLU):
-                continue
-            apart = torch.nn.functional.normalize(x) - torch.nn.functional.normalize(y)
-            head = heads[f"lin{tapped}.model.1.weight"][0, :, 0, 0]
-            total += float(torch.einsum("bchw,c->bhw", apart**2, head).mean())
-            tapped += 1
-    assert tapped == 5
-    return total
-
-
-def test_lpips_is_the_papers(weights: dict[str, str]) -> None:
-    network, heads = Path(weights["lpips_network"]), Path(weights["lpips_heads"])
-    lpips = Lpips(network=network, heads=heads, reward="preservation")
-    a, b = torch.rand(1, 3, 70, 64) * 2 - 1, torch.rand(1, 3, 70, 64) * 2 - 1
-    assert float(lpips.distance(a, b)) == pytest.approx(plain_lpips(a, b, weights), rel=1e-4)
-    assert float(lpips.distance(a, a)) == 0
-
-
 def test_weights_that_are_not_lpips_are_refused(weights: dict[str, str]) -> None:
-    swapped = {"lpips_network": weights["lpips_heads"], "lpips_heads": weights["lpips_network"]}
-    with pytest.raises(ConfigError, match=r"features\.0\.weight of .* is missing"):
-        PreservationReward(configured(swapped))
+    twice = {"lpips_network": weights["lpips_heads"], "lpips_heads": weights["lpips_heads"]}
+    with pytest.raises(ConfigError, match=r"alex\.pth.* features\.0\.weight is missing"):
+        PreservationReward(configured(twice))
     assert list(PreservationRewardConfig(lpips_heads="a.pth").problems("kept"))

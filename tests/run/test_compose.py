@@ -86,7 +86,8 @@ def test_counts_may_be_written_as_powers_but_not_as_fractions():
         ),
         (
             "stage.kind=sfft",
-            "stage.kind='sfft' is unknown; use one of pretrain, sft, dida, dida_eval, grpo, ibq. "
+            "stage.kind='sfft' is unknown; use one of pretrain, sft, dida, dida_eval, grpo, ibq, "
+            "tokenizer_eval. "
             "Did you mean 'sft'?",
         ),
         (

@@ -22,8 +22,7 @@ from emu35.data.scenes.quality import ScenePrompt
 from emu35.data.scenes.render import render
 from emu35.inference.grammar import GridSize
 from emu35.inference.request import DenoiseOptions
-from emu35.stages import dida
-from emu35.stages.dida_eval import features
+from emu35.stages import dida, picture_features
 from emu35.stages.dida_eval.decoders import Asking, Decoding, evaluate_decoder, open_evaluation
 from emu35.tokens.document import Image, Part, Text
 from emu35.tokens.template import PromptTemplate, Task, build_prompt
@@ -346,7 +345,7 @@ def test_what_inception_lacks_is_told_first(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(features, "find_spec", lambda name: None)
+    monkeypatch.setattr(picture_features, "find_spec", lambda name: None)
     assert evaluate(source, tmp_path / "run", "stage.features=inception") == 2
     assert "pip install 'emu35[evaluate]'" in capsys.readouterr().err
 

@@ -208,8 +208,8 @@ def test_missing_folder_and_missing_weights_are_reported(folder, tmp_path):
 def test_failed_write_leaves_the_previous_weights(folder, monkeypatch):
     before = (folder / "model.ckpt").read_bytes()
 
-    def full_disk(state, path):
-        path.write_bytes(b"half")
+    def full_disk(state, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)

@@ -5,7 +5,7 @@ import pytest
 from scipy.linalg import sqrtm
 
 from emu35.errors import DataError
-from emu35.vision.frechet import Gaussian, fit_gaussian, frechet_distance
+from emu35.vision.frechet import Gaussian, Moments, fit_gaussian, frechet_distance
 
 
 def features(*, seed: int, count: int = 60, dimensions: int = 5) -> np.ndarray:
@@ -61,3 +61,23 @@ def test_too_few_pictures_are_refused() -> None:
         fit_gaussian(np.array([[0.0], [np.nan]]))
     with pytest.raises(DataError, match="one feature space"):
         frechet_distance(enough, fit_gaussian(features(seed=4, dimensions=4)))
+
+
+def test_sums_that_come_in_parts_make_the_same_gaussian() -> None:
+    rows = features(seed=3, count=40)
+    moments = Moments(rows.shape[1])
+    assert moments.gaussian() is None
+    for part in (rows[:1], rows[1:25], rows[25:]):
+        moments.add(part)
+    found, wanted = moments.gaussian(), fit_gaussian(rows)
+    assert found is not None
+    assert found.count == wanted.count
+    np.testing.assert_allclose(found.mean_D, wanted.mean_D, rtol=1e-12)
+    np.testing.assert_allclose(found.covariance_DD, wanted.covariance_DD, rtol=1e-9, atol=1e-12)
+
+
+def test_sums_of_no_finite_numbers_are_refused() -> None:
+    moments = Moments(2)
+    moments.add(np.array([[1.0, 2.0], [np.nan, 0.0]]))
+    with pytest.raises(DataError, match="not finite"):
+        moments.gaussian()

@@ -12,7 +12,9 @@ from emu35.vision.ibq.ema import AveragedIBQ
 from emu35.vision.ibq.init import initialize
 from emu35.vision.ibq.losses import IBQWeights, ibq_losses, quantization_loss
 from emu35.vision.ibq.model import IBQ, Reconstruction, Through
-from emu35.vision.ibq.quantizer import Quantized, nearest_codes, quantize_plain
+from emu35.vision.ibq.nearest import nearest_codes
+from emu35.vision.ibq.propagation import quantize_plain
+from emu35.vision.ibq.quantizer import Quantized
 
 
 def tiny_model(*, n_embed=64) -> IBQ:
@@ -32,13 +34,13 @@ def tiny_model(*, n_embed=64) -> IBQ:
 
 
 def quantized_grid(z_ND, codebook_KD) -> Quantized:
-    z_q_ND, codes_N = quantize_plain(z_ND, codebook_KD=codebook_KD)
+    found = quantize_plain(z_ND, codebook_KD=codebook_KD)
     as_grid = {
         "z_BDHW": z_ND.T[None, :, :, None],
-        "z_q_BDHW": z_q_ND.T[None, :, :, None],
-        "hard_BDHW": codebook_KD[codes_N].T[None, :, :, None],
+        "z_q_BDHW": found.z_q_ND.T[None, :, :, None],
+        "hard_BDHW": codebook_KD[found.codes_N].T[None, :, :, None],
     }
-    return Quantized(**as_grid, codes_BHW=codes_N[None, :, None])
+    return Quantized(**as_grid, codes_BHW=found.codes_N[None, :, None])
 
 
 def test_quantization_loss_is_the_sum_of_its_three_terms():

@@ -6,9 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from emu35.vision.ibq import quantizer
-from emu35.vision.ibq.quantizer import Quantizer, nearest_codes, quantize, quantize_plain
+from emu35.vision.ibq import chunks, nearest
+from emu35.vision.ibq.entropy import EntropySettings
+from emu35.vision.ibq.nearest import nearest_codes
+from emu35.vision.ibq.propagation import quantize, quantize_plain
+from emu35.vision.ibq.quantizer import Quantizer
 
 
 def rounding(*, z_ND, codebook_KD, gradient_ND):
@@ -25,9 +29,9 @@ def rounding(*, z_ND, codebook_KD, gradient_ND):
 def values_and_gradients(function, *, z_ND, codebook_KD, gradient_ND, **options):
     z_ND = z_ND.clone().requires_grad_()
     codebook_KD = codebook_KD.clone().requires_grad_()
-    z_q_ND, codes_N = function(z_ND, codebook_KD=codebook_KD, **options)
-    z_q_ND.backward(gradient_ND)
-    return z_q_ND.detach(), codes_N, z_ND.grad, codebook_KD.grad
+    found = function(z_ND, codebook_KD=codebook_KD, **options)
+    found.z_q_ND.backward(gradient_ND)
+    return found.z_q_ND.detach(), found.codes_N, z_ND.grad, codebook_KD.grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -63,7 +67,7 @@ def test_gradient_of_the_soft_part_is_the_true_one():
     soft_ND = (z_ND @ codebook_KD.T).softmax(1) @ codebook_KD
     (expected,) = torch.autograd.grad(soft_ND, z_ND, gradient_ND)
     (found,) = torch.autograd.grad(
-        quantize(z_ND, codebook_KD=codebook_KD, chunk=4)[0], z_ND, gradient_ND
+        quantize(z_ND, codebook_KD=codebook_KD, chunk=4).z_q_ND, z_ND, gradient_ND
     )
     torch.testing.assert_close(found, expected)
 
@@ -72,9 +76,9 @@ def test_every_row_of_the_codebook_gets_a_gradient():
     torch.manual_seed(0)
     z_ND = torch.randn(4, 8)
     codebook_KD = torch.randn(50, 8, requires_grad=True)
-    z_q_ND, codes_N = quantize(z_ND, codebook_KD=codebook_KD, chunk=7)
-    z_q_ND.square().sum().backward()
-    assert len(codes_N.unique()) <= 4
+    found = quantize(z_ND, codebook_KD=codebook_KD, chunk=7)
+    found.z_q_ND.square().sum().backward()
+    assert len(found.codes_N.unique()) <= 4
     assert codebook_KD.grad is not None
     assert (codebook_KD.grad.abs().sum(1) > 0).all()
 
@@ -85,22 +89,14 @@ def test_ties_go_to_the_lowest_index(chunk):
     z_ND = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     expected = torch.tensor([1, 0, 0])
     assert torch.equal(nearest_codes(z_ND, codebook_KD=codebook_KD, chunk=chunk), expected)
-    assert torch.equal(quantize(z_ND, codebook_KD=codebook_KD, chunk=chunk)[1], expected)
+    found = quantize(z_ND, codebook_KD=codebook_KD, chunk=chunk)
+    assert torch.equal(found.codes_N, expected)
 
 
 def test_codes_are_dot_products_not_distances():
     """The far row wins although the near one is closer: the codebook is not normalised."""
     codebook_KD = torch.tensor([[1.0, 0.0], [10.0, 0.0]])
     assert nearest_codes(torch.tensor([[1.0, 0.0]]), codebook_KD=codebook_KD).item() == 1
-
-
-def test_huge_logits_do_not_overflow():
-    z_ND = torch.tensor([[300.0, -200.0]], requires_grad=True)
-    codebook_KD = torch.tensor([[5.0, 1.0], [-4.0, 9.0], [5.0, 1.0]])
-    z_q_ND, _ = quantize(z_ND, codebook_KD=codebook_KD, chunk=1)
-    z_q_ND.sum().backward()
-    assert z_ND.grad is not None
-    assert torch.isfinite(z_ND.grad).all()
 
 
 def test_half_precision_inputs_are_quantized_in_the_precision_of_the_codebook():
@@ -125,16 +121,58 @@ def test_grids_keep_their_layout():
 
 def test_memory_is_bounded_by_the_chunk(monkeypatch):
     """No logits beyond the chunk exist at a time, forward or backward."""
-    seen = []
-    original = torch.Tensor.exp_
-
-    def spy(tensor):
-        seen.append(tensor.numel())
-        return original(tensor)
-
-    monkeypatch.setattr(torch.Tensor, "exp_", spy)
-    monkeypatch.setattr(quantizer, "CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(nearest, "CPU_CHUNK_ELEMENTS", 1 << 14)
     z_ND = torch.randn(32, 4, requires_grad=True)
-    quantize(z_ND, codebook_KD=torch.randn(5000, 4))[0].sum().backward()
-    assert len(seen) >= 2 * math.ceil(5000 / 512)
-    assert max(seen) <= 1 << 14
+    codebook_KD = torch.randn(5000, 4, requires_grad=True)
+    with Largest() as seen:
+        found = quantize(z_ND, codebook_KD=codebook_KD, entropy=EntropySettings())
+        assert found.entropy is not None
+        (found.z_q_ND.sum() + found.entropy.loss()).backward()
+        nearest_codes(z_ND, codebook_KD=codebook_KD)
+    # Three buffers of a chunk; the codebook and its gradient hold 5000 x 4.
+    assert math.prod(seen.shape) <= max(3 << 14, 5000 * 4)
+    with Largest() as seen:
+        quantize_plain(z_ND, codebook_KD=codebook_KD)
+    assert math.prod(seen.shape) == 32 * 5000
+
+
+@pytest.mark.parametrize("rows", [2000, 8000])
+def test_no_more_logits_are_kept_for_a_larger_codebook(monkeypatch, rows):
+    monkeypatch.setattr(nearest, "CPU_CHUNK_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(chunks, "KEPT_ELEMENTS", 1 << 14)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    z_ND = torch.randn(32, 4, requires_grad=True)
+    codebook_KD = torch.randn(rows, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        quantize(z_ND, codebook_KD=codebook_KD, entropy=EntropySettings())
+    # Inputs and codes are saved too.
+    assert sum(saved.values()) == (1 << 14) + z_ND.numel() + codebook_KD.numel() + 32
+
+
+def test_search_takes_no_more_memory_for_more_vectors(monkeypatch):
+    monkeypatch.setattr(nearest, "VECTORS_AT_ONCE", 16)
+    z_ND, codebook_KD = torch.randn(1000, 4), torch.randn(300, 4)
+    with Largest() as seen:
+        codes_N = nearest_codes(z_ND, codebook_KD=codebook_KD)
+    assert math.prod(seen.shape) <= max(16 * 300, 1000 * 4)
+    assert torch.equal(codes_N, (z_ND @ codebook_KD.T).argmax(1))
+
+
+class Largest(TorchDispatchMode):
+    """Watches every torch operation; ``shape`` is that of the largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.shape = (0,)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, torch.Tensor) and each.numel() > math.prod(self.shape):
+                self.shape = tuple(each.shape)
+        return result

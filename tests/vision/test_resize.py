@@ -22,6 +22,7 @@ from emu35.vision.resize import (
     MAX_SIDE,
     Reason,
     RejectedImage,
+    header_size,
     open_image,
     smart_resize,
     to_image,
@@ -295,3 +296,30 @@ def test_pixels_become_a_picture_again() -> None:
     assert to_image(np.full((3, 2, 2), -5.0)).getpixel((0, 0)) == (0, 0, 0)
     with pytest.raises(DataError, match="not finite"):
         to_image(np.full((3, 2, 2), np.nan))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 8])
+def test_headers_tell_the_size_that_decoding_gives(format, orientation):
+    image, options = picture(width=41, height=24), {}
+    if orientation is not None and format in ("JPEG", "PNG", "WEBP", "TIFF"):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    data = saved(image, format, **options)
+    assert header_size(data) == open_image(data).size
+
+
+def test_headers_are_enough_for_the_size():
+    for format in ("JPEG", "PNG"):
+        data = saved(picture(width=400, height=300), format)
+        assert header_size(data[:1000]) == (400, 300)
+
+
+def test_headers_are_refused_as_pictures_are():
+    with pytest.raises(RejectedImage, match="image too large"):
+        header_size(png_claiming(width=MAX_SIDE + 1, height=2))
+    with pytest.raises(RejectedImage, match="not an image"):
+        header_size(b"nothing")
+    with pytest.raises(RejectedImage):
+        header_size(saved(picture(), "JPEG")[:8])

@@ -15,6 +15,10 @@ that they are the same for any number of workers and that what repeats an earlie
 (:mod:`~emu35.data.ingest.seen`) is decided in one place. What was encoded ahead of an interruption
 is not encoded again.
 
+What inputs are made into is a product (:mod:`~emu35.data.ingest.product`): documents in token
+shards here, codes alone in :mod:`emu35.data.codes`. Reading, encoding, workers, books and resuming
+(:mod:`~emu35.data.ingest.job`) are the same for both.
+
 A record that cannot be used is written to ``rejects.jsonl`` with its reason and counted. An input
 of which more than ``max_rejects`` was rejected is not committed: the run goes on with the other
 inputs, keeps theirs, and fails at the end naming the bad ones.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from emu35.data.ingest.options import Dedup, IngestOptions, PairOrder
 from emu35.data.ingest.pictures import EncodedRecord, PictureEncoder, PictureStage
+from emu35.data.ingest.product import Outcome
 from emu35.data.readers.clips import gather_clips
 from emu35.data.readers.discover import InputFile
 from emu35.data.readers.records import RawRecord, Reason, RecordForm, Reject
@@ -37,16 +38,6 @@ class Ready:
 
 
 @dataclass(kw_only=True, slots=True)
-class Outcome:
-    """What came of the next ``records`` records, up to byte ``offset`` of the input."""
-
-    offset: int
-    records: int
-    documents: list[Ready] = field(default_factory=list[Ready])
-    rejects: list[Reject] = field(default_factory=list[Reject])
-
-
-@dataclass(kw_only=True, slots=True)
 class _Video:
     """Clips that follow each other in a document; ``parts`` of each, with its pictures' hashes."""
 
@@ -64,7 +55,7 @@ class DocumentStage:
     tokenizer: TextTokenizer
     encoder: PictureEncoder | None
 
-    def run(self, source: InputFile) -> Iterator[Outcome]:
+    def run(self, source: InputFile) -> Iterator[Outcome[Ready]]:
         """Outcomes in the order of the records.
 
         Raises:
@@ -75,6 +66,7 @@ class DocumentStage:
             images_per_call=self.options.images_per_call,
             threads=self.options.threads,
             sequence_length=self.options.sequence_length,
+            codebook_size=self.options.tokenizer.codebook_size,
             hashing=self.options.dedup is Dedup.picture,
         )
         video: _Video | None = None
@@ -86,7 +78,7 @@ class DocumentStage:
                 continue
             record = found.record
             last = record.offset
-            outcome = Outcome(offset=last, records=len(record.several) or 1)
+            outcome = Outcome[Ready](offset=last, records=len(record.several) or 1)
             if video is not None and video.id != record.group:
                 self._finish(video, outcome=outcome)
                 video = None
@@ -100,7 +92,7 @@ class DocumentStage:
                 self._add(found, outcome=outcome)
             yield outcome
         if video is not None:
-            outcome = Outcome(offset=last, records=0)
+            outcome = Outcome[Ready](offset=last, records=0)
             self._finish(video, outcome=outcome)
             yield outcome
 
@@ -108,7 +100,7 @@ class DocumentStage:
         clips = self.options.clips
         return source.read() if clips is None else gather_clips(source.read(), fields=clips)
 
-    def _add(self, found: EncodedRecord, *, outcome: Outcome) -> None:
+    def _add(self, found: EncodedRecord, *, outcome: Outcome[Ready]) -> None:
         form = found.record.form
         orders = list(FOLDERS[self.options.order].values())
         for id, parts, hashes in found.documents():
@@ -125,7 +117,7 @@ class DocumentStage:
                 continue
             outcome.documents.append(self._ready(id, sequences=sequences, hashes=hashes))
 
-    def _finish(self, video: _Video, *, outcome: Outcome) -> None:
+    def _finish(self, video: _Video, *, outcome: Outcome[Ready]) -> None:
         """Make documents of the clips of a video."""
         orders = list(FOLDERS[self.options.order].values())
         if len(orders) > 1 and not all(video.pair):

@@ -25,15 +25,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from emu35.data.index import index_path, read_index
 from emu35.data.ingest.options import Existing
+from emu35.data.ingest.shard_kind import TOKEN_SHARDS, ShardKind
 from emu35.data.shards import atomic_file
 from emu35.errors import DataError
 from emu35.files import sync_folder
 
 _BOOKS = ".ingest"
 _FORMAT = 1
-_UNNAMED = {"dedup": "none", "clips": None}
+_UNNAMED = {"dedup": "none", "clips": None, "pictures": None}
 _LATER_OPTIONS = {"starts": "random", "layout": None, **_UNNAMED}
 """Options that books of an earlier version do not name, with what they come to. Those that are
 unnamed are no part of the names of notes either, so that notes of earlier versions are found."""
@@ -76,6 +76,7 @@ class Manifest:
             Until then the manifest on disk is the earlier one, and nothing here is written to it.
         part: which part of the folder's shards these are, such as ``1-of-4``; empty for all.
         seen: name of the book of hashes that goes with these shards, empty if there is none.
+        kind: what the shards are.
     """
 
     out: Path
@@ -86,6 +87,7 @@ class Manifest:
     retired: list[str] = field(default_factory=list[str])
     part: str = ""
     seen: str = ""
+    kind: ShardKind = TOKEN_SHARDS
 
     @property
     def books(self) -> Path:
@@ -164,7 +166,10 @@ class Manifest:
             staged, final = self.staging / name, self.out / name
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(staged, final)
-            os.replace(index_path(staged), index_path(final))
+            for beside, place in zip(
+                self.kind.beside(staged), self.kind.beside(final), strict=True
+            ):
+                os.replace(beside, place)
         self._sync_folders(entry.shards)
         self.done.append(entry)
         self.unsettled = []
@@ -212,7 +217,7 @@ class Manifest:
         """
         names = [name for entry in self.done for name in entry.shards] + self.retired
         own = {self.out / name for name in names}
-        own |= {index_path(path) for path in own}
+        own |= {beside for path in own for beside in self.kind.beside(path)}
         # Anything under another name is the user's own business.
         pattern = _pattern(self.stem)
         strangers = [
@@ -245,7 +250,7 @@ class Manifest:
         """What the cheap check finds wrong with the shards of an input that is done."""
         for name in entry.shards:
             try:
-                read_index(self.out / name)
+                self.kind.check(self.out / name)
             except DataError as error:
                 if isinstance(error.__cause__, OSError):
                     # The disk or the permissions failed; the shard may be sound.
@@ -255,8 +260,8 @@ class Manifest:
 
     def _remove(self, names: Sequence[str]) -> None:
         for name in names:
-            (self.out / name).unlink(missing_ok=True)
-            index_path(self.out / name).unlink(missing_ok=True)
+            for path in (self.out / name, *self.kind.beside(self.out / name)):
+                path.unlink(missing_ok=True)
         self._sync_folders(names)
 
     def _sync_folders(self, names: Sequence[str]) -> None:
@@ -273,6 +278,7 @@ def open_books(
     identity: dict[str, Any],
     existing: Existing,
     part: str = "",
+    kind: ShardKind = TOKEN_SHARDS,
 ) -> Manifest:
     """Read the books of ``out``, or begin new ones; remove what a killed run left behind.
 
@@ -282,7 +288,7 @@ def open_books(
         DataError: if the folder holds shards of unknown origin, of another split into parts, or
             made with other options.
     """
-    manifest = Manifest(out=out, folders=list(folders), identity=identity, part=part)
+    manifest = Manifest(out=out, folders=list(folders), identity=identity, part=part, kind=kind)
     _refuse_other_splits(manifest)
     if manifest.path.is_file():
         body = _read(manifest.path)
@@ -294,6 +300,7 @@ def open_books(
             unsettled=body.get("unsettled", []),
             part=part,
             seen=body.get("seen", ""),
+            kind=kind,
         )
         earlier.settle()
         if existing is Existing.replace:

@@ -130,7 +130,8 @@ class IngestOptions:
 class IngestSummary:
     """What an ingestion did, inputs done in earlier runs included; counts are over all sources.
 
-    ``rejects`` maps a reason to its count; ``skipped`` counts inputs that were done already.
+    ``rejects`` maps a reason to its count; ``skipped`` counts inputs that were done already,
+    ``new_documents`` and ``new_tokens`` what came of the others.
     """
 
     documents: int
@@ -141,13 +142,20 @@ class IngestSummary:
     inputs: int
     skipped: int
     seconds: float
+    new_documents: int = 0
+    new_tokens: int = 0
 
     def lines(self) -> list[str]:
         """A few lines to print."""
-        rows = [
+        return [
             f"{self.documents} documents, {self.tokens} tokens ({self.visual_tokens} visual), "
-            f"{self.shards} shards from {self.inputs} inputs in {self.seconds:.1f} s"
+            f"{self.shards} shards from {self.inputs} inputs in {self.seconds:.1f} s",
+            *self.details(),
         ]
+
+    def details(self) -> list[str]:
+        """What was done before, and what was left out."""
+        rows: list[str] = []
         if self.skipped:
             rows.append(f"{self.skipped} inputs were done already")
         rows += [f"rejected: {count} x {reason}" for reason, count in sorted(self.rejects.items())]

@@ -7,7 +7,7 @@ that assembles an ingestion.
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL.Image import Image as Picture
 
-from emu35.data.readers.records import RawImage, RawPart, RawRecord, RawText, Reason, Reject
+from emu35.data.codes.grid import decode_grid
+from emu35.data.readers.records import (
+    RawCodes,
+    RawPart,
+    RawPicture,
+    RawRecord,
+    RawText,
+    Reason,
+    Reject,
+)
 from emu35.errors import DataError
 from emu35.tokens.document import Image, Part, Special, Text
 
@@ -72,6 +81,8 @@ class PictureEncoder(Protocol):
     def prepare(self, data: bytes | Path) -> Picture:
         """Open and resize; both sides become multiples of the factor. Called from threads.
 
+        ``info["source_size"]`` of the picture tells its width and height before.
+
         Raises:
             UnusablePicture: for anything that is not a picture, is damaged or absurdly large.
         """
@@ -85,15 +96,18 @@ class PictureEncoder(Protocol):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedRecord:
     """A record whose pictures are codes, each picture encoded once; ``hashes`` of their bytes where
-    they were asked for."""
+    they were asked for; ``sizes`` (width, height) of those that were encoded here, as opened."""
 
     record: RawRecord
-    codes: Mapping[RawImage, Image]
-    hashes: Mapping[RawImage, bytes]
+    codes: Mapping[RawPicture, Image]
+    hashes: Mapping[RawPicture, bytes]
+    sizes: Mapping[RawPicture, tuple[int, int]] = field(
+        default_factory=dict[RawPicture, tuple[int, int]]
+    )
 
     def hashes_of(self, parts: Iterable[RawPart]) -> bytes:
         """The hashes of the pictures among ``parts``, one after the other."""
-        return b"".join(self.hashes.get(p, b"") for p in parts if isinstance(p, RawImage))
+        return b"".join(self.hashes.get(p, b"") for p in parts if isinstance(p, RawPicture))
 
     def documents(self) -> Iterator[tuple[str, list[Part], bytes]]:
         """Id, parts and the pictures' hashes of every document of the record."""
@@ -101,18 +115,19 @@ class EncodedRecord:
             yield id, [self._part(part) for part in parts], self.hashes_of(parts)
 
     def _part(self, part: RawPart) -> Part:
-        if isinstance(part, RawImage):
+        if isinstance(part, RawPicture):
             return self.codes[part]
         return Text(part.text) if isinstance(part, RawText) else Special(part.token)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Prepared:
-    """A record with its pictures opened and resized."""
+    """A record with its pictures opened and resized, but for those that are codes already."""
 
     record: RawRecord
     pictures: list[Picture]
-    hashes: dict[RawImage, bytes]
+    codes: dict[RawPicture, Image]
+    hashes: dict[RawPicture, bytes]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,13 +140,14 @@ class PictureStage:
     A picture that cannot fit a document of ``sequence_length`` tokens (0: no limit) is rejected
     before it is encoded. With ``hashing`` the bytes of pictures are hashed. Without ``encoder`` a
     record with a picture raises DataError: the options of the whole ingestion are wrong, not the
-    record.
+    record. So does one with codes of another tokenizer, or of other than ``codebook_size`` codes.
     """
 
     encoder: PictureEncoder | None
     images_per_call: int
     threads: int
     sequence_length: int
+    codebook_size: int
     hashing: bool = False
 
     def run(self, records: Iterable[RawRecord | Reject]) -> Iterator[EncodedRecord | Reject]:
@@ -159,8 +175,7 @@ class PictureStage:
     def _prepare(self, record: RawRecord | Reject) -> _Prepared | Reject:
         if isinstance(record, Reject):
             return record
-        pictures: list[Picture] = []
-        hashes: dict[RawImage, bytes] = {}
+        prepared = _Prepared(record=record, pictures=[], codes={}, hashes={})
         for part in record.pictures():
             if self.encoder is None:
                 raise DataError(
@@ -169,14 +184,19 @@ class PictureStage:
                 )
             try:
                 if self.hashing:
-                    hashes[part] = _hash(part)
-                picture = self.encoder.prepare(part.data)
+                    prepared.hashes[part] = _hash(part)
+                if isinstance(part, RawCodes):
+                    self._check_origin(part, encoder=self.encoder, id=record.id)
+                    codes = _decode(part)
+                    prepared.codes[part] = codes
+                    rows, columns = codes.codes_HW.shape
+                else:
+                    picture = self.encoder.prepare(part.data)
+                    prepared.pictures.append(picture)
+                    rows = picture.height // self.encoder.factor
+                    columns = picture.width // self.encoder.factor
             except UnusablePicture as error:
                 return _reject(record, error.reason, error.detail)
-            rows, columns = (
-                picture.height // self.encoder.factor,
-                picture.width // self.encoder.factor,
-            )
             length = picture_tokens(rows=rows, columns=columns)
             # A document is at least BOS, the picture, EOS.
             if self.sequence_length and length + 2 > self.sequence_length:
@@ -185,8 +205,20 @@ class PictureStage:
                     f"above {self.sequence_length}; lower the area"
                 )
                 return _reject(record, Reason.picture_too_long, detail)
-            pictures.append(picture)
-        return _Prepared(record=record, pictures=pictures, hashes=hashes)
+        return prepared
+
+    def _check_origin(self, part: RawCodes, *, encoder: PictureEncoder, id: str) -> None:
+        """Raises: DataError if the codes are not what ``encoder`` would have made."""
+        here = (encoder.digest, encoder.dtype, self.codebook_size)
+        there = (part.tokenizer, part.dtype, part.codebook_size)
+        if here != there:
+            raise DataError(
+                f"record {id!r} holds codes of an image tokenizer with weights "
+                f"{part.tokenizer[:12]}, computed in {part.dtype}, one of {part.codebook_size}; "
+                f"that of --vision has weights {encoder.digest[:12]}, computes in {encoder.dtype} "
+                f"and --codebook-size is {self.codebook_size}. Give the tokenizer that made the "
+                "codes, or encode the pictures again with this one"
+            )
 
     def _encode(self, window: Sequence[_Prepared | Reject]) -> Iterator[EncodedRecord | Reject]:
         pictures = [
@@ -203,16 +235,22 @@ class PictureStage:
             if isinstance(prepared, Reject):
                 yield prepared
                 continue
-            encoded: dict[RawImage, Image] = {}
+            encoded = dict(prepared.codes)
+            sizes: dict[RawPicture, tuple[int, int]] = {}
             for image in prepared.record.pictures():
+                if image in encoded:
+                    continue
                 if number not in codes:
                     assert self.encoder is not None
                     batch = batches[number]
                     found = self.encoder.encode([pictures[other] for other in batch])
                     codes.update(zip(batch, found, strict=True))
                 encoded[image] = Image(codes.pop(number))
+                sizes[image] = pictures[number].info.get("source_size", pictures[number].size)
                 number += 1
-            yield EncodedRecord(record=prepared.record, codes=encoded, hashes=prepared.hashes)
+            yield EncodedRecord(
+                record=prepared.record, codes=encoded, hashes=prepared.hashes, sizes=sizes
+            )
 
     def _batches(self, pictures: Sequence[Picture]) -> dict[int, list[int]]:
         """Number of each picture -> those that go through the codec with it, all of one size."""
@@ -236,7 +274,20 @@ def picture_tokens(*, rows: int, columns: int) -> int:
     return rows * columns + rows - 1 + 3 + len(f"{rows}*{columns}")
 
 
-def _hash(image: RawImage) -> bytes:
+def _decode(part: RawCodes) -> Image:
+    """Raises: UnusablePicture if the bytes are no grid of codes of its codebook."""
+    try:
+        codes_HW = decode_grid(part.data)
+    except ValueError as error:
+        raise UnusablePicture(reason=Reason.bad_codes, detail=str(error)) from error
+    highest = int(codes_HW.max())
+    if highest >= part.codebook_size:
+        detail = f"code {highest} of a codebook of {part.codebook_size}"
+        raise UnusablePicture(reason=Reason.bad_codes, detail=detail)
+    return Image(codes_HW)
+
+
+def _hash(image: RawPicture) -> bytes:
     """Raises: UnusablePicture if the file cannot be read."""
     try:
         data = image.data if isinstance(image.data, bytes) else image.data.read_bytes()

@@ -4,6 +4,10 @@ The hashes of an input are committed just before the manifest names it as done, 
 the two leaves hashes of an input that is not done; they are removed when the book is opened. A
 replacement begins a book of its own, which the manifest names once the first new shards are in
 place; until then the earlier book stays as it was.
+
+A repeated document is left out of the input that comes later. Should the earlier input be lost
+afterwards and fail when it is done again, the document is in no shard: ``rejects.jsonl`` names both,
+and ``--replace`` brings it back.
 """
 
 import contextlib

@@ -12,20 +12,17 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from emu35.data.ingest.documents import DocumentStage, Outcome
-from emu35.data.ingest.options import IngestOptions
-from emu35.data.ingest.pictures import PictureEncoder
+from emu35.data.ingest.product import Item, Outcome, Product
 from emu35.data.ingest.spool import write_spool
 from emu35.data.readers.discover import InputFile
 from emu35.errors import Emu35Error, LaunchError
-from emu35.tokens.text import build_text_tokenizer
 
 _REPORT_SECONDS = 0.2
 _STOP_SECONDS = 5.0
@@ -40,11 +37,23 @@ class Errand:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Reached:
-    """How far a worker is: bytes of its input, and documents."""
+class Reached:
+    """How far a worker is: bytes of its input, items made of it, and the product's units in
+    them."""
 
-    offset: int
-    documents: int
+    offset: int = 0
+    items: int = 0
+    units: int = 0
+
+
+def sum_reached(parts: Iterable[Reached]) -> Reached:
+    """All of them together."""
+    found = list(parts)
+    return Reached(
+        offset=sum(part.offset for part in found),
+        items=sum(part.items for part in found),
+        units=sum(part.units for part in found),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +73,7 @@ class _Failed:
 class _Setup:
     """What a worker starts with."""
 
-    options: IngestOptions
-    encoder: PictureEncoder | None
+    product: Product[Any]
     number: int
     workers: int
 
@@ -77,7 +85,7 @@ class _Worker:
     process: SpawnProcess
     pipe: Connection
     errand: Errand | None = None
-    reached: _Reached = field(default_factory=lambda: _Reached(offset=0, documents=0))
+    reached: Reached = field(default_factory=Reached)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,20 +95,19 @@ class Crew:
     Used as a context manager; at its end no process is left.
     """
 
-    options: IngestOptions
-    encoder: PictureEncoder | None
+    product: Product[Any]
+    workers: int
     errands: list[Errand]
     _workers: list[_Worker] = field(default_factory=list[_Worker])
     _begun: int = 0
-    _bytes: int = 0
-    _documents: int = 0
+    _done: Reached = field(default_factory=Reached)
 
     def __enter__(self) -> "Crew":
         context = multiprocessing.get_context("spawn")
-        count = min(self.options.workers, len(self.errands))
+        count = min(self.workers, len(self.errands))
         for number in range(count):
             ours, theirs = context.Pipe()
-            setup = _Setup(options=self.options, encoder=self.encoder, number=number, workers=count)
+            setup = _Setup(product=self.product, number=number, workers=count)
             process = context.Process(
                 target=_work, args=(setup, theirs), name=f"emu35-ingest-{number}", daemon=True
             )
@@ -121,11 +128,10 @@ class Crew:
             worker.pipe.close()
 
     @property
-    def done(self) -> tuple[int, int]:
-        """Bytes read and documents made by all workers so far."""
+    def done(self) -> Reached:
+        """What all workers have read and made so far."""
         reached = [worker.reached for worker in self._workers if worker.errand is not None]
-        offsets = sum(entry.offset for entry in reached)
-        return self._bytes + offsets, self._documents + sum(entry.documents for entry in reached)
+        return sum_reached([self._done, *reached])
 
     def events(self) -> Iterator[Errand | None]:
         """Each errand as it is finished, and None now and then meanwhile.
@@ -142,7 +148,7 @@ class Crew:
                 yield self._receive(worker)
 
     def _send(self, worker: _Worker) -> None:
-        worker.reached = _Reached(offset=0, documents=0)
+        worker.reached = Reached()
         worker.errand = None
         if self._begun < len(self.errands):
             errand = self.errands[self._begun]
@@ -155,17 +161,17 @@ class Crew:
 
     def _receive(self, worker: _Worker) -> Errand | None:
         try:
-            message: _Reached | _Finished | _Failed = worker.pipe.recv()
+            message: Reached | _Finished | _Failed = worker.pipe.recv()
         except (EOFError, OSError) as error:
             raise _died(worker) from error
-        if isinstance(message, _Reached):
+        if isinstance(message, Reached):
             worker.reached = message
             return None
         errand = worker.errand
         assert errand is not None
         if isinstance(message, _Finished):
-            self._bytes += errand.source.size
-            self._documents += worker.reached.documents
+            whole = replace(worker.reached, offset=errand.source.size)
+            self._done = sum_reached([self._done, whole])
             self._send(worker)
             return errand
         if message.error is not None:
@@ -199,17 +205,16 @@ def _work(setup: _Setup, pipe: Connection) -> None:
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     try:
-        if setup.encoder is not None:
-            setup.encoder.join(worker=setup.number, workers=setup.workers)
-        stage = DocumentStage(
-            options=setup.options,
-            tokenizer=build_text_tokenizer(setup.options.tokenizer),
-            encoder=setup.encoder,
-        )
+        product = setup.product
+        product.join(worker=setup.number, workers=setup.workers)
         while True:
             errand: Errand = pipe.recv()
-            outcomes = _reported(stage.run(errand.source), pipe=pipe)
-            write_spool(errand.spool, fingerprint=errand.source.fingerprint, outcomes=outcomes)
+            write_spool(
+                errand.spool,
+                fingerprint=errand.source.fingerprint,
+                outcomes=_reported(product, source=errand.source, pipe=pipe),
+                pack=product.pack,
+            )
             pipe.send(_Finished())
     except (EOFError, BrokenPipeError):
         # The main process is gone, or wants no more.
@@ -225,14 +230,20 @@ def _end_with(sentinel: Any) -> None:
     os._exit(1)
 
 
-def _reported(outcomes: Iterator[Outcome], *, pipe: Connection) -> Iterator[Outcome]:
-    """``outcomes``, with a report through the pipe every now and then and at the end."""
-    last, documents, offset = time.monotonic(), 0, 0
-    for outcome in outcomes:
-        documents += len(outcome.documents)
-        offset = outcome.offset
+def _reported(
+    product: Product[Item], *, source: InputFile, pipe: Connection
+) -> Iterator[Outcome[Item]]:
+    """What comes of ``source``, with a report through the pipe every now and then and at the
+    end."""
+    last, reached = time.monotonic(), Reached()
+    for outcome in product.outcomes(source):
+        reached = Reached(
+            offset=outcome.offset,
+            items=reached.items + len(outcome.documents),
+            units=reached.units + sum(map(product.units, outcome.documents)),
+        )
         if time.monotonic() - last >= _REPORT_SECONDS:
             last = time.monotonic()
-            pipe.send(_Reached(offset=offset, documents=documents))
+            pipe.send(reached)
         yield outcome
-    pipe.send(_Reached(offset=offset, documents=documents))
+    pipe.send(reached)

@@ -26,7 +26,7 @@ from emu35.data.readers.task_documents import Starts
 from emu35.data.readers.webdataset import PICTURES, read_webdataset
 from emu35.errors import DataError
 
-_TARS = (".tar", ".tar.gz", ".tgz")
+TARS = (".tar", ".tar.gz", ".tgz")
 _JSON_LINES = (".jsonl", ".ndjson")
 _JSON = (".json",)
 _STATS = "_stats.json"
@@ -100,12 +100,17 @@ def find_inputs(
                 found.append(kinds.of_file(path.resolve()))
         else:
             raise DataError(f"input {path} does not exist; give files or folders that do")
+    refuse_repeats(found)
+    return found
+
+
+def refuse_repeats(inputs: Sequence[InputFile]) -> None:
+    """Raises: DataError if one of them is there twice."""
     seen: set[Path] = set()
-    for entry in found:
+    for entry in inputs:
         if entry.path in seen:
             raise DataError(f"input {entry.path} is given twice; give each input once")
         seen.add(entry.path)
-    return found
 
 
 def _benchmark(path: Path, *, layout: Layout) -> InputFile:
@@ -121,7 +126,7 @@ def _benchmark(path: Path, *, layout: Layout) -> InputFile:
     return InputFile(
         path=path,
         size=path.stat().st_size,
-        fingerprint=_file_fingerprint(path),
+        fingerprint=file_fingerprint(path),
         reader=BENCHMARKS[layout],
     )
 
@@ -153,7 +158,7 @@ class _Kinds:
         """Raises: DataError."""
         name = path.name.lower()
         reader: Callable[[Path], Iterator[RawRecord | Reject]]
-        if name.endswith(_TARS):
+        if name.endswith(TARS):
             reader = read_webdataset
         elif name.endswith(_JSON_LINES):
             reader = partial(read_jsonl, starts=self.starts, pictures=self.pictures)
@@ -172,13 +177,13 @@ class _Kinds:
                 ".md files, or a folder of pictures with captions or of text files"
             )
         return InputFile(
-            path=path, size=path.stat().st_size, fingerprint=_file_fingerprint(path), reader=reader
+            path=path, size=path.stat().st_size, fingerprint=file_fingerprint(path), reader=reader
         )
 
     def of_folder(self, folder: Path) -> list[InputFile]:
         """Raises: DataError."""
         top = sorted(path for path in folder.iterdir() if path.is_file() and not is_report(path))
-        for endings in (_TARS, _JSON_LINES, _PARQUET, _JSON):
+        for endings in (TARS, _JSON_LINES, _PARQUET, _JSON):
             files = [path for path in top if path.name.lower().endswith(endings)]
             if endings is _JSON:
                 files = [path for path in files if _is_list(path)]
@@ -187,7 +192,7 @@ class _Kinds:
         below = list_files(folder)
         texts = [path for path in below if extension(path) in TEXTS]
         if any(extension(path) in PICTURES for path in below):
-            return [_as_folder(folder, files=below, reader=read_picture_folder)]
+            return [as_folder(folder, files=below, reader=read_picture_folder)]
         if not texts:
             raise DataError(
                 f"folder {folder} holds nothing to ingest; it needs tars, JSON lines, parquet "
@@ -195,7 +200,7 @@ class _Kinds:
             )
         if self.text_unit is TextUnit.lines:
             return [self.of_file(path) for path in texts]
-        return [_as_folder(folder, files=texts, reader=read_text_folder)]
+        return [as_folder(folder, files=texts, reader=read_text_folder)]
 
 
 def _is_list(path: Path) -> bool:
@@ -204,22 +209,25 @@ def _is_list(path: Path) -> bool:
         return file.read(_EDGE_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-def _as_folder(
+def as_folder(
     folder: Path,
     *,
     files: Sequence[Path],
     reader: Callable[[Path], Iterator[RawRecord | Reject]],
+    name: Path | None = None,
 ) -> InputFile:
+    """These files below ``folder`` as one input, called ``name`` if it is not all of them."""
     sha = hashlib.sha256()
     size = 0
     for path in files:
         length = file_size(path)
         size += length
         sha.update(os.fsencode(path.relative_to(folder)) + f"\0{length}\n".encode())
-    return InputFile(path=folder, size=size, fingerprint=sha.hexdigest(), reader=reader)
+    return InputFile(path=name or folder, size=size, fingerprint=sha.hexdigest(), reader=reader)
 
 
-def _file_fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
+    """Tells a file from another of its name."""
     # Not the whole file: inputs may be terabytes, and a rerun only asks "is this the same file?".
     size = path.stat().st_size
     sha = hashlib.sha256(str(size).encode())

@@ -1,10 +1,17 @@
 """Folders: pictures with a caption in a ``.txt`` of the same name, or under ``caption`` of a
 ``.json`` (img2dataset writes both), or text files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from emu35.data.readers.records import RawRecord, Reason, Reject, pair_record, text_record
+from emu35.data.readers.records import (
+    Captions,
+    RawRecord,
+    Reason,
+    Reject,
+    pair_record,
+    text_record,
+)
 from emu35.data.readers.webdataset import LARGEST_MEMBER, PICTURES, caption_of
 
 TEXTS = ("txt", "md")
@@ -49,7 +56,20 @@ def read_picture_folder(folder: Path) -> Iterator[RawRecord | Reject]:
             yield Reject(id=name, reason=Reason.no_picture, offset=offset)
 
 
-def _read_pair(path: Path, *, name: str, offset: int) -> RawRecord | Reject:
+def read_pictures(
+    paths: Sequence[Path], *, folder: Path, captions: Captions
+) -> Iterator[RawRecord | Reject]:
+    """One record for each of these pictures below ``folder``."""
+    offset = 0
+    for path in paths:
+        offset += file_size(path)
+        name = path.relative_to(folder).as_posix()
+        yield _read_pair(path, name=name, offset=offset, captions=captions)
+
+
+def _read_pair(
+    path: Path, *, name: str, offset: int, captions: Captions = Captions.required
+) -> RawRecord | Reject:
     sides = {kind: path.with_suffix(f".{kind}") for kind in ("txt", "json")}
     try:
         caption, fields = caption_of(
@@ -64,7 +84,9 @@ def _read_pair(path: Path, *, name: str, offset: int) -> RawRecord | Reject:
     if file_size(path) > LARGEST_MEMBER:
         detail = f"the limit is {LARGEST_MEMBER} bytes"
         return Reject(id=name, reason=Reason.too_large, detail=detail, offset=offset)
-    return pair_record(id=name, caption=caption, picture=path, offset=offset, fields=fields)
+    return pair_record(
+        id=name, caption=caption, picture=path, offset=offset, fields=fields, captions=captions
+    )
 
 
 def read_text_folder(folder: Path) -> Iterator[RawRecord | Reject]:

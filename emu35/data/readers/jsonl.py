@@ -95,7 +95,7 @@ def _list_entries(path: Path) -> Iterator[tuple[Any, int]]:
                 begun, buffer = True, buffer[1:]
                 continue
             if buffer[0] == "]":
-                closed = True
+                closed, buffer = True, buffer[1:]
                 continue
             try:
                 value, used = decode(buffer)
@@ -107,6 +107,14 @@ def _list_entries(path: Path) -> Iterator[tuple[Any, int]]:
                 continue
             buffer = buffer[used:]
             yield value, file.tell() - len(buffer)
+        while not end and not buffer.strip():
+            buffer = ""
+            more(_CHUNK)
+        if buffer.strip():
+            raise ValueError(
+                f"something follows its closing bracket ({buffer.strip()[:20]!r}), as where lists "
+                "were joined; write one list"
+            )
 
 
 def _read_line(line: bytes, *, place: Place) -> RawRecord | Reject:

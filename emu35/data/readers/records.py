@@ -24,6 +24,18 @@ class RawImage:
     data: PictureData
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawCodes:
+    """A picture that was encoded before (``emu35 data tokenize``): its grid as
+    :mod:`emu35.data.codes.grid` writes it, the digest of the image tokenizer, what the codes were
+    computed in and how many there are to choose from."""
+
+    data: bytes
+    tokenizer: str
+    dtype: str
+    codebook_size: int
+
+
 @dataclass(frozen=True, slots=True)
 class RawSpecial:
     """One special token, which only templates place."""
@@ -31,7 +43,10 @@ class RawSpecial:
     token: str
 
 
-RawPart: TypeAlias = RawText | RawImage | RawSpecial
+RawPicture: TypeAlias = RawImage | RawCodes
+"""A picture, whatever it comes as."""
+
+RawPart: TypeAlias = RawText | RawPicture | RawSpecial
 
 
 class RecordForm(StrEnum):
@@ -69,10 +84,10 @@ class RawRecord:
         for suffix, parts in self.several.items():
             yield self.id + suffix, parts
 
-    def pictures(self) -> list[RawImage]:
+    def pictures(self) -> list[RawPicture]:
         """The pictures of all documents, each once."""
         found = (part for _, parts in self.documents() for part in parts)
-        return list(dict.fromkeys(part for part in found if isinstance(part, RawImage)))
+        return list(dict.fromkeys(part for part in found if isinstance(part, RawPicture)))
 
 
 class Reason(StrEnum):
@@ -87,7 +102,10 @@ class Reason(StrEnum):
     bad_task = "not a task record as its schema says"
     bad_conversation = "not a conversation as LLaVA writes them"
     bad_edit = "not an edit of pictures, instruction and target"
+    bad_codes = "not codes as emu35 data tokenize writes them"
+    are_codes = "codes already, no picture"
     missing_file = "missing or unreadable file"
+    is_link = "link in a tar"
     not_downloaded = "picture is an address, not a file"
     too_large = "file too large"
     picture_too_long = "picture longer than the sequence length"
@@ -116,22 +134,32 @@ def is_readable(path: Path) -> bool:
         return False
 
 
+class Captions(StrEnum):
+    """Whether a picture needs a caption to be of use."""
+
+    required = "required"
+    optional = "optional"
+
+
 def pair_record(
     *,
     id: str,
     caption: str | None,
-    picture: PictureData | None,
+    picture: PictureData | RawCodes | None,
     offset: int,
     fields: Mapping[str, Any] | None = None,
     why_none: str = "",
+    captions: Captions = Captions.required,
 ) -> RawRecord | Reject:
     """A picture with its caption, or the reject that a missing half makes of it; ``why_none`` is
     what the record tells of a picture that is not there."""
     if picture is None:
         return Reject(id=id, reason=Reason.no_picture, detail=why_none, offset=offset)
-    if caption is None or not caption.strip():
+    parts: list[RawPart] = [picture if isinstance(picture, RawCodes) else RawImage(picture)]
+    if caption is not None and caption.strip():
+        parts.insert(0, RawText(caption.strip()))
+    elif captions is Captions.required:
         return Reject(id=id, reason=Reason.no_caption, offset=offset)
-    parts: list[RawPart] = [RawText(caption.strip()), RawImage(picture)]
     return RawRecord(id=id, parts=parts, form=RecordForm.pair, offset=offset, fields=fields or {})
 
 

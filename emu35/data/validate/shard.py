@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from emu35.data.index import checksum_range, read_index
+from emu35.data.index import checksum_of, checksum_range, read_index
 from emu35.data.index_file import ShardIndex
 from emu35.data.shards import BLOCK, META_MEMBER, TAIL, ShardMeta, Words, tail_digest
 from emu35.data.validate.document import GridSizes, Indexed, check_document, parse_record
@@ -257,4 +257,4 @@ def _same_bytes(data: Bytes, place: Place, *, checksum: int) -> bool:
         token_word=place.tokens[0] // 4, run_word=place.runs[0] // 4, runs=place.runs[1] // 4
     )
     wide: npt.NDArray[np.uint64] = data[8 * start : 8 * stop].view("<u8")
-    return int(np.bitwise_xor.reduce(wide)) == checksum
+    return checksum_of(wide) == checksum

@@ -1,5 +1,5 @@
-"""``emu35 convert export|import|verify|reshard``: between a run and the official release formats,
-and from a run to one of another layout."""
+"""``emu35 convert export|import|verify|reshard|tokenizer``: between a run and the official release
+formats, from a run to one of another layout, and the image tokenizer alone."""
 
 import argparse
 import json
@@ -13,13 +13,14 @@ from emu35.run.arguments.tokenizer import KINDS, tokenizer_config
 DTYPES = ("fp32", "bf16")
 TEMPLATES = ("official", "plain")
 NEW_ROWS = ("mean", "normal")
+LAYOUTS = ("official", "hf")
 
 
 def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     """Describe the subcommand."""
     text = (
-        "a run to a release, a release (or Qwen3) to a run, the proof that they are equal, and a "
-        "run to another layout"
+        "a run to a release, a release (or Qwen3) to a run, the proof that they are equal, a run "
+        "to another layout, and an image tokenizer to another format"
     )
     actions = commands.add_parser("convert", help=text, description=text).add_subparsers(
         required=True, metavar="ACTION"
@@ -28,6 +29,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
     _add_import(actions)
     _add_verify(actions)
     _add_reshard(actions)
+    _add_tokenizer(actions)
 
 
 def _add_export(actions: "Commands[argparse.ArgumentParser]") -> None:
@@ -132,6 +134,27 @@ def _add_reshard(actions: "Commands[argparse.ArgumentParser]") -> None:
     command.set_defaults(handler=_reshard)
 
 
+def _add_tokenizer(actions: "Commands[argparse.ArgumentParser]") -> None:
+    text = "an image tokenizer to the official or the Hugging Face layout, read again and compared"
+    command = actions.add_parser("tokenizer", help=text, description=text)
+    command.add_argument(
+        "--from",
+        type=Path,
+        required=True,
+        dest="source",
+        metavar="DIR",
+        help="its folder in either layout, or a run of stage=ibq or a release that holds it",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    command.add_argument(
+        "--format",
+        choices=LAYOUTS,
+        required=True,
+        help="official: config.yaml and model.ckpt; hf: config.json and model.safetensors",
+    )
+    command.set_defaults(handler=_tokenizer)
+
+
 def _add_template(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--template",
@@ -227,6 +250,18 @@ def _reshard(arguments: argparse.Namespace) -> int:
             step=arguments.step,
             dtype=Precision(arguments.dtype) if arguments.dtype else None,
             weights_only=arguments.weights_only,
+        )
+    )
+    return 0
+
+
+def _tokenizer(arguments: argparse.Namespace) -> int:
+    from emu35.stages.convert_tokenizer import ConvertTokenizerOptions, convert_tokenizer
+    from emu35.vision.ibq.folder import Layout
+
+    convert_tokenizer(
+        ConvertTokenizerOptions(
+            source=arguments.source, out=arguments.out, layout=Layout(arguments.format)
         )
     )
     return 0

@@ -1,9 +1,16 @@
-"""``emu35 data ingest|distill|tasks|pack|...``: token shards and prompts, in and out."""
+"""``emu35 data ingest|tokenize|distill|pack|...``: token shards and prompts, in and out."""
 
 import argparse
 from pathlib import Path
 
-from emu35.run.arguments import Commands, data_look, distill, filter_prompts, ingest
+from emu35.run.arguments import (
+    Commands,
+    data_look,
+    distill,
+    filter_prompts,
+    ingest,
+    tokenize,
+)
 
 OVERLONG = ("cut", "drop", "refuse")
 TASKS = ("chat", "t2i", "x2i", "story", "howto", "explore", "vla")
@@ -16,6 +23,7 @@ def add(commands: "Commands[argparse.ArgumentParser]") -> None:
         required=True, metavar="ACTION"
     )
     ingest.add(actions)
+    tokenize.add(actions)
     distill.add(actions)
     filter_prompts.add(actions)
     _add_tasks(actions)

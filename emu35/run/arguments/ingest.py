@@ -8,6 +8,7 @@ from emu35.errors import ConfigError
 from emu35.run.arguments import Commands
 from emu35.run.arguments.recipe import Recipe, read_recipe
 from emu35.run.arguments.tokenizer import add_tokenizer, explicit_tokenizer, tokenizer_config
+from emu35.run.arguments.trust import add_trust, codec_trust
 
 ORDERS = ("caption_first", "image_first", "both")
 TEXT_UNITS = ("file", "lines")
@@ -47,6 +48,7 @@ def add(actions: "Commands[argparse.ArgumentParser]") -> None:
     command.add_argument(
         "--vision", metavar="DIR", help="image tokenizer; not needed where there are no pictures"
     )
+    add_trust(command)
     command.add_argument(
         "--area",
         metavar="PIXELS",
@@ -192,7 +194,8 @@ def _ingest(arguments: argparse.Namespace) -> int:
             threads=arguments.threads,
             max_rejects=arguments.max_rejects,
             existing=Existing.replace if arguments.replace else Existing.resume,
-        )
+        ),
+        trust=codec_trust(arguments),
     )
     return 0
 

@@ -9,7 +9,6 @@ pictures by time, the very quantity that training lowers.
 
     decoders.py   draws prompts with an engine and judges the pictures; for anyone's use
     rows.py       what is done is not done again: a file a decoder, and one a loss
-    features.py   pictures as vectors
     held_out.py   losses of noisy copies by time
     report.py     evaluation.json, table.md, evaluation.html and samples
     inputs.py     what is missing, told before anything is loaded

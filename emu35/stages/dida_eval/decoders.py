@@ -28,7 +28,7 @@ from emu35.inference.grammar import GridSize
 from emu35.inference.lead import build_engine
 from emu35.inference.memory import cache_tokens
 from emu35.inference.request import DenoiseOptions, Request
-from emu35.stages.dida_eval.features import Picture
+from emu35.stages.picture_features import Picture
 from emu35.tokens.template import PromptTemplate, Task
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
 from emu35.vision.codec import ImageCodec, decode_grids

@@ -7,7 +7,7 @@ from emu35.config.dida_eval import DiDAEvalConfig, Features
 from emu35.config.io import CONFIG_FILE
 from emu35.data.scenes.quality import read_scene_prompts
 from emu35.errors import ConfigError, DataError
-from emu35.stages.dida_eval.features import require_inception
+from emu35.stages.picture_features import require_inception
 
 
 def input_problems(stage: DiDAEvalConfig) -> Iterator[str]:
@@ -21,7 +21,7 @@ def input_problems(stage: DiDAEvalConfig) -> Iterator[str]:
         yield f"stage.prompts: {error}"
     if stage.features is Features.inception:
         try:
-            require_inception()
+            require_inception(asked="stage.features=inception", instead="stage.features=tokenizer")
         except ConfigError as error:
             yield str(error)
 

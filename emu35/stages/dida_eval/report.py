@@ -16,8 +16,8 @@ from emu35.config.dida_eval import DiDAEvalConfig
 from emu35.data.scenes.quality import SceneQuality, Share
 from emu35.log.charts import Series, chart_page, line_chart
 from emu35.stages.dida_eval.decoders import DecoderRow
-from emu35.stages.dida_eval.features import Picture
 from emu35.stages.dida_eval.rows import row_facts
+from emu35.stages.picture_features import Picture
 
 SCALE = 128
 """Pixels that the shorter side of a picture is enlarged to, in whole multiples, for strips."""

@@ -37,14 +37,12 @@ from emu35.stages.dida_eval.decoders import (
     open_evaluation,
     pictures_of,
 )
-from emu35.stages.dida_eval.features import FeaturesOf, Picture
 from emu35.stages.dida_eval.held_out import (
     HeldOutLosses,
     check_codes,
     shards_of,
     without_cuts,
 )
-from emu35.stages.dida_eval.networks import open_features
 from emu35.stages.dida_eval.report import (
     CLEAN,
     Distances,
@@ -56,7 +54,9 @@ from emu35.stages.dida_eval.report import (
     table_markdown,
 )
 from emu35.stages.dida_eval.rows import Rows, digest
+from emu35.stages.feature_networks import open_features
 from emu35.stages.output import unwritable, write_output
+from emu35.stages.picture_features import FeaturesOf, Picture
 from emu35.vision.codec import ImageCodec
 from emu35.vision.frechet import Gaussian, fit_gaussian, frechet_distance
 from emu35.vision.resize import to_pixels

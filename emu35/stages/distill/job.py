@@ -35,7 +35,7 @@ from emu35.stages.distill.work import Work
 from emu35.stages.generate.references import References
 from emu35.stages.generate.run import interruptible
 from emu35.tokens.text import TextTokenizer, build_text_tokenizer
-from emu35.vision.codec import CODES_DTYPE, weights_digest
+from emu35.vision.codec import codes_dtype, weights_digest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,7 @@ def make_plan(options: DistillOptions, *, console: Console) -> Plan:
             n_text=tokenizer.vocabulary.n_text,
             codebook_size=described.tokenizer.codebook_size,
             vision=weights_digest(folder),
-            vision_dtype=CODES_DTYPE,
+            vision_dtype=codes_dtype(folder),
         ),
         judge=Judge(options=options, tokenizer=tokenizer, codec=codec, reward=reward),
     )

@@ -4,6 +4,9 @@ Attribute names (``norm1``, ``nin_shortcut``, ``attn_1``...) are part of the rel
 is why they are not spelled the way the rest of emu35 would. Tensors are ``[B, C, H, W]``.
 """
 
+from collections.abc import Collection
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -170,6 +173,14 @@ class Encoder(nn.Module):
         return self.conv_out(functional.silu(self.norm_out(self.mid(h_BCHW))))
 
 
+@dataclass(kw_only=True, slots=True)
+class Decoded:
+    """Pixels ``[B, 3, H, W]``, and by stage the features that were to be kept."""
+
+    pixels_B3HW: torch.Tensor
+    features: dict[int, torch.Tensor]
+
+
 class Decoder(nn.Module):
     """Features back to pixels; one residual block more a level than the encoder.
 
@@ -200,14 +211,26 @@ class Decoder(nn.Module):
         self.norm_out = _norm(width, groups=config.norm_groups)
         self.conv_out = _conv(width, config.out_ch, kernel=3)
 
-    def forward(self, z_BCHW: torch.Tensor) -> torch.Tensor:
+    def forward(self, z_BCHW: torch.Tensor, *, keep: Collection[int] = ()) -> Decoded:
+        """Decode, and return what stages ``keep`` leave behind (:func:`decoder_channels`)."""
         h_BCHW = self.mid(self.conv_in(z_BCHW))
-        for level in reversed(self.up):
+        features = {0: h_BCHW} if 0 in keep else {}
+        for stage, level in enumerate(reversed(self.up), start=1):
             assert isinstance(level, Level)
             h_BCHW = level(h_BCHW)
             if level.upsample is not None:
                 h_BCHW = level.upsample(h_BCHW)
-        return self.conv_out(functional.silu(self.norm_out(h_BCHW)))
+            if stage in keep:
+                features[stage] = h_BCHW
+        pixels_B3HW = self.conv_out(functional.silu(self.norm_out(h_BCHW)))
+        return Decoded(pixels_B3HW=pixels_B3HW, features=features)
+
+
+def decoder_channels(config: IBQConfig) -> list[int]:
+    """Channels of what each stage of the decoder leaves behind, in the order in which they run: the
+    middle, then every level with its upsampling, from the lowest resolution to the highest."""
+    widths = [config.ch * multiple for multiple in reversed(config.ch_mult)]
+    return [widths[0], *widths]
 
 
 def _has_attention(config: IBQConfig, level: int) -> bool:

@@ -16,7 +16,7 @@ and starve index propagation of gradients, much smaller ones let every row answe
 import torch
 
 from emu35.vision.ibq.model import IBQ
-from emu35.vision.ibq.quantizer import nearest_codes
+from emu35.vision.ibq.nearest import nearest_codes
 
 MATCH_LOGIT = 8.0
 

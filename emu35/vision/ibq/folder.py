@@ -1,15 +1,20 @@
 """The release folder of a tokenizer: ``config.yaml`` and ``model.ckpt``, readable by the official
-inference code.
+inference code. Folders of the other layout (:mod:`emu35.vision.ibq.hf_folder`) are read as well.
 
 ``config.yaml`` is flat and becomes keyword arguments there: ``ddconfig`` for encoder and decoder,
 then ``n_embed`` and ``embed_dim``. Two defaults of that code must be overridden in it: ``double_z``
 (else the encoder is built with twice the channels) and the entropy loss. ``model.ckpt`` is a plain
-dictionary of tensors; it is read with ``weights_only``, so it cannot run code.
+dictionary of tensors; it is read with ``weights_only``, so it cannot run code. A third file,
+``origin.json``, is there where the weights come from a folder of the other layout
+(:mod:`emu35.vision.ibq.identity`).
 """
 
+import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,22 @@ import yaml
 
 from emu35.config import IBQConfig
 from emu35.errors import ReleaseError
-from emu35.files import replacing
+from emu35.files import replacing, write_atomically
+from emu35.vision.ibq.hf_folder import (
+    HF_CONFIG,
+    HF_WEIGHTS,
+    hf_digest,
+    read_hf_codebook,
+    read_hf_fields,
+    read_hf_weights,
+)
+from emu35.vision.ibq.identity import file_digest, note_of, noted_digest
 from emu35.vision.ibq.model import IBQ
+from emu35.vision.ibq.state import CODEBOOK, check_state
 
 CONFIG = "config.yaml"
 WEIGHTS = "model.ckpt"
+ORIGIN = "origin.json"
 
 DDCONFIG_FIELDS = (
     "ch",
@@ -37,17 +53,40 @@ DDCONFIG_FIELDS = (
 )
 FLAT_FIELDS = ("n_embed", "embed_dim")
 
+_FIXED = {
+    "double_z": False,
+    "resamp_with_conv": True,
+    "tanh_out": False,
+    "give_pre_end": False,
+    "cosine_similarity": False,
+    "l2_normalize": False,
+}
+"""Switches of the official code that IBQ has in one position alone; configs need not name them."""
+
 RELEASED_GROUPS = 32
 """Groups of every normalisation in released tokenizers, a constant of the official code."""
 
-CODEBOOK = "quantize.embedding.weight"
 
-NAMED_KEYS = 3
-"""How many missing or unexpected keys a message names before it counts the rest."""
+class Layout(StrEnum):
+    """``official``: ``config.yaml`` and ``model.ckpt``. ``hf``: ``config.json`` and
+    ``model.safetensors``."""
+
+    official = "official"
+    hf = "hf"
 
 
-def write_folder(model: IBQ, *, folder: Path) -> None:
+def layout_of(folder: Path) -> Layout:
+    """The layout of ``folder``; official where nothing says otherwise, or both are there."""
+    other = not (folder / CONFIG).is_file() and (folder / HF_CONFIG).is_file()
+    return Layout.hf if other else Layout.official
+
+
+def write_folder(model: IBQ, *, folder: Path, digest: str | None = None) -> None:
     """Write both files, each atomically, the config last; parameters are stored in fp32.
+
+    Args:
+        digest: what shards remember of the folder that these weights come from; None for the
+            weights file's own.
 
     Raises:
         ReleaseError: the folder cannot be written.
@@ -58,8 +97,13 @@ def write_folder(model: IBQ, *, folder: Path) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / WEIGHTS) as path:
-            torch.save(state, path)
+        with replacing(folder / WEIGHTS) as path, path.open("wb") as file:
+            # Given a name, it would put that into the file, and ours is another every time.
+            torch.save(state, file)
+        own = file_digest(folder / WEIGHTS) if digest is not None else None
+        if own != digest:
+            note = json.dumps(note_of(own or "", digest=digest), indent=2) + "\n"
+            write_atomically(folder / ORIGIN, content=note.encode("ascii"))
         with replacing(folder / CONFIG) as path:
             path.write_text(yaml.safe_dump(config_to_yaml(model.config), sort_keys=False))
     except (OSError, RuntimeError) as error:
@@ -74,16 +118,37 @@ def read_folder(folder: Path) -> IBQ:
     """The model in ``folder``, in fp32 on the CPU, in evaluation mode.
 
     Raises:
-        ReleaseError: a file is missing or damaged, or keys or shapes are not those that
-            ``config.yaml`` describes.
+        ReleaseError: a file is missing or damaged, or keys or shapes are not those that the
+            config describes.
     """
     config = read_config(folder)
     with torch.device("meta"):
         model = IBQ(config)
-    state = _read_weights(folder / WEIGHTS)
-    _check_keys(state, expected=model.state_dict(), path=folder / WEIGHTS)
+    if layout_of(folder) is Layout.hf:
+        names, state = (HF_WEIGHTS, HF_CONFIG), read_hf_weights(folder)
+    else:
+        names, state = (WEIGHTS, CONFIG), _read_weights(folder / WEIGHTS)
+    check_state(state, expected=model.state_dict(), path=folder / names[0], config=names[1])
     model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return model.eval()
+
+
+def ibq_digest(folder: Path) -> str:
+    """What shards remember of the weights in ``folder``; see :mod:`emu35.vision.ibq.identity`.
+
+    Raises:
+        OSError: they cannot be read.
+        ReleaseError: what is beside them cannot be read.
+    """
+    if layout_of(folder) is Layout.hf:
+        return hf_digest(folder)
+    own = file_digest(folder / WEIGHTS)
+    path = folder / ORIGIN
+    try:
+        note: Any = json.loads(path.read_bytes()) if path.is_file() else None
+    except (ValueError, RecursionError) as error:
+        raise ReleaseError(f"{path} is not JSON ({error}); convert the folder again") from error
+    return noted_digest(note, own=own)
 
 
 def ibq_codebook(folder: Path) -> torch.Tensor:
@@ -93,12 +158,15 @@ def ibq_codebook(folder: Path) -> torch.Tensor:
         ReleaseError: as :func:`read_folder`.
     """
     config = read_config(folder)
-    path = folder / WEIGHTS
-    codebook_KD = _read_weights(path, mapped=True).get(CODEBOOK)
+    if layout_of(folder) is Layout.hf:
+        path, beside, codebook_KD = folder / HF_WEIGHTS, HF_CONFIG, read_hf_codebook(folder)
+    else:
+        path, beside = folder / WEIGHTS, CONFIG
+        codebook_KD = _read_weights(path, mapped=True).get(CODEBOOK)
     if codebook_KD is None or codebook_KD.shape != (config.n_embed, config.embed_dim):
         found = "missing" if codebook_KD is None else f"of shape {list(codebook_KD.shape)}"
         raise ReleaseError(
-            f"{path}: {CODEBOOK} is {found}, but {CONFIG} describes "
+            f"{path}: {CODEBOOK} is {found}, but {beside} describes "
             f"[{config.n_embed}, {config.embed_dim}]; copy the folder again"
         )
     if not bool(codebook_KD.isfinite().all()):
@@ -113,8 +181,11 @@ def read_config(folder: Path) -> IBQConfig:
     """The architecture in ``folder``, without reading the weights.
 
     Raises:
-        ReleaseError: ``config.yaml`` is missing, not YAML, or not an IBQ tokenizer.
+        ReleaseError: the config is missing, not YAML (JSON), or not of an IBQ tokenizer.
     """
+    if layout_of(folder) is Layout.hf:
+        path = folder / HF_CONFIG
+        return _checked(_config_of(read_hf_fields(folder), path=path), path)
     path = folder / CONFIG
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -125,7 +196,11 @@ def read_config(folder: Path) -> IBQConfig:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ReleaseError(f"{path} is not YAML ({error}); write the folder again") from error
-    config = config_from_yaml(values, path=path)
+    return _checked(config_from_yaml(values, path=path), path)
+
+
+def _checked(config: IBQConfig, path: Path) -> IBQConfig:
+    """Raises: ReleaseError if there is no such network."""
     problems = list(config.problems())
     if problems:
         raise ReleaseError(f"{path} describes no valid tokenizer: " + "; ".join(problems))
@@ -155,16 +230,23 @@ def config_from_yaml(values: object, *, path: Path) -> IBQConfig:
     if not isinstance(values, dict) or not isinstance(values.get("ddconfig"), dict):
         raise ReleaseError(f"{path} has no section 'ddconfig'; it is not an IBQ tokenizer")
     ddconfig = values["ddconfig"]
-    if ddconfig.get("double_z", False):
-        raise ReleaseError(f"{path}: ddconfig.double_z is true; IBQ needs double_z: false")
-    if values.get("cosine_similarity") or values.get("l2_normalize"):
-        raise ReleaseError(
-            f"{path}: normalised codebooks are not supported; codes are plain dot products"
-        )
-    found = {name: ddconfig[name] for name in DDCONFIG_FIELDS if name in ddconfig}
-    found |= {name: values[name] for name in (*FLAT_FIELDS, "norm_groups") if name in values}
+    flat = {name: values[name] for name in (*FLAT_FIELDS, "norm_groups", *_FIXED) if name in values}
+    return _config_of({**ddconfig, **flat}, path=path)
+
+
+def _config_of(values: Mapping[str, Any], *, path: Path) -> IBQConfig:
+    """The config whose fields are in ``values``; whatever else is there concerns training or other
+    readers. Raises: ReleaseError if a field is missing or of another type."""
+    for name, expected in _FIXED.items():
+        if name in values and bool(values[name]) is not expected:
+            raise ReleaseError(
+                f"{path}: {name} is {values[name]!r}, but an IBQ tokenizer has {expected!r}: with "
+                "these weights it would compute something else"
+            )
+    wanted = (*DDCONFIG_FIELDS, *FLAT_FIELDS)
+    found = {name: values[name] for name in (*wanted, "norm_groups") if name in values}
     # Dropout alone does not shape the network, so an absent one means none.
-    missing = [name for name in (*DDCONFIG_FIELDS, *FLAT_FIELDS) if name not in {*found, "dropout"}]
+    missing = [name for name in wanted if name not in {*found, "dropout"}]
     if missing:
         raise ReleaseError(f"{path} lacks {', '.join(missing)}; an IBQ tokenizer needs them")
     kinds = {field.name: field.type for field in fields(IBQConfig)}
@@ -209,28 +291,3 @@ def _read_weights(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor
     ):
         raise ReleaseError(f"{path} must hold a dictionary of tensors and nothing else")
     return state
-
-
-def _check_keys(
-    state: dict[str, torch.Tensor], *, expected: dict[str, torch.Tensor], path: Path
-) -> None:
-    problems = [
-        f"{title} {_some(sorted(names))}"
-        for title, names in (
-            ("lacks", expected.keys() - state.keys()),
-            ("has unknown", state.keys() - expected.keys()),
-        )
-        if names
-    ]
-    problems += [
-        f"{name} is {list(state[name].shape)}, not {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ][:NAMED_KEYS]
-    if problems:
-        raise ReleaseError(f"{path} does not fit the config.yaml beside it: " + "; ".join(problems))
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - NAMED_KEYS
-    return ", ".join(names[:NAMED_KEYS]) + (f" and {rest} more" if rest > 0 else "")

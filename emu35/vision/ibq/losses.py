@@ -1,9 +1,8 @@
-"""The training objective of the tokenizer, term by term.
+"""Terms of the objective that need nothing but pixels and the quantization (paper section 5.2).
 
-Of the objective in the paper (section 5.2: reconstruction, quantization, perceptual, adversarial,
-entropy, semantic distillation) this holds the first two. Each term is a function of pixels or of
-the quantization and returns a mean over its input, so that a global batch may be cut into
-micro-batches and ranks of equal size without changing the loss.
+Each is a mean over its input, so that a global batch may be cut into micro-batches and ranks of
+equal size without changing the loss. ``objective`` has the terms with networks of their own, and
+the stage adds all of them up.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """The tokenizer network: encoder, quantizer, decoder, as one module of the official key names."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
@@ -8,18 +9,22 @@ from torch import nn
 
 from emu35.config import IBQConfig
 from emu35.vision.ibq.blocks import Decoder, Encoder
-from emu35.vision.ibq.quantizer import Quantized, Quantizer, nearest_codes
+from emu35.vision.ibq.entropy import EntropySettings
+from emu35.vision.ibq.nearest import nearest_codes
+from emu35.vision.ibq.quantizer import Quantized, Quantizer
 
 
 @dataclass(kw_only=True, slots=True)
 class Reconstruction:
     """Reconstructed pixels ``[B, 3, H, W]`` (not clamped) and the quantization behind them.
 
-    ``quantized`` is None where the quantizer was bypassed.
+    ``quantized`` is None where the quantizer was bypassed; ``features`` has those of the decoder's
+    stages that were asked for.
     """
 
     pixels_B3HW: torch.Tensor
     quantized: Quantized | None
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Through(StrEnum):
@@ -46,13 +51,21 @@ class IBQ(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     def forward(
-        self, pixels_B3HW: torch.Tensor, *, through: Through = Through.codebook
+        self,
+        pixels_B3HW: torch.Tensor,
+        *,
+        through: Through = Through.codebook,
+        entropy: EntropySettings | None = None,
+        keep: Collection[int] = (),
     ) -> Reconstruction:
+        """The round trip; ``keep`` numbers decoder stages (``blocks.decoder_channels``) whose
+        features are returned, and with ``entropy`` the quantization has its entropies."""
         z_BDHW = self.latents(pixels_B3HW)
-        quantized = self.quantize(z_BDHW) if through is Through.codebook else None
-        decoded_BDHW = z_BDHW if quantized is None else quantized.z_q_BDHW
+        quantized = self.quantize(z_BDHW, entropy=entropy) if through is Through.codebook else None
+        chosen_BDHW = z_BDHW if quantized is None else quantized.z_q_BDHW
+        decoded = self.decoder(self.post_quant_conv(chosen_BDHW), keep=keep)
         return Reconstruction(
-            pixels_B3HW=self.decoder(self.post_quant_conv(decoded_BDHW)), quantized=quantized
+            pixels_B3HW=decoded.pixels_B3HW, quantized=quantized, features=decoded.features
         )
 
     def latents(self, pixels_B3HW: torch.Tensor) -> torch.Tensor:
@@ -75,4 +88,4 @@ class IBQ(nn.Module):
     def decode(self, codes_BHW: torch.Tensor) -> torch.Tensor:
         """Pixels ``[B, 3, H * factor, W * factor]`` of codes, not clamped to [-1, 1]."""
         z_BHWD = self.quantize.codebook_KD[codes_BHW]
-        return self.decoder(self.post_quant_conv(z_BHWD.permute(0, 3, 1, 2)))
+        return self.decoder(self.post_quant_conv(z_BHWD.permute(0, 3, 1, 2))).pixels_B3HW

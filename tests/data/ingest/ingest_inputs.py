@@ -47,7 +47,9 @@ class GreyLevels:
         except RejectedImage as error:
             raise UnusablePicture(reason=error.reason.value, detail=error.detail) from error
         sides = [max(1, side // FACTOR) * FACTOR for side in picture.size]
-        return picture.resize((sides[0], sides[1]))
+        resized = picture.resize((sides[0], sides[1]))
+        resized.info = {"source_size": picture.size}
+        return resized
 
     def encode(self, pictures: Sequence[Pictures.Image]) -> list[npt.NDArray[np.integer[Any]]]:
         if self.stop_after is not None and sum(self.calls) >= self.stop_after:

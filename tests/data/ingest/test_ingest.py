@@ -187,6 +187,19 @@ def test_other_options_and_changed_inputs_are_refused(tmp_path: Path) -> None:
     assert len(documents_of(out)) == 5
 
 
+def test_pictures_of_two_folders_do_not_mix(tmp_path: Path) -> None:
+    inputs: list[Path] = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(png(width=32, height=32, grey=9))
+        inputs.append(tmp_path / f"{name}.jsonl")
+        inputs[-1].write_text(json.dumps({"image": "0.png", "caption": name}) + "\n")
+    out = tmp_path / "out"
+    ingest(options_of(inputs[:1], out, pictures=tmp_path / "one"), encoder=GreyLevels())
+    with pytest.raises(DataError, match=r"other options: pictures was .*one and is .*two"):
+        ingest(options_of(inputs, out, pictures=tmp_path / "two"), encoder=GreyLevels())
+
+
 def test_shards_of_unknown_origin_are_left_alone(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "x.tar", count=4)
     out = tmp_path / "out"
@@ -241,6 +254,22 @@ def test_progress_in_a_log_is_plain_lines_with_rate_and_time_left(
     progress.close()
     line = stream.getvalue()
     assert line == "ingest x  50%  40 documents  2 documents/s  0:40 left\n"
+
+
+def test_progress_tells_a_second_rate_over_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    progress = Progress(label="x", total=300, items="pictures", units="codes", stream=stream)
+    progress.begin(size=100)
+    clock[0] += 10
+    progress.update(100, items=5, units=2000)
+    progress.begin(size=200)
+    clock[0] += 10
+    progress.update(50, items=15, units=8000)
+    progress.close()
+    line = stream.getvalue()
+    assert line == "x  50%  20 pictures  1 pictures/s  500 codes/s  0:20 left\n"
 
 
 def test_a_damaged_parquet_file_does_not_stop_the_other_inputs(tmp_path: Path) -> None:

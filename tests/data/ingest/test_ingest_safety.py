@@ -1,16 +1,14 @@
 """What an ingestion must never do: lose shards, trust lost ones, or delete those of others."""
 
-import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import fork
+from forked import dies_at
 from ingest_inputs import (
     GreyLevels,
     documents_of,
@@ -27,9 +25,6 @@ from emu35.data.ingest.ingest import ingest
 from emu35.data.ingest.options import Existing, IngestOptions, PairOrder
 from emu35.data.readers.discover import TextUnit
 from emu35.errors import ConfigError, DataError
-
-KILLED = 9
-_CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
 @pytest.fixture(autouse=True)
@@ -50,32 +45,6 @@ def write_texts(folder: Path, *, first: int = 0) -> list[Path]:
 def texts_options(inputs: list[Path], out: Path, **changes: Any) -> IngestOptions:
     settings: dict[str, Any] = {"text_unit": TextUnit.lines, "shard_bytes": 9000, **changes}
     return options_of(inputs, out, **settings)
-
-
-def run_until(change: int, *, options: IngestOptions) -> bool:
-    """Ingest in a process that dies, as by SIGKILL, just before its ``change``-th change of the
-    disk (opening to write, renaming, removing, making a folder); whether it died."""
-    child = fork()
-    if child == 0:
-        left = [change]
-
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            writes = event == "open" and isinstance(arguments[1], str) and "w" in arguments[1]
-            if writes or event in _CHANGES:
-                left[0] -= 1
-                if left[0] == 0:
-                    os._exit(KILLED)
-
-        with contextlib.suppress(BaseException):
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            sys.addaudithook(hook)
-            ingest(options, encoder=None)
-            os._exit(0)
-        os._exit(1)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, KILLED)
-    return code == KILLED
 
 
 def lost_shards(out: Path) -> set[str]:
@@ -107,7 +76,7 @@ def kill_everywhere(
         change += 1
         out = tmp_path / f"out{change}"
         shutil.copytree(start, out)
-        killed = run_until(change, options=options(out))
+        killed = dies_at(change, work=lambda out=out: ingest(options(out), encoder=None))
         if killed:
             assert lost_shards(out) <= lost
             ingest(options(out), encoder=None)

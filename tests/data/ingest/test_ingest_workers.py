@@ -25,10 +25,12 @@ from ingest_inputs import (
 )
 from PIL import Image as Pictures
 
-from emu35.data.ingest.documents import Outcome, Ready
+from emu35.data.ingest.documents import Ready
 from emu35.data.ingest.ingest import ingest
 from emu35.data.ingest.options import Dedup, PairOrder
+from emu35.data.ingest.product import Outcome
 from emu35.data.ingest.spool import has_spool, read_spool, write_spool
+from emu35.data.ingest.token_shards import TokenShards
 from emu35.data.readers.discover import TextUnit
 from emu35.data.readers.records import Reject
 from emu35.errors import DataError, LaunchError
@@ -217,6 +219,7 @@ def test_a_spool_gives_back_what_was_written(tmp_path: Path) -> None:
             rng.integers(0, 4, length).astype(np.uint8),
         )
 
+    product = TokenShards(options=options_of([], tmp_path), encoder=None)
     outcomes = [
         Outcome(
             offset=n,
@@ -231,10 +234,10 @@ def test_a_spool_gives_back_what_was_written(tmp_path: Path) -> None:
     ]
     path = tmp_path / "x"
     assert not has_spool(path, fingerprint="f")
-    write_spool(path, fingerprint="f", outcomes=outcomes)
+    write_spool(path, fingerprint="f", outcomes=outcomes, pack=product.pack)
     assert has_spool(path, fingerprint="f")
     assert not has_spool(path, fingerprint="g")
-    for found, wanted in zip(read_spool(path), outcomes, strict=True):
+    for found, wanted in zip(read_spool(path, unpack=product.unpack), outcomes, strict=True):
         assert (found.offset, found.records) == (wanted.offset, wanted.records)
         assert found.rejects == wanted.rejects
         for one, other in zip(found.documents, wanted.documents, strict=True):

@@ -320,6 +320,20 @@ def test_a_json_list_that_breaks_off_keeps_what_came_before(tmp_path: Path) -> N
     assert "does not begin with a bracket" in found.detail
 
 
+@pytest.mark.parametrize("rest", ['[{"text": "b"}]', ', {"text": "b"}]', "]"])
+def test_what_follows_a_json_list_is_told_of(tmp_path: Path, rest: str) -> None:
+    path = tmp_path / "joined.json"
+    path.write_text('[{"text": "a"}]\n' + " " * 3_000_000 + rest)
+    record, reject = read(path)
+    assert isinstance(record, RawRecord)
+    assert isinstance(reject, Reject)
+    assert reject.reason == "damaged input file"
+    assert "something follows its closing bracket" in reject.detail
+    path.write_text('[{"text": "a"}]\n \n')
+    (record,) = read(path)
+    assert isinstance(record, RawRecord)
+
+
 def test_a_json_list_longer_than_a_piece_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     texts = [f"{number} " + "\u00e4" * (number * 40_000 % 1_700_000 + 1) for number in range(60)]

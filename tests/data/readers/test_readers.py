@@ -90,6 +90,39 @@ def test_bad_records_of_a_tar_are_named_and_the_others_survive(tmp_path: Path) -
     assert set(captions(found)) == {"a/000", "a/001"}
 
 
+def test_members_that_could_be_records_are_told_of(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "x.tar",
+        [
+            ("one.jpg", b"1"),
+            ("one.txt", b"first"),
+            ("one.mask.png", b"no record: it stands beside a picture"),
+            ("one.jpg", b"2"),
+            ("one.txt", b"second"),
+            ("2020.01.02-x.png", b"3"),
+            ("2020.txt", b"third"),
+            ("new.jxl", b"4"),
+        ],
+    )
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("again.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "one.jpg"
+        tar.addfile(link)
+    found = read(path)
+    spoken = [each.parts[0] for each in found if isinstance(each, RawRecord)]
+    assert spoken == [RawText("first"), RawText("second")]
+    rejects = {each.id: each for each in found if isinstance(each, Reject)}
+    assert reasons(found) == {
+        "2020": "caption without a picture",
+        "new": "caption without a picture",
+        "again.jpg": "link in a tar",
+    }
+    assert "2020.01.02-x.png" in rejects["2020"].detail
+    assert "first dot" in rejects["2020"].detail
+    assert "new.jxl is of no kind that is read (jpg, jpeg, png" in rejects["new"].detail
+    assert "--hard-dereference" in rejects["again.jpg"].detail
+
+
 def test_member_names_that_climb_and_links_touch_no_file(tmp_path: Path) -> None:
     path = tmp_path / "inner" / "x.tar"
     path.parent.mkdir()
