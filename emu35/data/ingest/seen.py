@@ -6,8 +6,8 @@ replacement begins a book of its own, which the manifest names once the first ne
 place; until then the earlier book stays as it was.
 
 A repeated document is left out of the input that comes later. Should the earlier input be lost
-afterwards and fail when it is done again, the document is in no shard: ``rejects.jsonl`` names both,
-and ``--replace`` brings it back.
+afterwards and fail when it is done again, the document is in no shard: ``rejects.jsonl`` names
+both, and ``--replace`` brings it back.
 """
 
 import contextlib
