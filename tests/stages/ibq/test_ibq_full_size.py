@@ -39,8 +39,8 @@ def test_a_step_of_every_term_fits_into_memory(tmp_path: Path) -> None:
     assert found["parameters"] == PARAMETERS
     assert numbers["tokens"] == 16
     assert numbers["loss_discriminator"] > 0
-    # Rows that no latent vector chose have a gradient too, and move where it is not far below Adam's
-    # epsilon.
+    # Rows that no latent vector chose have a gradient too, and move where it is not far below the
+    # epsilon of Adam.
     assert found["moved"] > numbers["tokens"]
     # Weights, their average, gradients and two moments in fp32, and a tenth for everything else.
     assert found["peak_bytes"] < 1.2 * 5 * 4 * PARAMETERS + 2**30
