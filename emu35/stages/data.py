@@ -83,7 +83,12 @@ class VisionPictures:
         self._begin(worker=0)
 
     def join(self, *, worker: int, workers: int) -> None:
-        """Use the GPUs in turn, and no more cores than this worker's share."""
+        """Use the GPUs in turn, and no more cores than this worker's share.
+
+        On a CPU, attention adds in another order with another number of threads, which moves
+        latents by about 1e-6: a code whose runner-up is as near as that may differ between numbers
+        of workers. A fixed number of threads would leave most cores idle, or fight over them.
+        """
         self._worker = worker
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 

@@ -17,5 +17,7 @@ rows and columns of its codes, and again whose codes they are, since records tra
 tar. ``emu35 data ingest`` takes such tars where it takes tars of pictures, and needs no GPU then.
 
 It is an ingestion as any other (:mod:`emu35.data.ingest`): it can be stopped anywhere, goes on with
-the same command, and gives the same bytes for any number of workers.
+the same command, and gives the same bytes for any number of workers. The one exception are networks
+with attention on a CPU, which round by the number of threads: a code with a runner-up that is as
+good to about 1e-6 may be the other one.
 """

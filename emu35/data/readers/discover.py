@@ -46,7 +46,8 @@ class InputFile:
     """One unit of ingestion: a file, or a folder read as a whole.
 
     ``size`` is in bytes; ``fingerprint`` changes with the size or the edges of a file, and with
-    the names or sizes in a folder.
+    the names or sizes in a folder (and times where a folder is read by stretches, of what lies
+    beside its pictures).
     """
 
     path: Path
@@ -215,14 +216,20 @@ def as_folder(
     files: Sequence[Path],
     reader: Callable[[Path], Iterator[RawRecord | Reject]],
     name: Path | None = None,
+    beside: Sequence[Path] = (),
 ) -> InputFile:
-    """These files below ``folder`` as one input, called ``name`` if it is not all of them."""
+    """These files below ``folder`` as one input, called ``name`` if it is not all of them. A change
+    of those ``beside`` them, small files that are read with them, is seen by their times too."""
     sha = hashlib.sha256()
     size = 0
     for path in files:
         length = file_size(path)
         size += length
         sha.update(os.fsencode(path.relative_to(folder)) + f"\0{length}\n".encode())
+    for path in beside:
+        found = path.stat()
+        facts = f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode()
+        sha.update(os.fsencode(path.relative_to(folder)) + facts)
     return InputFile(path=name or folder, size=size, fingerprint=sha.hexdigest(), reader=reader)
 
 

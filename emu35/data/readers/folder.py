@@ -16,6 +16,9 @@ from emu35.data.readers.webdataset import LARGEST_MEMBER, PICTURES, caption_of
 
 TEXTS = ("txt", "md")
 
+SIDES = (".txt", ".json")
+"""Endings of what lies beside a picture and tells of it."""
+
 
 def extension(path: Path) -> str:
     """Lower-case, without the dot."""
@@ -70,7 +73,7 @@ def read_pictures(
 def _read_pair(
     path: Path, *, name: str, offset: int, captions: Captions = Captions.required
 ) -> RawRecord | Reject:
-    sides = {kind: path.with_suffix(f".{kind}") for kind in ("txt", "json")}
+    sides = {ending[1:]: path.with_suffix(ending) for ending in SIDES}
     try:
         caption, fields = caption_of(
             {kind: side.read_bytes() for kind, side in sides.items() if side.exists()}

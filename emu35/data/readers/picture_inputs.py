@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from emu35.data.readers.discover import TARS, InputFile, as_folder, file_fingerprint, refuse_repeats
-from emu35.data.readers.folder import extension, list_files, read_pictures
+from emu35.data.readers.folder import SIDES, extension, list_files, read_pictures
 from emu35.data.readers.records import Captions, RawRecord, Reject
 from emu35.data.readers.webdataset import PICTURES, read_webdataset
 from emu35.errors import DataError
@@ -46,9 +46,11 @@ def _of_folder(folder: Path) -> list[InputFile]:
     )
     if tars:
         return [_of_tar(path) for path in tars]
-    pictures = [path for path in list_files(folder) if extension(path) in PICTURES]
+    found = list_files(folder)
+    pictures = [path for path in found if extension(path) in PICTURES]
     if not pictures:
         raise DataError(f"folder {folder} holds neither tars nor pictures; give one that does")
+    facts = {path for path in found if path.suffix in SIDES and path.is_file()}
     stretches = [pictures[first : first + STRETCH] for first in range(0, len(pictures), STRETCH)]
     return [
         as_folder(
@@ -56,6 +58,9 @@ def _of_folder(folder: Path) -> list[InputFile]:
             files=files,
             reader=partial(_read_stretch, files=files, folder=folder),
             name=folder.with_name(f"{folder.name}#{number:06d}"),
+            beside=[
+                side for path in files for side in map(path.with_suffix, SIDES) if side in facts
+            ],
         )
         for number, files in enumerate(stretches)
     ]

@@ -241,6 +241,32 @@ def test_a_replacement_that_fails_leaves_the_earlier_report(tmp_path: Path) -> N
     assert tokenized([path, more], out).usage.pictures == 5
 
 
+@pytest.mark.parametrize("change", ["words", "times", "new", "gone"])
+def test_what_lies_beside_the_pictures_of_a_folder_is_part_of_it(
+    tmp_path: Path, change: str
+) -> None:
+    photos, out = write_photos(tmp_path / "photos", count=3), tmp_path / "out"
+    (photos / "notes.txt").write_text("of no picture")
+    tokenized([photos], out)
+    (photos / "notes.txt").write_text("changed")
+    assert tokenized([photos], out).counts.skipped == 1
+    side = photos / "1/a.b 1.json"
+    if change == "gone":
+        side.unlink()
+    elif change == "new":
+        (photos / "0/a.b 0.txt").write_text("words")
+    elif change == "words":
+        side.write_text(json.dumps({"caption": "other words than those before"}))
+    else:
+        side.write_text(side.read_text().replace("photo", "PHOTO"))
+        os.utime(side, ns=(0, side.stat().st_mtime_ns + 1))
+    with pytest.raises(DataError, match=r"photos#000000 changed since .* use --replace"):
+        tokenized([photos], out)
+    tokenized([photos], out, existing=Existing.replace)
+    tokenized([photos], tmp_path / "clean")
+    assert results_of(out) == results_of(tmp_path / "clean")
+
+
 def test_inputs_without_pictures_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{}")
     (tmp_path / "empty").mkdir()
