@@ -12,6 +12,7 @@ import torch
 from hf_qwen3 import hf_qwen3
 from plain_transformer import PlainTransformer
 from rounds import Step
+from same_batch import SameBatch
 
 from emu35.checkpoint.hf import to_hf
 from emu35.config import (
@@ -166,23 +167,13 @@ def our_step(row: Row, *, mesh: Mesh) -> tuple[Step, dict[str, torch.Tensor]]:
         config=run,
         mesh=mesh,
         chunks=chunks,
-        loader=cast(TokenLoader, OneBatch(row)),
+        loader=cast(TokenLoader, SameBatch(row.batch())),
         validation={},
         terms=[Term(name="labels", token_weights=weights_by_modality(LossWeights()))],
     )
     state = {name: value.detach().clone() for name, value in chunks[0].named_parameters()}
     weights = to_hf(state, config=MODEL, vocabulary_size=VOCABULARY)
     return lambda: task.train_step(1)["loss"], weights
-
-
-class OneBatch:
-    """Stands in for the loader: the same row at every step."""
-
-    def __init__(self, row: Row) -> None:
-        self.batch = row.batch()
-
-    def next_step(self) -> list[Batch]:
-        return [self.batch]
 
 
 def hf_model(weights: dict[str, torch.Tensor]) -> Any:

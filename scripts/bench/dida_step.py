@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from peak_memory import Peak
 from rounds import Step, check_equal, time_step
+from same_batch import SameBatch
 
 from emu35.config import (
     AttentionBackend,
@@ -117,16 +118,6 @@ def packed_row(shape: RowShape) -> Batch:
     )
 
 
-class SameRow:
-    """Stands in for the loader: the same row, with its copies, at every step."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def next_step(self) -> list[Batch]:
-        return [self.batch]
-
-
 def training_step(backend: AttentionBackend, *, shape: RowShape, mesh: Mesh) -> Step:
     """The step of the task that the stage hands to the trainer."""
     config = RunConfig(
@@ -168,7 +159,7 @@ def training_step(backend: AttentionBackend, *, shape: RowShape, mesh: Mesh) -> 
         config=config,
         mesh=mesh,
         chunks=chunks,
-        loader=cast(TokenLoader, SameRow(learned.prepare(packed_row(shape)))),
+        loader=cast(TokenLoader, SameBatch(learned.prepare(packed_row(shape)))),
         validation={},
         terms=learned.terms,
         finish=learned.finish,
