@@ -82,15 +82,16 @@ def kill_before(change: int, *, plain: Path, out: Path) -> bool:
     return code == KILLED
 
 
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_leaves_a_whole_folder_or_none_and_the_next_run_the_same_bytes(
-    plain: Path, tmp_path: Path
+    plain: Path, tmp_path: Path, every: int
 ) -> None:
     summary = pack(plain, out=tmp_path / "clean" / "packed", shard_bytes=20_000)
     assert summary.shards > 1
     clean = contents(tmp_path / "clean" / "packed")
-    change, killed = 0, True
+    change, killed = 1 - every, True
     while killed:
-        change += 1
+        change += every
         place = tmp_path / f"kill{change}"
         killed = kill_before(change, plain=plain, out=place / "packed")
         if (place / "packed").exists():

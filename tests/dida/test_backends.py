@@ -146,6 +146,7 @@ def test_the_block_mask_is_the_one_that_torch_finds_in_the_whole_matrix(
         assert torch.equal(ours_listed, theirs_listed), indices
 
 
+@pytest.mark.slow
 def test_the_block_mask_is_built_once_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three layers share it; the next micro-batch has its own."""
     built: list[int] = []

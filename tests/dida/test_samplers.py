@@ -159,7 +159,9 @@ def test_on_the_metric_path_the_error_is_that_of_euler_steps() -> None:
     assert found == sorted(found, reverse=True)
 
 
-@pytest.mark.parametrize("kind", [PathKind.mixture_uniform, PathKind.metric])
+@pytest.mark.parametrize(
+    "kind", [PathKind.mixture_uniform, pytest.param(PathKind.metric, marks=pytest.mark.slow)]
+)
 def test_without_a_mask_remdm_errs_where_the_network_must_read_the_noise_off_the_canvas(
     kind: PathKind,
 ) -> None:

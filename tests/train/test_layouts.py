@@ -150,7 +150,7 @@ GLOBAL_ROWS = st.lists(
 
 @pytest.mark.multiproc
 @settings(
-    max_examples=12,
+    max_examples=6,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -1,6 +1,8 @@
 """The tokenizer as the rest of emu35 uses it, and the folder it lives in."""
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -42,6 +44,18 @@ def test_codec_reports_its_geometry_and_makes_grids(folder):
     assert pixels_B3HW.min() >= -1
     assert pixels_B3HW.max() <= 1
     assert not pixels_B3HW.requires_grad
+
+
+def test_opening_one_takes_up_no_compiler(folder):
+    """Every process that makes or shows pictures would start a second later."""
+    code = (
+        "import sys; from pathlib import Path; from emu35.vision.codec import load_codec; "
+        f"load_codec(Path({str(folder)!r})); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["False"], done.stderr
 
 
 def test_a_code_is_the_nearest_to_its_latent_vector(folder, monkeypatch):

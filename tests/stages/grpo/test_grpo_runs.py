@@ -99,6 +99,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_ranks_of_which_one_was_stopped_give_up_their_step_together(
     start: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -140,6 +141,7 @@ def test_ranks_of_which_one_was_stopped_give_up_their_step_together(
         assert row["scoring/lost/failures"] == 12
 
 
+@pytest.mark.slow
 def test_a_validation_that_was_given_up_comes_first_again(start: Path, tmp_path: Path) -> None:
     """Stopped among the answers of the validation behind step 2."""
 
